@@ -1,0 +1,32 @@
+"""A constant rate after a warmup."""
+
+from dataclasses import dataclass
+
+from .decay import Phase, equation_8, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear warmup to `lr`, then `lr` for good. `WSD` is the one with a decay.
+
+    Args:
+        lr: the rate after the warmup.
+        warmup_tokens: length of the warmup.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    lr: float
+    warmup_tokens: int
+
+    def __post_init__(self) -> None:
+        require(self, lr="a finite number > 0", warmup_tokens="a whole number of tokens >= 0")
+
+    def __call__(self, *, tokens: int, batch: float) -> float:
+        """The learning rate of the step after `tokens` tokens; `batch` is taken and ignored."""
+        return self.lr * equation_8(tokens, self.warmup_tokens, None)[1]
+
+    def phase(self, tokens: int) -> Phase:
+        """The part of the schedule after `tokens` tokens: "warmup", then "trunk"."""
+        return equation_8(tokens, self.warmup_tokens, None)[0]

@@ -1,0 +1,1 @@
+"""Pretraining of GraniteMoe and dense Granite: model, loss, loop, engine, checkpoint, export."""

@@ -1,0 +1,152 @@
+"""The command line of verbs that build a run: Hydra overrides in, an exit status out.
+
+0 done, 1 a check failed or the run broke, 2 bad usage or bad input. What a user can mend is one paragraph
+without a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data import DataError
+from train.config import Config, ConfigError, as_dict, from_hydra
+
+TRAIN_HELP = """Train a model as described by Hydra configs.
+
+usage: accelerate launch train.py +experiment=NAME [KEY=VALUE …]
+       python -m train +experiment=NAME [KEY=VALUE …]
+
+examples:
+  accelerate launch train.py +experiment=quickstart
+  accelerate launch train.py +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
+
+  --cfg              print the composed configuration and do nothing
+  --config-dir DIR   look for configs in DIR too (an experiment is DIR/experiment/NAME.yaml)
+  --help             this text
+
+experiments: {experiments}
+groups: {groups}
+Every setting, with its default, is in configs/train.yaml and train/config.py.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`train`: compose, check, run; leaves exit.json in the run's folder."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(guard(lambda: _train(arguments)))
+
+
+def _train(arguments: list[str]) -> int:
+    if "--help" in arguments or "-h" in arguments:
+        print(TRAIN_HELP.format(experiments=", ".join(_options("experiment")), groups=_groups()))
+        return 0
+    print_only = "--cfg" in arguments
+    config = composed([argument for argument in arguments if argument != "--cfg"])
+    if print_only:
+        print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
+        return 0
+
+    # Only now: a mistake in the configuration should not have to wait for these imports.
+    from train.run import train, write_exit
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    code, reason, step = 1, "the process broke off", None
+    try:
+        outcome = train(config, [Path(sys.argv[0]).name, *arguments])
+        code, reason, step = 0, outcome.reason, outcome.step
+    except BaseException as error:
+        code = 2 if isinstance(error, (ConfigError, DataError)) else 1
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if is_main:
+            write_exit(config.run_folder, code, reason, step)
+    return code
+
+
+def composed(overrides: list[str]) -> Config:
+    """The checked configuration that these Hydra overrides make.
+
+    Raises:
+        ConfigError: with what is wrong, in one paragraph.
+    """
+    overrides = _take_config_dir(overrides)
+    for argument in overrides:
+        if argument in ("-m", "--multirun"):
+            raise ConfigError(
+                "Hydra's multirun would start all trials in one process, which accelerate refuses. Start each trial "
+                "as a command of its own, with a run.name of its own."
+            )
+        if argument.startswith("-"):
+            raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            return from_hydra(compose("train", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_in_plain_words(error)) from error
+
+
+def guard(verb: Callable[[], int]) -> int:
+    """Run a verb; turn the errors that a user can mend into one paragraph and exit status 2."""
+    try:
+        return verb()
+    except (ConfigError, DataError) as error:
+        print(f"powertrain: {error}", file=sys.stderr)
+        return 2
+
+
+def _take_config_dir(arguments: list[str]) -> list[str]:
+    """Hydra's own spelling of --config-dir is an entry of its search path."""
+    left, folders = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config-dir" or argument.startswith("--config-dir="):
+            folder = argument.partition("=")[2] or next(rest, "")
+            if not Path(folder).is_dir():
+                raise ConfigError(f"--config-dir '{folder}' is not a folder.")
+            folders.append(f"'file://{Path(folder).resolve()}'")
+        else:
+            left.append(argument)
+    return [*left, f"hydra.searchpath=[{','.join(folders)}]"] if folders else left
+
+
+def _in_plain_words(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip() and "override" not in line.lower()[:3]]
+    message = " ".join(line.strip() for line in lines)
+    named = message.partition("'")[2].partition("'")[0]
+    near = difflib.get_close_matches(named, _option_names(), n=1, cutoff=0.6) if named else []
+    return message + (f" Did you mean '{near[0]}'?" if near else "")
+
+
+def _option_names() -> list[str]:
+    from train.config import setting_names
+
+    return [*setting_names(), *(name for group in _group_names() for name in _options(group))]
+
+
+def _configs() -> Path:
+    import configs
+
+    return Path(next(iter(configs.__path__)))
+
+
+def _group_names() -> list[str]:
+    return sorted(path.name for path in _configs().iterdir() if path.is_dir() and not path.name.startswith("_"))
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (_configs() / group).glob("*.yaml"))
+
+
+def _groups() -> str:
+    names = [f"{group} ({', '.join(_options(group))})" for group in _group_names() if group != "experiment"]
+    return ", ".join(names)

@@ -1,0 +1,402 @@
+"""The configuration of a run: dataclasses, sizes derived from them, and the checks across fields.
+
+Hydra composes `configs/`; `from_hydra` turns the result into a `Config` or says in one paragraph what is
+wrong with it. Names are Transformers' wherever Transformers has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import schedulers
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
+LAW_SEQUENCE_LENGTH = 4096
+
+
+class ConfigError(ValueError):
+    """Something a user can mend. The message is one readable paragraph: value, limit, remedy."""
+
+
+@dataclass
+class RunConfig:
+    """What to do, for how long, and where."""
+
+    name: str = MISSING  # the run's folder is folder/name
+    folder: str = "runs"
+    seed: int = 0
+    tokens: int = MISSING  # budget of this run; the clock may start later (tokens_seen)
+    tokens_seen: int = 0  # offsets n only: tokens that the initial weights have been trained on
+    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder to take the weights from
+    resume: str = "auto"  # auto | never | path of a checkpoint
+
+
+@dataclass
+class ModelConfig:
+    """Transformers' GraniteMoe or Granite configuration. `None` means derived."""
+
+    model_type: str = "granitemoe"  # granitemoe | granite
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING  # of one expert, or of the dense MLP
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int | None = None
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 0
+    max_position_embeddings: int | None = None  # default: data.sequence_length
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.1
+    embedding_multiplier: float = 12.0
+    residual_multiplier: float | None = None  # default: 1.4 / sqrt(num_hidden_layers)
+    attn_implementation: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_2
+    experts_implementation: str = "auto"  # auto | eager | grouped_mm | batched_mm
+
+
+@dataclass
+class MupConfig:
+    """Maximal update parametrisation, table 1 of arXiv 2408.13359."""
+
+    base_hidden_size: int = 256  # d_base; m_width = hidden_size / d_base
+    rule: str = "paper"  # paper | fan_in
+
+
+@dataclass
+class TokenizerConfig:
+    """A Hugging Face tokenizer by name or folder, or one trained on the corpora when `path` is null."""
+
+    path: str | None = None
+    vocab_size: int = MISSING
+
+
+@dataclass
+class StageConfig:
+    """From this many tokens of the run on, samples are drawn by this mixture."""
+
+    from_tokens: int = MISSING
+    mixture: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class CorpusConfig:
+    """Where documents come from; see data.sources.Corpus."""
+
+    source: str = MISSING  # stdlib | text | jsonl | parquet | huggingface | tokens
+    path: str | None = None
+    field: str = "text"
+    split: str = "train"
+    name: str | None = None
+    validation_fraction: float = 0.01
+    validation_path: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """Corpora, the tokenizer, and the order in which windows of them are seen."""
+
+    cache_dir: str = "~/.cache/powertrain"
+    sequence_length: int = 4096
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
+    mixture: dict[str, float] = field(default_factory=dict)  # weights; default: equal
+    stages: list[StageConfig] = field(default_factory=list)  # later mixtures, by tokens of the run
+
+
+@dataclass
+class RampConfig:
+    """From this many tokens of the run on, a step holds this many sequences."""
+
+    from_tokens: int = MISSING
+    sequences: int = MISSING
+
+
+@dataclass
+class BatchConfig:
+    """Sequences in a step over all ranks, and in one forward pass of one rank."""
+
+    sequences: int = MISSING
+    micro_sequences: int = MISSING
+    ramp: list[RampConfig] = field(default_factory=list)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW. `independent` weight decay is not weakened by muP's rate multiplier, `coupled` (torch's) is."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-10
+    weight_decay: float = 0.1
+    weight_decay_mode: str = "coupled"  # coupled | independent
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class BalanceConfig:
+    """Auxiliary losses on the routers; see train.balance."""
+
+    scope: str = "lagged"  # lagged | accumulated | dp | micro
+    pool: str = "layer"  # layer | all
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation loss every so many steps (0: at the end only) on at most so many windows a corpus."""
+
+    every: int = 0
+    sequences: int = 64
+
+
+@dataclass
+class CheckpointConfig:
+    """A checkpoint every so many steps (0: at the end only); the newest `keep` stay."""
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclass
+class TrackerConfig:
+    """accelerate's trackers beside metrics.jsonl, which is always written."""
+
+    log_with: list[str] = field(default_factory=list)
+    project: str = "powertrain"
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Config:
+    """A whole run. `schedule` holds the fields of one of the `schedulers`, and its `name`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mup: MupConfig = field(default_factory=MupConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    precision: str = "bf16"  # bf16 | fp32
+    threads: int | None = None  # of one CPU rank; default: its share of the cores
+    sample_prompt: str | None = None  # text to continue when the run has ended
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def end_tokens(self) -> int:
+        """Clock reading at the end of the budget."""
+        return self.run.tokens_seen + self.run.tokens
+
+    def batch_at(self, run_tokens: int) -> int:
+        """Sequences in the step that begins after `run_tokens` tokens of this run."""
+        sequences = self.batch.sequences
+        for phase in self.batch.ramp:
+            if run_tokens >= phase.from_tokens:
+                sequences = phase.sequences
+        return sequences
+
+    def beta(self, sequences: int) -> float:
+        """Batch size in the law's unit: tokens of a step over 4096."""
+        return sequences * self.data.sequence_length / LAW_SEQUENCE_LENGTH
+
+    def make_schedule(self) -> schedulers.Schedule:
+        """The schedule, with a decay that has no `start` put at the end of the budget."""
+        fields = dict(self.schedule)
+        name = fields.pop("name", None)
+        decay = fields.get("decay")
+        if decay is not None:
+            decay = dict(decay)
+            if not decay.get("tokens"):
+                decay = None
+            elif decay.get("start") is None:
+                decay["start"] = self.end_tokens - decay["tokens"]
+            fields["decay"] = decay
+        if name == "cosine" and fields.get("total_tokens") is None:
+            fields["total_tokens"] = self.end_tokens
+        try:
+            return schedulers.build(str(name), **fields)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"schedule: {error}") from error
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The checked `Config` of a composed Hydra configuration.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type, or values that cannot work together.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        message = str(error).splitlines()[0]
+        if "Structured config of type" in message or "not in" in message:
+            message = f"there is no setting '{key}'" + _suggestion(key)
+            if key == "experiment":
+                message = f"there is no experiment '{composed.get('experiment')}'; {_experiments()}"
+        raise ConfigError(f"Bad configuration: {message}.") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for what would fail later, or give a run that nobody meant."""
+    model, batch, length = config.model, config.batch, config.data.sequence_length
+    _require_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
+    _require_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
+    _require_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
+    _require_one_of("balance.pool", config.balance.pool, ("layer", "all"))
+    _require_one_of("optimizer.weight_decay_mode", config.optimizer.weight_decay_mode, ("coupled", "independent"))
+    _require_one_of("precision", config.precision, ("bf16", "fp32"))
+    for name, value in (
+        ("model.vocab_size", model.vocab_size),
+        ("model.hidden_size", model.hidden_size),
+        ("model.intermediate_size", model.intermediate_size),
+        ("model.num_hidden_layers", model.num_hidden_layers),
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("mup.base_hidden_size", config.mup.base_hidden_size),
+        ("data.sequence_length", length),
+        ("batch.sequences", batch.sequences),
+        ("batch.micro_sequences", batch.micro_sequences),
+        ("run.tokens", config.run.tokens),
+        ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
+        ("evaluation.sequences", config.evaluation.sequences),
+        ("checkpoint.keep", config.checkpoint.keep),
+    ):
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}; it has to be greater than zero.")
+    if config.run.tokens_seen < 0:
+        raise ConfigError(f"run.tokens_seen is {config.run.tokens_seen}; a token count cannot be negative.")
+    if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
+        raise ConfigError(
+            f"run.name is '{config.run.name}'; it names one folder inside run.folder, so it cannot be empty, "
+            "'.' or '..' or hold a path separator. Put the path into run.folder."
+        )
+
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+    if model.hidden_size % heads:
+        raise ConfigError(
+            f"model.hidden_size {model.hidden_size} is not divisible by model.num_attention_heads {heads}: "
+            f"the head size would be {model.hidden_size / heads:.2f}. The paper keeps heads of 64."
+        )
+    if (model.hidden_size // heads) % 2:
+        raise ConfigError(
+            f"The head size hidden_size / num_attention_heads = {model.hidden_size // heads} is odd; rotary "
+            "position embeddings need an even one."
+        )
+    if heads % kv_heads:
+        raise ConfigError(
+            f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}."
+        )
+    if model.model_type == "granitemoe" and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
+        raise ConfigError(
+            f"model.num_experts_per_tok is {model.num_experts_per_tok} with model.num_local_experts "
+            f"{model.num_local_experts}; a token needs at least one expert and at most all of them."
+        )
+    if model.max_position_embeddings is not None and model.max_position_embeddings < length:
+        raise ConfigError(
+            f"data.sequence_length {length} is longer than model.max_position_embeddings "
+            f"{model.max_position_embeddings}."
+        )
+
+    schedule = config.make_schedule()
+    decay = getattr(schedule, "decay", None)
+    if schedule.warmup_tokens >= config.end_tokens:
+        raise ConfigError(
+            f"schedule.warmup_tokens {schedule.warmup_tokens:,} is not shorter than the run, which ends at "
+            f"{config.end_tokens:,} tokens: the rate would never leave warmup. The paper's warmup of 1B tokens "
+            "belongs to runs of 100B and more; 1 to 5% of the budget is common in short ones."
+        )
+    if decay is not None and decay.start + decay.tokens > config.end_tokens:
+        raise ConfigError(
+            f"The decay starts at {decay.start:,} tokens and takes {decay.tokens:,}, but the run ends at "
+            f"{config.end_tokens:,}: it would stop before the decay does. Shorten schedule.decay.tokens, or "
+            f"raise run.tokens to {decay.start + decay.tokens - config.run.tokens_seen:,}."
+        )
+
+    for name, phases in (("batch.ramp", batch.ramp), ("data.stages", config.data.stages)):
+        starts = [phase.from_tokens for phase in phases]
+        if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
+            raise ConfigError(f"{name} has from_tokens {starts}; they have to rise, from above zero.")
+    corpora = config.data.corpora
+    for where, mixture in (
+        ("data.mixture", config.data.mixture),
+        *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in config.data.stages),
+    ):
+        for name, weight in mixture.items():
+            if name not in corpora:
+                raise ConfigError(
+                    f"{where} names the corpus '{name}', which data.corpora does not define "
+                    f"(it has: {', '.join(corpora) or 'none'})."
+                )
+            if not weight >= 0 or math.isinf(weight):
+                raise ConfigError(f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Raises ConfigError unless every phase of the batch splits evenly over ranks and micro-batches."""
+    micro = config.batch.micro_sequences
+    for sequences in (config.batch.sequences, *(phase.sequences for phase in config.batch.ramp)):
+        unit = micro * world_size
+        if sequences % unit:
+            below, above = sequences // unit * unit, -(-sequences // unit) * unit
+            fitting = [m for m in range(1, sequences // world_size + 1) if sequences % (m * world_size) == 0]
+            raise ConfigError(
+                f"A batch of {sequences} sequences does not split into micro-batches of {micro} on {world_size} "
+                f"rank(s), {unit} sequences at a time. Batches near it that do: "
+                f"{', '.join(str(n) for n in (below, above) if n)}. Values of batch.micro_sequences that fit "
+                f"this batch: {', '.join(map(str, fitting)) or f'none on {world_size} ranks'}."
+            )
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain containers, as written to config.yaml."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is '{value}'; it is one of {', '.join(allowed)}.")
+
+
+def _suggestion(key: str) -> str:
+    near = difflib.get_close_matches(key, setting_names(Config), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def setting_names(node: Any = Config, prefix: str = "") -> list[str]:
+    """Every setting as a dotted name."""
+    keys: list[str] = []
+    for entry in dataclasses.fields(node):
+        keys.append(prefix + entry.name)
+        if dataclasses.is_dataclass(entry.default_factory):
+            keys += setting_names(entry.default_factory, f"{prefix}{entry.name}.")
+    return keys
+
+
+def _experiments() -> str:
+    names = sorted(path.stem for path in (Path(__file__).parent.parent / "configs/experiment").glob("*.yaml"))
+    return f"there are: {', '.join(names)}"

@@ -1,0 +1,64 @@
+"""What a run ran on: versions, commit, hardware, command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.engine import Engine
+
+_PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+
+
+def write(path: Path, engine: Engine, command: list[str], **more: Any) -> None:
+    """Append this start to the `starts` of run.json, which keeps one entry for each start of the run."""
+    record = json.loads(path.read_text()) if path.exists() else {"parent": None, "starts": []}
+    record |= more
+    record["starts"].append(
+        {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": command,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "hardware": {
+                "device": _device_name(engine.device),
+                "ranks": engine.world_size,
+                "threads": torch.get_num_threads(),
+                "cores": os.cpu_count(),
+                "machine": platform.machine(),
+            },
+        }
+    )
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or device.type
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file runs from, with + when it has been changed since."""
+    here = Path(__file__).parent
+    try:
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,165 @@
+"""A finished run as a Hugging Face folder: weights, configuration, tokenizer, model card; checked on the way out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from train.config import Config
+from train.metrics import count_parameters
+
+if TYPE_CHECKING:
+    from train.model.granite import CausalLM
+
+TOLERANCE = 1e-5  # largest difference of a logit, float32
+
+
+class ExportError(RuntimeError):
+    """The exported folder does not give the trainer's logits."""
+
+
+def export(
+    model: CausalLM,
+    config: Config,
+    tokenizer_folder: Path,
+    folder: Path,
+    probe: Tensor,
+    facts: dict[str, Any],
+) -> float:
+    """Write `model` to `folder`, load it again with Transformers alone, and compare logits.
+
+    The weights keep the precision that the forward pass used: `precision`.
+
+    Args:
+        probe: (B, S) token ids to compare on.
+        facts: what the model card tells of the training: tokens, validation losses, …
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        ExportError: it is above TOLERANCE; the folder is not put in place.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    hf_config = type(model.config).from_dict(model.config.to_dict())
+    hf_config.dtype = dtype
+    hf_config.architectures = [type(model).__name__]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(hf_config, name, getattr(tokenizer, name))
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    if hf_config.tie_word_embeddings:
+        del state["lm_head.weight"]
+
+    model.save_pretrained(partial, state_dict=state)
+    hf_config.save_pretrained(partial)
+    GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(_model_card(model, config, facts))
+
+    difference = _largest_logit_difference(model, partial, probe, dtype)
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"The exported model's logits differ from the trainer's by {difference:.3g}, more than {TOLERANCE}. "
+            f"It was left in {partial}; the checkpoint is not affected."
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return difference
+
+
+@torch.no_grad()
+def _largest_logit_difference(model: CausalLM, folder: Path, probe: Tensor, dtype: torch.dtype) -> float:
+    device = next(model.parameters()).device
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=model.config._attn_implementation,
+    ).to(device)
+    model.eval()
+    reference = model if dtype == torch.float32 else type(model)._from_config(model.config, dtype=dtype).to(device)
+    if reference is not model:
+        reference.load_state_dict(model.state_dict())
+        reference.eval()
+    ids = probe.to(device)
+    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    logits = [m(input_ids=ids, position_ids=positions, use_cache=False).logits for m in (reference, loaded.eval())]
+    model.train()
+    return (logits[0].float() - logits[1].float()).abs().max().item()
+
+
+def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | None = None) -> str:
+    """The prompt continued by the model in `folder`: greedily, or sampled when a seed is given."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto").eval()
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=seed is not None,
+        )
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _model_card(model: CausalLM, config: Config, facts: dict[str, Any]) -> str:
+    counts = count_parameters(model.named_parameters(), config)
+    moe = config.model.model_type == "granitemoe"
+    shape = (
+        f"{config.model.num_hidden_layers} layers, hidden size {config.model.hidden_size}, "
+        f"{config.model.num_attention_heads} heads"
+    )
+    if moe:
+        shape += (
+            f", {config.model.num_local_experts} experts of {config.model.intermediate_size}, "
+            f"top-{config.model.num_experts_per_tok}"
+        )
+    schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{"granitemoe" if moe else "granite"}, powertrain]
+---
+
+# {config.run.name}
+
+A {"GraniteMoe" if moe else "dense Granite"} language model pretrained with powertrain: {shape};
+{counts["total"]:,} parameters, {counts["active"]:,} active for a token besides the embedding.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", device_map="auto")
+inputs = tokenizer("your text", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+## Training
+
+| | |
+|---|---|
+{rows}
+| schedule | {config.schedule.get("name")}: {schedule} |
+| batch | {config.batch.sequences} sequences of {config.data.sequence_length} tokens |
+| muP | d_base {config.mup.base_hidden_size}, init std {config.model.initializer_range}, rule {config.mup.rule} |
+| optimizer | AdamW {json.dumps(list(config.optimizer.betas))}, weight decay {config.optimizer.weight_decay} \
+({config.optimizer.weight_decay_mode}) |
+| precision | {config.precision} |
+
+It is a base model: it continues text. It was not aligned, filtered or tested for any use.
+"""

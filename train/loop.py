@@ -1,0 +1,169 @@
+"""One optimizer step, evaluation, and the loop that takes steps until the budget is used or someone says stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import Batches
+from schedulers import Schedule
+from train import metrics
+from train.balance import Balance
+from train.config import Config
+from train.engine import Engine
+from train.loss import IGNORE_INDEX
+from train.state import State
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on: too many steps in a row without a finite gradient."""
+
+
+def train_step(
+    config: Config,
+    engine: Engine,
+    batches: Batches,
+    schedule: Schedule,
+    balance: Balance,
+    state: State,
+) -> dict[str, Any]:
+    """Take one step and advance `state`; what happened, as a line of metrics.jsonl. Collective."""
+    start = time.perf_counter()
+    length, micro = config.data.sequence_length, config.batch.micro_sequences
+    sequences = config.batch_at(state.tokens - config.run.tokens_seen)
+    beta = config.beta(sequences)
+    lr = schedule(tokens=state.tokens, batch=beta)
+
+    # ---- this rank's share of samples [k, k + sequences): one contiguous run of them
+    share = sequences // engine.world_size
+    samples = to_device(batches.batch(state.samples + engine.rank * share, share), engine.device)
+    batch_tokens = sequences * length
+    targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)
+
+    # ---- forward and backward; each micro-batch adds its part of the global mean
+    sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, balance, z
+    for first in range(0, share, micro):
+        last = first + micro >= share
+        outputs = engine.forward({k: v[first : first + micro] for k, v in samples.items()}, last)
+        lm_loss = outputs.cross_entropy / targets
+        balance_loss, z_loss = balance.losses(outputs, batch_tokens)
+        loss = lm_loss
+        if balance.num_experts:
+            loss = (
+                lm_loss
+                + config.balance.router_aux_loss_coef * balance_loss
+                + config.balance.router_z_loss_coef * z_loss
+            )
+        engine.backward(loss, last)
+        sums += torch.stack([lm_loss, balance_loss, z_loss]).detach().double().cpu()
+
+    grad_norm, skipped = engine.step(lr)
+    assignments = balance.end_step(skipped)
+    lm, bal, z = engine.reduce(sums).tolist()
+
+    record = {
+        "step": state.step + 1,
+        "tokens": state.tokens,  # n, before this step: what the schedule was asked with
+        "loss": lm + config.balance.router_aux_loss_coef * bal + config.balance.router_z_loss_coef * z,
+        "lm_loss": lm,
+        "balance_loss": bal,
+        "z_loss": z,
+        "lr": lr,
+        "lr_per_group": engine.learning_rates(),
+        "batch": beta,
+        "gamma": lr / beta,
+        "at_cap": schedule.at_cap(state.tokens, beta),
+        "phase": schedule.phase(state.tokens),
+        "grad_norm": grad_norm,
+        "skipped": skipped,
+    }
+    if balance.num_experts:
+        record["expert_load"] = metrics.expert_load(assignments)
+    state.advance(sequences, length, skipped)
+    seconds = time.perf_counter() - start
+    record["tokens_per_second"] = batch_tokens / seconds
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            record[name] = None  # JSON has no NaN; `skipped` says what happened
+    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise TrainingStopped(
+            f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a gradient that is not finite; "
+            "the weights are as they were before the first of them. Lower the rate, or look at the data there."
+        )
+    return record
+
+
+class Stop:
+    """Collects requests to stop: SIGINT, SIGTERM, SIGUSR1 to any rank, or a file `stop` in the run folder."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        self.file = folder / "stop"
+        self.engine = engine
+        self._signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._signal = number
+
+    def reason(self) -> str | None:
+        """Why to stop, the same on all ranks, or None. Collective."""
+        wanted = torch.tensor([self._signal, int(self.engine.is_main and self.file.exists())])
+        seen = self.engine.reduce(wanted)
+        if seen[1]:
+            return "the file 'stop' in the run folder"
+        if seen[0]:
+            return "a signal" if not self._signal else signal.Signals(self._signal).name
+        return None
+
+
+def train_loop(
+    config: Config,
+    engine: Engine,
+    batches: Batches,
+    schedule: Schedule,
+    balance: Balance,
+    state: State,
+    stop: Stop,
+    on_step: Callable[[dict[str, Any]], None],
+    evaluate: Callable[[], Any],
+    save: Callable[[], Any],
+) -> str | None:
+    """Steps until the budget is used; evaluates and saves when due.
+
+    Returns:
+        None at the end of the budget, else the reason for stopping before it.
+    """
+    while state.tokens < config.end_tokens:
+        on_step(train_step(config, engine, batches, schedule, balance, state))
+        if (reason := stop.reason()) is not None:
+            return reason
+        if state.tokens >= config.end_tokens:
+            break
+        if config.evaluation.every and state.step % config.evaluation.every == 0:
+            evaluate()
+        if config.checkpoint.every and state.step % config.checkpoint.every == 0:
+            save()
+    return None
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same batch on `device`."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

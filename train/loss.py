@@ -1,0 +1,133 @@
+"""Cross-entropy without whole logits, and the module that an engine wraps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from train.model.granite import CausalLM
+
+IGNORE_INDEX = -100
+_CHUNK_LOGITS = 1 << 24  # logits that exist at one time: 64 MiB in float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk: the logits are never kept or made twice."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float
+    ) -> Tensor:
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.zeros_like(hidden) if needs_gradient else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            kept = labels[rows] != IGNORE_INDEX
+            target = torch.where(kept, labels[rows], 0)[:, None]
+            logits = (hidden[rows] @ weight.T).float().div_(logits_scaling)  # (chunk, V)
+            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            loss += torch.where(kept, (normaliser - logits.gather(1, target)).squeeze(1), 0.0).sum()
+            if hidden_grad is not None and weight_grad is not None:
+                # d loss / d (hidden @ weight.T) = (softmax − one-hot) / logits_scaling, zero where not kept
+                gradient = logits.sub_(normaliser).exp_()
+                gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+                gradient = gradient.mul_((kept / logits_scaling)[:, None]).to(hidden.dtype)
+                hidden_grad[rows] = gradient @ weight
+                weight_grad += gradient.T @ hidden[rows]
+        if needs_gradient:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad.to(hidden_grad.dtype), (weight_grad * grad).to(ctx.weight_dtype), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:
+    """Sum of the cross-entropies of `hidden @ weight.T / logits_scaling` against `labels`, in nats.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H), the output head.
+        labels: (N,) token ids; IGNORE_INDEX counts for nothing.
+        logits_scaling: muP's m_width.
+
+    Returns:
+        A float32 scalar; divide it by the number of targets, once, over the whole batch.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, logits_scaling)  # type: ignore[no-any-return]
+
+
+class Outputs(NamedTuple):
+    """What one micro-batch contributes; everything is a sum, so that parts add up to the batch.
+
+    Attributes:
+        cross_entropy: sum over targets, nats.
+        targets: number of targets.
+        assignments: (layers, experts) tokens sent to each expert, no gradient; (0, 0) for a dense model.
+        probabilities: (layers, experts) router probabilities summed over tokens.
+        z: (layers,) squared log-sum-exp of router logits summed over tokens.
+    """
+
+    cross_entropy: Tensor
+    targets: Tensor
+    assignments: Tensor
+    probabilities: Tensor
+    z: Tensor
+
+
+class LanguageModelLoss(nn.Module):
+    """A causal language model whose forward pass ends in sums: cross-entropy, targets, router statistics.
+
+    Everything that has a gradient goes through this one `forward`, so an engine's hooks see it all.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self._routed: list[tuple[Tensor, Tensor]] | None = None
+        for module in model.modules():
+            if type(module).__name__ == "GraniteMoeTopKRouter":
+                module.register_forward_hook(self._record)
+
+    def _record(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        # None outside `forward`: recomputation in the backward pass must not count a token twice.
+        if self._routed is not None:
+            self._routed.append((output[0], output[2]))
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Outputs:
+        """Args: each (B, S). A token attends within its document, which begins where `position_ids` is 0."""
+        self._routed = []
+        hidden = self.model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,  # with a cache, Transformers does not look for document boundaries
+        ).last_hidden_state
+        routed, self._routed = self._routed, None
+        cross_entropy = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.model.lm_head.weight,
+            labels.flatten(),
+            self.model.config.logits_scaling,
+        )
+        return Outputs(cross_entropy, (labels != IGNORE_INDEX).sum(), *_router_sums(routed, hidden))
+
+
+def _router_sums(routed: list[tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not routed:
+        return like.new_zeros(0, 0), like.new_zeros(0, 0), like.new_zeros(0)
+    assignments, probabilities, z = [], [], []
+    for logits, chosen in routed:  # (tokens, E), (tokens, K)
+        logits = logits.float()
+        assignments.append(torch.bincount(chosen.flatten(), minlength=logits.shape[1]))
+        probabilities.append(torch.softmax(logits, dim=-1).sum(0))
+        z.append(torch.logsumexp(logits, dim=-1).square().sum())
+    return torch.stack(assignments), torch.stack(probabilities), torch.stack(z)

@@ -1,0 +1,73 @@
+"""Counts that do not need a run: parameters, floating-point operations, and the share of a device's peak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from train.config import Config
+from train.model import granite
+
+# Dense bf16 peak in FLOP/s by a part of the device's name, from the vendors' data sheets.
+_BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def count_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Config) -> dict[str, int]:
+    """Parameters: `total`, `embedding` (with an untied head), and `active` ones a token uses, without embedding.
+
+    The paper's active counts leave the embedding out (377M and 800M).
+    """
+    total = embedding = active = 0.0
+    share = 1.0
+    if config.model.model_type == "granitemoe":
+        share = config.model.num_experts_per_tok / config.model.num_local_experts
+    for name, parameter in named_parameters:
+        total += parameter.numel()
+        if "embed_tokens" in name or "lm_head" in name:
+            embedding += parameter.numel()
+        else:
+            active += parameter.numel() * (share if ".experts." in name else 1.0)
+    return {"total": int(total), "embedding": int(embedding), "active": int(active)}
+
+
+def parameters_of(config: Config) -> dict[str, int]:
+    """`count_parameters` of a configuration, without allocating anything."""
+    return count_parameters(granite.build(config, "meta").named_parameters(), config)
+
+
+def flops_per_token(config: Config, counts: dict[str, int]) -> float:
+    """Forward and backward FLOPs of one token of training.
+
+    6 a parameter that a token meets (the output head's product included, the embedding look-up not), and
+    causal attention: 2 products of 2·hidden·S/2 in the forward pass, thrice with the backward, a layer.
+    """
+    model = config.model
+    head = model.vocab_size * model.hidden_size
+    attention = 6 * model.num_hidden_layers * model.hidden_size * config.data.sequence_length
+    return 6.0 * (counts["active"] + head) + attention
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, or None where it is not known (a CPU's has to be measured)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+
+
+def expert_load(assignments: torch.Tensor) -> dict[str, float]:
+    """Summary of (layers, experts) assignments, of the worst layer each.
+
+    `max_over_mean` is 1 when balanced, `entropy` is relative to uniform (1 when balanced), `idle` counts experts
+    of all layers that received nothing.
+    """
+    load = assignments.double()
+    share = load / load.sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(share).sum(dim=-1) / torch.log(torch.tensor(float(load.shape[-1])))
+    return {
+        "max_over_mean": (share.amax(dim=-1) * load.shape[-1]).max().item(),
+        "entropy": entropy.min().item() if load.shape[-1] > 1 else 1.0,
+        "idle": int((load == 0).sum()),
+    }

@@ -1,0 +1,86 @@
+"""From a run's configuration to Transformers' GraniteMoe or Granite, on any device, without weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.utils import is_flash_attn_2_available
+
+from train.model import mup
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM
+
+
+def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
+    """The Transformers configuration of the run's model, muP's multipliers in their fields."""
+    model = config.model
+    fields: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings or config.data.sequence_length,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rms_norm_eps": model.rms_norm_eps,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "attention_dropout": model.attention_dropout,
+        "initializer_range": model.initializer_range,
+        # The tokenizer's own go in when the model is exported.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **mup.multipliers(config),
+    }
+    if model.model_type == "granite":
+        return GraniteConfig(**fields)
+    return GraniteMoeConfig(
+        **fields,
+        num_local_experts=model.num_local_experts,
+        num_experts_per_tok=model.num_experts_per_tok,
+        # Transformers' loss pools the layers and is top_k at balance where ours sums them and is one a layer.
+        router_aux_loss_coef=(
+            config.balance.router_aux_loss_coef * model.num_hidden_layers / model.num_experts_per_tok
+        ),
+    )
+
+
+def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
+    """The float32 model on `device`, its weights not yet initialised (see `mup.initialize`).
+
+    On the meta device nothing is allocated, which is enough to count.
+    """
+    hf_config = transformers_config(config)
+    implementations = {
+        "attn_implementation": attention_implementation(config.model.attn_implementation, device),
+        "experts_implementation": experts_implementation(config.model.experts_implementation, device),
+    }
+    model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
+    if model_class is GraniteForCausalLM:
+        del implementations["experts_implementation"]
+    with torch.device(device), no_init_weights():
+        return model_class._from_config(hf_config, dtype=torch.float32, **implementations)
+
+
+def attention_implementation(name: str, device: torch.device | str) -> str:
+    """`auto`: FlashAttention where there is a GPU and the package, else PyTorch's fused attention."""
+    if name != "auto":
+        return name
+    return "flash_attention_2" if _on_gpu(device) and is_flash_attn_2_available() else "sdpa"
+
+
+def experts_implementation(name: str, device: torch.device | str) -> str:
+    """`auto`: grouped products on a GPU; on a CPU a loop over experts is faster than they are."""
+    if name != "auto":
+        return name
+    return "grouped_mm" if _on_gpu(device) else "eager"
+
+
+def _on_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"

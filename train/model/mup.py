@@ -1,0 +1,132 @@
+"""Maximal update parametrisation: one table, role -> (init std, rate multiplier, weight decay, multiplier).
+
+Table 1 of arXiv 2408.13359, with m_width = hidden_size / base_hidden_size:
+
+| role | tensors | init std | rate | forward |
+|---|---|---|---|---|
+| embedding | embed_tokens, and the output head tied to it | init_std | η | × embedding_multiplier |
+| head | lm_head, when it is not tied | init_std | η | logits ÷ m_width |
+| attention | q_proj, k_proj, v_proj | init_std / √m | η / m | q·k ÷ head size |
+| attention_out | o_proj | init_std / √m | η / m | × residual_multiplier |
+| router | router | init_std / √m | η / m | |
+| gate_up | gate and up of experts or MLP | init_std / √m | η / m | |
+| down | down_proj of experts or MLP | init_std / √m | η / m | × residual_multiplier |
+| norm | RMSNorm | one | η, no weight decay | |
+
+m is m_width in the `paper` rule. In `fan_in` it is the tensor's own fan-in / base_hidden_size, which differs
+for `down` alone: experts of fixed width keep their fan-in, and `paper` then shrinks their output as m_width^-½.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from train.config import Config
+
+# Decided by name, never by shape: a sharded engine may have flattened or emptied the tensor.
+_PATTERNS = {
+    "embedding": r"model\.embed_tokens\.weight",
+    "head": r"lm_head\.weight",
+    "attention": r"model\.layers\.\d+\.self_attn\.[qkv]_proj\.weight",
+    "attention_out": r"model\.layers\.\d+\.self_attn\.o_proj\.weight",
+    "router": r"model\.layers\.\d+\.block_sparse_moe\.router\.weight",
+    "gate_up": r"model\.layers\.\d+\.(block_sparse_moe\.experts\.gate_up_proj|mlp\.(gate|up)_proj\.weight)",
+    "down": r"model\.layers\.\d+\.(block_sparse_moe\.experts\.down_proj|mlp\.down_proj\.weight)",
+    "norm": r"model\.(layers\.\d+\.(input|post_attention)_layernorm|norm)\.weight",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the tensors of one role are initialised and trained.
+
+    Attributes:
+        std: standard deviation of the normal initialisation; None means ones.
+        rate_multiplier: factor on the scheduled learning rate.
+        weight_decay: whether weight decay applies.
+        forward: what the forward pass multiplies, in words with the number; empty when nothing.
+    """
+
+    std: float | None
+    rate_multiplier: float
+    weight_decay: bool
+    forward: str = ""
+
+
+def role_of(name: str) -> str:
+    """The role of the parameter with this Hugging Face name.
+
+    Raises:
+        ValueError: no role, which would mean a tensor without a rule.
+    """
+    for role, pattern in _PATTERNS.items():
+        if re.fullmatch(pattern, name):
+            return role
+    raise ValueError(f"The parameter '{name}' has no role in the muP table; it would be trained by no rule.")
+
+
+def width_multiplier(config: Config) -> float:
+    """m_width = d_model / d_base."""
+    return config.model.hidden_size / config.mup.base_hidden_size
+
+
+def multipliers(config: Config) -> dict[str, float]:
+    """The forward multipliers under the names that Transformers' Granite configurations give them."""
+    model = config.model
+    residual = model.residual_multiplier
+    return {
+        "embedding_multiplier": model.embedding_multiplier,
+        # The paper's 0.22 at 40 layers and 0.28 at 24 follow 1.4 / √layers.
+        "residual_multiplier": 1.4 / math.sqrt(model.num_hidden_layers) if residual is None else residual,
+        "attention_multiplier": model.num_attention_heads / model.hidden_size,  # 1 / head size, not its root
+        "logits_scaling": width_multiplier(config),
+    }
+
+
+def table(config: Config) -> dict[str, Row]:
+    """The muP table of this configuration, by role."""
+    std, m_width = config.model.initializer_range, width_multiplier(config)
+    own = config.model.intermediate_size / config.mup.base_hidden_size
+    m_down = own if config.mup.rule == "fan_in" else m_width
+    forward = multipliers(config)
+    residual = f"block output × {forward['residual_multiplier']:.4g}"
+
+    def internal(m: float, note: str = "") -> Row:
+        return Row(std / math.sqrt(m), 1 / m, True, note)
+
+    return {
+        "embedding": Row(std, 1.0, True, f"× {forward['embedding_multiplier']:.4g}"),
+        "head": Row(std, 1.0, True, f"logits ÷ {m_width:.4g}"),
+        "attention": internal(m_width, f"q·k × {forward['attention_multiplier']:.4g}"),
+        "attention_out": internal(m_width, residual),
+        "router": internal(m_width),
+        "gate_up": internal(m_width),
+        "down": internal(m_down, residual),
+        "norm": Row(None, 1.0, False),
+    }
+
+
+@torch.no_grad()
+def initialize(named_parameters: Iterable[tuple[str, torch.Tensor]], rows: dict[str, Row], seed: int) -> None:
+    """Fill every parameter in place by its role.
+
+    Each tensor draws from its own CPU generator, keyed by seed and name, so the weights are the same bits
+    whatever the device, the order of the parameters or how an engine splits them.
+    """
+    for name, parameter in named_parameters:
+        std = rows[role_of(name)].std
+        if std is None:
+            parameter.fill_(1.0)
+            continue
+        key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))

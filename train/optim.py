@@ -1,0 +1,62 @@
+"""Parameter groups from the muP table, AdamW, and bf16 working weights over float32 masters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from train.config import OptimizerConfig
+from train.model.mup import Row, role_of
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], rows: dict[str, Row], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """One group a role, in the table's order, with `name`, `lr_multiplier` and `weight_decay`.
+
+    AdamW shrinks a weight by rate × weight_decay a step. `coupled` leaves it at that, so muP's rate multiplier
+    weakens the decay too; `independent` divides the multiplier out, and every role shrinks by η·weight_decay.
+    """
+    members: dict[str, list[nn.Parameter]] = {role: [] for role in rows}
+    for name, parameter in named_parameters:
+        members[role_of(name)].append(parameter)
+    groups = []
+    for role, row in rows.items():
+        if members[role]:
+            decay = config.weight_decay if row.weight_decay else 0.0
+            if config.weight_decay_mode == "independent":
+                decay /= row.rate_multiplier
+            groups.append(
+                {
+                    "params": members[role],
+                    "name": role,
+                    "lr_multiplier": row.rate_multiplier,
+                    "weight_decay": decay,
+                }
+            )
+    return groups
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's AdamW; the loop writes each group's rate before each step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+class BFloat16Weights(nn.Module):
+    """Runs a module on bf16 copies of its float32 parameters.
+
+    The copies are made in each forward pass, so the parameters are the masters, and their gradients arrive
+    and accumulate in float32 under any wrapper.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Tensor) -> Any:
+        weights = {name: parameter.bfloat16() for name, parameter in self.module.named_parameters()}
+        return functional_call(self.module, weights, kwargs=inputs)
