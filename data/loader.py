@@ -12,7 +12,7 @@ from data.tokens import TokenFile
 if TYPE_CHECKING:
     import torch
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
+IGNORE_INDEX = -100  # the label that torch's cross-entropy leaves out
 
 
 def num_windows(num_tokens: int, sequence_length: int, name: str = "The corpus") -> int:
@@ -39,7 +39,7 @@ def window(
     tokens = file.tokens[begin : begin + sequence_length + 1].astype(np.int64)
     starts = file.starts_between(begin + 1, begin + sequence_length + 1) - begin  # 1 … S
     labels = tokens[1:].copy()
-    labels[starts - 1] = IGNORED
+    labels[starts - 1] = IGNORE_INDEX
     positions = np.arange(sequence_length)
     first = np.zeros(sequence_length, dtype=np.int64)  # where the token's document begins in the window
     starts = starts[starts < sequence_length]
@@ -63,7 +63,5 @@ class Batches:
         windows = [window(self.files[corpus], index, self.sequence_length) for corpus, index in samples]
         return {
             name: torch.from_numpy(np.stack(rows))
-            for name, rows in zip(
-                ("input_ids", "labels", "position_ids"), zip(*windows, strict=True), strict=True
-            )
+            for name, rows in zip(("input_ids", "labels", "position_ids"), zip(*windows, strict=True), strict=True)
         }

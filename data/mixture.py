@@ -63,9 +63,7 @@ def _mixture(weights: tuple[tuple[str, float], ...]) -> Mixture:
 def _slots(weights: tuple[tuple[str, float], ...]) -> dict[str, int]:
     """Corpus → slots, by largest remainder in exact arithmetic."""
     if not weights:
-        raise DataError(
-            "A mixture names no corpus. Give at least one name with a weight, such as {corpus: 1}."
-        )
+        raise DataError("A mixture names no corpus. Give at least one name with a weight, such as {corpus: 1}.")
     for name, weight in weights:
         if not (isfinite(weight) and weight > 0):
             raise DataError(
@@ -98,9 +96,7 @@ def _cycle(slots: list[int]) -> npt.NDArray[Any]:
     if len(slots) == 1:
         return cycle
     base = len(slots)
-    ready = [
-        -(-SLOTS // n) * base + corpus for corpus, n in enumerate(slots)
-    ]  # deadline and corpus in one integer
+    ready = [-(-SLOTS // n) * base + corpus for corpus, n in enumerate(slots)]  # deadline and corpus in one integer
     heapify(ready)
     waiting: list[list[int]] = [[] for _ in range(SLOTS + 1)]  # by the slot from which an entry may come
     done = [0] * base

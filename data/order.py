@@ -69,7 +69,7 @@ class Order:
 
     def __post_init__(self) -> None:
         starts = [stage.start for stage in self.stages]
-        if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
             raise DataError(
                 f"Stages start at samples {starts}; the first must start at 0 and each later one after the one before."
             )
@@ -109,6 +109,4 @@ def _add(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
 
 def _key(seed: int, corpus: str, epoch: int) -> int:
     # Not hash(), which differs from process to process.
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}/{epoch}/{corpus}".encode(), digest_size=8).digest(), "little"
-    )
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{corpus}".encode(), digest_size=8).digest(), "little")

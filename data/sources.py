@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ class Corpus:
         load or has saved (huggingface); the token file's PREFIX (tokens).
     field: the key or column that holds the text (jsonl, parquet, huggingface).
     split, name: the split and the configuration of a dataset (huggingface).
-    validation_fraction: the share of documents, by a hash of their text, that is kept for validation.
-    validation_path: the validation documents instead, a path of the same kind.
+    validation_fraction: the share of documents, by a hash of their text, that is kept for validation. A token file is
+        never split.
+    validation_path: the validation documents instead, a path of the same kind; the fraction is ignored then.
     """
 
     source: str
@@ -49,19 +51,9 @@ class Corpus:
                 f"A corpus of source {self.source!r} has the path {self.path!r}; stdlib takes none, every other one."
             )
         if not 0 <= self.validation_fraction < 1:
-            raise DataError(
-                f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1."
-            )
-        if self.validation_path and (self.validation_fraction or self.source == "stdlib"):
-            raise DataError(
-                f"validation_path is {self.validation_path!r}, with source {self.source!r} and validation_fraction "
-                f"{self.validation_fraction}. Give either a path or a fraction; stdlib takes only the fraction."
-            )
-        if self.source == "tokens" and self.validation_fraction:
-            raise DataError(
-                f"The token file {self.path} cannot be split: validation_fraction is {self.validation_fraction} and "
-                "must be 0. Give the prefix of a second token file as validation_path."
-            )
+            raise DataError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")
+        if self.validation_path and self.source == "stdlib":
+            raise DataError(f"validation_path is {self.validation_path!r}; stdlib takes only a validation_fraction.")
 
 
 @dataclass
@@ -117,11 +109,7 @@ def files(corpus: Corpus) -> list[Path]:
         return sorted(found)
     pattern = os.path.expanduser(str(corpus.path))
     if corpus.source == "huggingface":
-        return (
-            sorted(path for path in Path(pattern).rglob("*") if path.is_file())
-            if os.path.isdir(pattern)
-            else []
-        )
+        return sorted(path for path in Path(pattern).rglob("*") if path.is_file()) if os.path.isdir(pattern) else []
     found = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
     if not found:
         raise DataError(
@@ -149,9 +137,11 @@ def _lines(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
         try:
             with _open(path) as file:
                 for number, line in enumerate(file, 1):
+                    if not line.strip():
+                        continue
                     identifier = f"{path}:{number}"
                     try:
-                        record = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
+                        record = json.loads(line.decode("utf-8-sig"))
                     except UnicodeDecodeError:
                         skipped.add("invalid_utf8", identifier)
                     except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
@@ -159,12 +149,10 @@ def _lines(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
                     else:
                         if isinstance(record, dict) and corpus.field in record:
                             yield identifier, record[corpus.field]
-                        elif line.strip():
+                        else:
                             skipped.add("missing_field", identifier)
-        except (OSError, EOFError) as error:
-            raise DataError(
-                f"{path} cannot be read to its end: {error}. Replace the file or leave it out."
-            ) from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} cannot be read to its end: {error}. Replace the file or leave it out.") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -176,15 +164,17 @@ def _parquet(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     for path in files(corpus):
-        row = -1
+        row = 0
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if corpus.field not in file.schema_arrow.names:
                     raise DataError(
-                        f"{path} has no column {corpus.field!r}; it has {file.schema_arrow.names}. Set the corpus's field."
+                        f"{path} has no column {corpus.field!r}; it has {file.schema_arrow.names}. Set the corpus's "
+                        "field to one of these."
                     )
                 for batch in file.iter_batches(batch_size=64, columns=[corpus.field]):
-                    for row, value in enumerate(batch.column(0), row + 1):
+                    for value in batch.column(0):
+                        row += 1
                         try:
                             text = value.as_py()
                         except UnicodeDecodeError:
@@ -192,9 +182,7 @@ def _parquet(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
                         else:
                             yield f"{path}:{row}", text
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(
-                f"{path} cannot be read to its end: {error}. Replace the file or leave it out."
-            ) from error
+            raise DataError(f"{path} cannot be read to its end: {error}. Replace the file or leave it out.") from error
 
 
 def _dataset(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
@@ -208,7 +196,7 @@ def _dataset(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
                 rows = rows[corpus.split]
         else:
             rows = datasets.load_dataset(path, corpus.name, split=corpus.split, streaming=True)
-        for number, record in enumerate(rows):
+        for number, record in enumerate(rows, 1):
             if corpus.field in record:
                 yield f"{path}:{number}", record[corpus.field]
             else:

@@ -10,6 +10,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -136,7 +137,7 @@ class TokenFile:
         expected, size = start + 12 * sequences + 8 * indices, os.path.getsize(index_path)
         if size == expected + sequences and sequences:
             raise DataError(
-                f"{index_path} holds a mode for each sequence: it is of a multimodal corpus. Only text can be trained on."
+                f"{index_path} holds a mode for each sequence: its corpus is multimodal. Only text can be trained on."
             )
         if size != expected:
             raise DataError(
@@ -204,10 +205,9 @@ class TokenFile:
         for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
             size = os.path.getsize(path)
             digest.update(struct.pack("<Q", size))
-            if size <= SAMPLED_BLOCKS * BLOCK:
-                offsets = range(0, size, BLOCK)
-            else:
-                offsets = [i * (size - BLOCK) // (SAMPLED_BLOCKS - 1) for i in range(SAMPLED_BLOCKS)]
+            offsets: Iterable[int] = range(0, size, BLOCK)
+            if size > SAMPLED_BLOCKS * BLOCK:
+                offsets = (i * (size - BLOCK) // (SAMPLED_BLOCKS - 1) for i in range(SAMPLED_BLOCKS))
             with open(path, "rb") as file:
                 for offset in offsets:
                     file.seek(offset)

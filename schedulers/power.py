@@ -73,15 +73,15 @@ class Power:
     def cap_release(self, batch: float) -> float:
         """Tokens at which equation 7 leaves the cap: (batch**batch_exponent * a / max_lr)**(1/|b|)."""
         try:
-            return float((self._gain(batch) / self.max_lr) ** (-1.0 / self.b))
+            return math.pow(self._gain(batch) / self.max_lr, -1.0 / self.b)
         except OverflowError:
             return math.inf
 
     def _uncapped(self, tokens: int, batch: float) -> float:
         gain = self._gain(batch)
-        return gain * tokens**self.b if tokens > 0 else math.inf
+        return gain * math.pow(tokens, self.b) if tokens > 0 else math.inf
 
     def _gain(self, batch: float) -> float:
         if not 0 < batch < math.inf:
             raise ValueError(f"batch is this step's size in units of 4096 tokens, above 0; it is {batch!r}.")
-        return self.a * batch**self.batch_exponent
+        return self.a * math.pow(batch, self.batch_exponent)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataError
-from train.config import Config, ConfigError, as_dict, from_hydra
+from train.config import Config, ConfigError, as_dict, from_hydra, setting_names
 
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
@@ -35,7 +37,7 @@ examples:
 
 experiments: {experiments}
 groups: {groups}
-Every setting, with its default, is in configs/train.yaml and train/config.py.
+Every setting, with its default and meaning, is in train/config.py; --cfg prints them all.
 """
 
 
@@ -88,6 +90,7 @@ def composed(overrides: list[str]) -> Config:
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
+    ConfigStore.instance().store(name="settings", node=Config)
     try:
         with initialize_config_module("configs", version_base="1.3"):
             return from_hydra(compose("train", overrides=overrides))
@@ -120,17 +123,24 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
 
 
 def _in_plain_words(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip() and "override" not in line.lower()[:3]]
-    message = " ".join(line.strip() for line in lines)
-    named = message.partition("'")[2].partition("'")[0]
-    near = difflib.get_close_matches(named, _option_names(), n=1, cutoff=0.6) if named else []
-    return message + (f" Did you mean '{near[0]}'?" if near else "")
+    """Hydra's message without its advice to append, which a checked configuration would refuse."""
+    said = str(error)
+    if missing := re.search(r"Could not (?:override|append[^']*) '([^']+)'", said):
+        return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
+    if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):
+        options = _options(missing[1])
+        return (
+            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(options)}. "
+            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], options)
+        )
+    cause = error.__cause__ or error.__context__
+    first_line = str(cause or "").partition("\n")[0]
+    return " ".join(f"{said} {first_line}".split())
 
 
-def _option_names() -> list[str]:
-    from train.config import setting_names
-
-    return [*setting_names(), *(name for group in _group_names() for name in _options(group))]
+def _did_you_mean(value: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _configs() -> Path:

@@ -7,14 +7,13 @@ wrong with it. Names are Transformers' wherever Transformers has one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError
 
 import schedulers
 
@@ -33,7 +32,7 @@ class ConfigError(ValueError):
 class RunConfig:
     """What to do, for how long, and where."""
 
-    name: str = MISSING  # the run's folder is folder/name
+    name: str = "run"  # the run's folder is folder/name
     folder: str = "runs"
     seed: int = 0
     tokens: int = MISSING  # budget of this run; the clock may start later (tokens_seen)
@@ -129,7 +128,7 @@ class BatchConfig:
     """Sequences in a step over all ranks, and in one forward pass of one rank."""
 
     sequences: int = MISSING
-    micro_sequences: int = MISSING
+    micro_sequences: int = 1
     ramp: list[RampConfig] = field(default_factory=list)
 
 
@@ -223,6 +222,8 @@ class Config:
         """The schedule, with a decay that has no `start` put at the end of the budget."""
         fields = dict(self.schedule)
         name = fields.pop("name", None)
+        if name in ("cosine", "constant"):
+            fields.pop("decay", None)  # an experiment's, for the schedules that have one
         decay = fields.get("decay")
         if decay is not None:
             decay = dict(decay)
@@ -243,18 +244,16 @@ def from_hydra(composed: DictConfig) -> Config:
     """The checked `Config` of a composed Hydra configuration.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, or values that cannot work together.
+        ConfigError: a value that is missing, or values that cannot work together.
     """
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
-    except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        message = str(error).splitlines()[0]
-        if "Structured config of type" in message or "not in" in message:
-            message = f"there is no setting '{key}'" + _suggestion(key)
-            if key == "experiment":
-                message = f"there is no experiment '{composed.get('experiment')}'; {_experiments()}"
-        raise ConfigError(f"Bad configuration: {message}.") from error
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"These settings have no value yet: {', '.join(missing)}. An experiment brings most of them.")
+    try:  # as plain values first: a key added with + becomes part of the typed configuration
+        plain = OmegaConf.to_container(composed, resolve=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except ConfigKeyError as error:
+        raise ConfigError(f"There is no setting '{error.full_key}'.") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -286,6 +285,8 @@ def check(config: Config) -> None:
     ):
         if not value > 0:
             raise ConfigError(f"{name} is {value}; it has to be greater than zero.")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas is {list(config.optimizer.betas)}; it holds two numbers from 0 to below 1.")
     if config.run.tokens_seen < 0:
         raise ConfigError(f"run.tokens_seen is {config.run.tokens_seen}; a token count cannot be negative.")
     if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
@@ -382,11 +383,6 @@ def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{name} is '{value}'; it is one of {', '.join(allowed)}.")
 
 
-def _suggestion(key: str) -> str:
-    near = difflib.get_close_matches(key, setting_names(Config), n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 def setting_names(node: Any = Config, prefix: str = "") -> list[str]:
     """Every setting as a dotted name."""
     keys: list[str] = []
@@ -396,7 +392,3 @@ def setting_names(node: Any = Config, prefix: str = "") -> list[str]:
             keys += setting_names(entry.default_factory, f"{prefix}{entry.name}.")
     return keys
 
-
-def _experiments() -> str:
-    names = sorted(path.stem for path in (Path(__file__).parent.parent / "configs/experiment").glob("*.yaml"))
-    return f"there are: {', '.join(names)}"

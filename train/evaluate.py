@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import num_windows, window
+from data.loader import IGNORE_INDEX, window
 from data.tokens import TokenFile
 from train.config import Config
 from train.engine import Engine
 from train.loop import to_device
-from train.loss import IGNORE_INDEX
 from train.state import State
 
 
@@ -26,9 +25,9 @@ class Validation:
         self.bytes: dict[str, int] = {}
         length = config.data.sequence_length
         for name, file in sorted(files.items()):
-            total = num_windows(file.num_tokens, length)
-            if total == 0:
-                continue
+            total = (file.num_tokens - 1) // length
+            if total < 1:
+                continue  # less text than one window: nothing to measure on
             chosen = np.unique(np.linspace(0, total - 1, min(total, config.evaluation.sequences)).round().astype(int))
             windows = [window(file, int(index), length) for index in chosen]
             batch = [torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True)]

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loader import Batches
-from schedulers import Schedule
+from data.loader import IGNORE_INDEX, Batches
+from schedulers import Power, Schedule
 from train import metrics
 from train.balance import Balance
 from train.config import Config
 from train.engine import Engine
-from train.loss import IGNORE_INDEX
 from train.state import State
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -81,7 +80,7 @@ def train_step(
         "lr_per_group": engine.learning_rates(),
         "batch": beta,
         "gamma": lr / beta,
-        "at_cap": schedule.at_cap(state.tokens, beta),
+        "at_cap": isinstance(schedule, Power) and schedule.at_cap(state.tokens, beta),
         "phase": schedule.phase(state.tokens),
         "grad_norm": grad_norm,
         "skipped": skipped,

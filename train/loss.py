@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.loader import IGNORE_INDEX
+
 if TYPE_CHECKING:
     from train.model.granite import CausalLM
 
-IGNORE_INDEX = -100
 _CHUNK_LOGITS = 1 << 24  # logits that exist at one time: 64 MiB in float32
 
 

@@ -220,7 +220,7 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared) -> None
 def order_of(config: Config, prepared: Prepared) -> Order:
     """The order of samples: the mixture, then the stages that replace it, at sample numbers."""
     length = config.data.sequence_length
-    windows = {name: num_windows(file.num_tokens, length) for name, file in prepared.train.items()}
+    windows = {name: num_windows(file.num_tokens, length, name) for name, file in prepared.train.items()}
     equal = {name: 1.0 for name in config.data.corpora}
     stages = [Stage(0, config.data.mixture or equal)]
     stages += [Stage(-(-stage.from_tokens // length), stage.mixture) for stage in config.data.stages]

@@ -253,9 +253,7 @@ def test_cap_release_with_a_batch_exponent_and_beyond_doubles():
 @pytest.mark.parametrize("floor", [0.0, 0.25])
 def test_wsd_is_equation_2(shape, floor):
     warmup, start, length = 1_000, 90_000_000, 10_000_001
-    schedule = WSD(
-        lr=0.0064, warmup_tokens=warmup, decay=Decay(start=start, tokens=length, shape=shape, floor=floor)
-    )
+    schedule = WSD(lr=0.0064, warmup_tokens=warmup, decay=Decay(start=start, tokens=length, shape=shape, floor=floor))
     for n in around(0, warmup, warmup // 2, start, start + length // 2, start + length, 10**12):
         reference = equation_8_by_hand(n, lambda m: exact(0.0064), warmup, start, length, shape, floor)
         close(schedule(tokens=n, batch=77), reference)
@@ -273,9 +271,7 @@ def test_cosine():
     schedule = Cosine(lr=0.01, warmup_tokens=warmup, total_tokens=total)
     assert schedule.floor == 0.1
     for n in around(0, warmup, warmup // 2, warmup + (total - warmup) // 3, total, 2 * total):
-        reference = equation_8_by_hand(
-            n, lambda m: exact(0.01), warmup, warmup, total - warmup, "cosine", 0.1
-        )
+        reference = equation_8_by_hand(n, lambda m: exact(0.01), warmup, warmup, total - warmup, "cosine", 0.1)
         close(schedule(tokens=n, batch=5), reference)
     # (1 + cos 60°) / 2 = 3/4, whole numbers of tokens
     third = Cosine(lr=1.0, warmup_tokens=100, total_tokens=400, floor=0.0)(tokens=200, batch=1)
@@ -429,8 +425,7 @@ def test_build_makes_each_schedule_from_plain_values():
         (
             "wsd",
             {"lr": 0.1, "warmup_tokens": 1, "decay": {"start": 1, "tokens": 1, "shap": "linear"}},
-            "The schedule's decay has no field 'shap'. Did you mean 'shape'? "
-            "Allowed: start, tokens, shape, floor.",
+            "The schedule's decay has no field 'shap'. Did you mean 'shape'? Allowed: start, tokens, shape, floor.",
         ),
         (
             "constant",

@@ -65,7 +65,9 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     if model_class is GraniteForCausalLM:
         del implementations["experts_implementation"]
     with torch.device(device), no_init_weights():
-        return model_class._from_config(hf_config, dtype=torch.float32, **implementations)
+        model: CausalLM = model_class._from_config(hf_config, dtype=torch.float32, **implementations)
+    model.tie_weights()  # which is left out together with the initialisation
+    return model
 
 
 def attention_implementation(name: str, device: torch.device | str) -> str:

@@ -1,0 +1,36 @@
+"""`powertrain VERB` and `python -m launch`: what there is to do, and doing it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+VERBS = {
+    "train": "train a model: +experiment=NAME and Hydra overrides",
+    "prepare": "tokenise the corpora of a configuration once, before training",
+    "check": "mup | coordinates | batch: see that a configuration does what it should",
+    "export": "write a checkpoint as a Hugging Face folder",
+    "generate": "continue a prompt with an exported model",
+}
+
+
+def main() -> None:
+    """Run the verb named by the first argument."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: powertrain VERB …          (or python -m launch.VERB …; VERB --help shows examples)\n")
+        for verb, purpose in VERBS.items():
+            print(f"  {verb:<10} {purpose}")
+        sys.exit(0)
+    verb = arguments[0]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        print(f"powertrain: there is no verb '{verb}'; there are {', '.join(VERBS)}.{hint}", file=sys.stderr)
+        sys.exit(2)
+    importlib.import_module(f"launch.{verb}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from data import DataError
+from data.sources import Corpus, Skipped, documents, files
+
+
+def read(corpus: Corpus) -> tuple[list[str], Skipped]:
+    skipped = Skipped()
+    return [text for _, text in documents(corpus, skipped)], skipped
+
+
+def test_text_files_are_documents_in_sorted_order(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, content in {"b.txt": b"two", "a.txt": b"\xef\xbb\xbfone", "sub/c.txt": b"three", "d.md": b"no"}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "e.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "f.txt").write_bytes(b" \n\t ")
+    texts, skipped = read(Corpus("text", str(tmp_path / "**" / "*.txt")))
+    assert texts == ["one", "two", "three"]
+    assert skipped.first == {"invalid_utf8": [str(tmp_path / "e.txt")], "empty": [str(tmp_path / "f.txt")]}
+
+
+BAD_LINES = [
+    (b'{"text": "caf\xe9"}', "invalid_utf8"),
+    (b'{"text": "half a pair: \\ud800"}', "invalid_utf8"),
+    (b'{"text": "unfinished', "invalid_json"),
+    (b"[" * 100_000, "invalid_json"),
+    (b'{"words": "no field"}', "missing_field"),
+    (b'["text"]', "missing_field"),
+    (b'{"text": null}', "null"),
+    (b'{"text": 7}', "not_a_string"),
+    (b'{"text": ["a"]}', "not_a_string"),
+    (b'{"text": ""}', "empty"),
+    (b'{"text": " \\n"}', "empty"),
+]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_bad_json_lines_are_counted_and_never_stop_it(tmp_path, suffix):
+    lines = [b'{"text": "first"}', *(line for line, _ in BAD_LINES), b"", b"  ", b'{"text": "last", "id": 1}\r']
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(gzip.compress(b"\n".join(lines)) if suffix.endswith("gz") else b"\n".join(lines))
+    texts, skipped = read(Corpus("jsonl", str(path)))
+    assert texts == ["first", "last"]
+    for kind in {kind for _, kind in BAD_LINES}:
+        numbers = [number for number, (_, other) in enumerate(BAD_LINES, 2) if other == kind]
+        assert skipped.first[kind] == [f"{path}:{number}" for number in numbers]
+        assert skipped.counts[kind] == len(numbers)
+
+
+def test_only_the_first_bad_records_are_kept(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n" * 1000)
+    _, skipped = read(Corpus("jsonl", str(tmp_path / "a.jsonl")))
+    assert skipped.counts["missing_field"] == 1000 and len(skipped.first["missing_field"]) == 5
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = gzip.compress(json.dumps({"text": "word " * 10_000}).encode())
+    for damaged in (whole[:-20], whole[:30] + b"\xff" * 20 + whole[50:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read"):
+            read(Corpus("jsonl", str(tmp_path / "*.gz")))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+        read(Corpus("parquet", str(tmp_path / "a.parquet")))
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    with pytest.raises(DataError, match="Decompress"):
+        read(Corpus("jsonl", str(tmp_path / "a.jsonl.zst")))
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    invalid = pyarrow.array([b"one", b"caf\xe9", None, b"", b"two"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": invalid, "id": [1, 2, 3, 4, 5]}), path)
+    texts, skipped = read(Corpus("parquet", str(path)))
+    assert texts == ["one", "two"]
+    assert skipped.first == {"invalid_utf8": [f"{path}:2"], "null": [f"{path}:3"], "empty": [f"{path}:4"]}
+    texts, skipped = read(Corpus("parquet", str(path), field="id"))
+    assert texts == [] and skipped.counts["not_a_string"] == 5
+    with pytest.raises(DataError, match=r"no column 'body'.*\['text', 'id'\]"):
+        read(Corpus("parquet", str(path), field="body"))
+
+
+def test_huggingface_folders(tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_dict({"body": ["one", None, "", "two"]})
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "train.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
+    for folder, split in (("saved", "train"), ("splits", "test"), ("plain", "train")):
+        corpus = Corpus("huggingface", str(tmp_path / folder), field="body", split=split)
+        texts, skipped = read(corpus)
+        assert texts == ["one", "two"]
+        assert folder == "plain" or skipped.counts == {"null": 1, "empty": 1}
+        assert files(corpus)
+    with pytest.raises(DataError, match="split other"):
+        read(Corpus("huggingface", str(tmp_path / "splits"), split="other"))
+
+
+def test_the_standard_library():
+    texts, _ = read(Corpus("stdlib"))
+    assert len(texts) > 300 and sum(map(len, texts)) > 5_000_000
+    identifiers = [identifier for identifier, _ in documents(Corpus("stdlib"))]
+    assert "argparse.py" in identifiers and identifiers == sorted(identifiers, key=lambda name: Path(name))
+    assert not any({"test", "tests", "site-packages"} & set(Path(name).parts) for name in identifiers)
+
+
+def test_no_file_matches(tmp_path):
+    for path in (tmp_path / "*.txt", tmp_path):
+        with pytest.raises(DataError, match="No file matches"):
+            files(Corpus("text", str(path)))
+
+
+@pytest.mark.parametrize(
+    ("corpus", "words"),
+    [
+        ({"source": "web"}, "'web' is unknown; the sources are stdlib"),
+        ({"source": "text"}, "path None"),
+        ({"source": "stdlib", "path": "x"}, "path 'x'"),
+        ({"source": "text", "path": "x", "validation_fraction": 1.0}, "1.0"),
+        ({"source": "text", "path": "x", "validation_fraction": -0.1}, "-0.1"),
+        ({"source": "stdlib", "validation_path": "x"}, "stdlib takes only"),
+    ],
+)
+def test_corpora_that_mean_nothing(corpus, words):
+    with pytest.raises(DataError, match=words):
+        Corpus(**corpus)
