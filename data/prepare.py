@@ -33,7 +33,7 @@ BATCH = 1 << 22  # characters encoded in one call: the tokenizer takes a hundred
 Progress = Callable[[str, int, int | None], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenizerSpec:
     """`path`: a Hugging Face tokenizer, name or folder. None trains a byte-level BPE of `vocab_size` on the training
     documents of the corpora prepared with it, so that another corpus means another tokenizer: a run that may gain

@@ -19,7 +19,7 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages
 EXAMPLES = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class Corpus:
     """What one corpus is made of.
 

@@ -39,7 +39,7 @@ def _prepare(arguments: list[str]) -> int:
                 tasks[description] = bar.add_task(description, total=total)
             bar.update(tasks[description], completed=done, total=total)  # type: ignore[arg-type]
 
-        prepared = prepare(data.make_corpora(), data.tokenizer, data.cache_dir, progress)
+        prepared = prepare(data.corpora, data.tokenizer, data.cache_dir, progress)
 
     print(f"tokenizer  {prepared.tokenizer_folder}")
     for name, folder in prepared.folders.items():

@@ -119,6 +119,14 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
         _set_rng_state(load_file(rng), engine)
 
 
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Put the weights of a verified checkpoint into a model, without an engine."""
+    weights = load_file(checkpoint / "weights.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
 def available(checkpoints: Path) -> list[Path]:
     """Folders with a checkpoint's name and a manifest, oldest first. Their files are not verified."""
     if not checkpoints.is_dir():

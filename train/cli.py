@@ -16,11 +16,15 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataError
-from train.config import Config, ConfigError, as_dict, from_hydra, setting_names
+from train.config import Config, ConfigError, DataConfig, as_dict, data_from_hydra, from_hydra, setting_names
+
+# What a person should see is said by this project. Set before Transformers is imported.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
@@ -81,6 +85,19 @@ def composed(overrides: list[str]) -> Config:
     Raises:
         ConfigError: with what is wrong, in one paragraph.
     """
+    return from_hydra(_compose(overrides))
+
+
+def composed_data(overrides: list[str]) -> DataConfig:
+    """The `data` part alone, for which a run need not be described.
+
+    Raises:
+        ConfigError: with what is wrong, in one paragraph.
+    """
+    return data_from_hydra(_compose(overrides))
+
+
+def _compose(overrides: list[str]) -> DictConfig:
     overrides = _take_config_dir(overrides)
     for argument in overrides:
         if argument in ("-m", "--multirun"):
@@ -93,7 +110,7 @@ def composed(overrides: list[str]) -> Config:
     ConfigStore.instance().store(name="settings", node=Config)
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            return from_hydra(compose("train", overrides=overrides))
+            return compose("train", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_plain_words(error)) from error
 

@@ -10,15 +10,19 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 import schedulers
+from data.prepare import TokenizerSpec
+from data.sources import Corpus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+T = TypeVar("T")
 
 # The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
 LAW_SEQUENCE_LENGTH = 4096
@@ -75,14 +79,6 @@ class MupConfig:
 
 
 @dataclass
-class TokenizerConfig:
-    """A Hugging Face tokenizer by name or folder, or one trained on the corpora when `path` is null."""
-
-    path: str | None = None
-    vocab_size: int = MISSING
-
-
-@dataclass
 class StageConfig:
     """From this many tokens of the run on, samples are drawn by this mixture."""
 
@@ -91,26 +87,13 @@ class StageConfig:
 
 
 @dataclass
-class CorpusConfig:
-    """Where documents come from; see data.sources.Corpus."""
-
-    source: str = MISSING  # stdlib | text | jsonl | parquet | huggingface | tokens
-    path: str | None = None
-    field: str = "text"
-    split: str = "train"
-    name: str | None = None
-    validation_fraction: float = 0.01
-    validation_path: str | None = None
-
-
-@dataclass
 class DataConfig:
     """Corpora, the tokenizer, and the order in which windows of them are seen."""
 
     cache_dir: str = "~/.cache/powertrain"
     sequence_length: int = 4096
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
+    corpora: dict[str, Corpus] = field(default_factory=dict)
     mixture: dict[str, float] = field(default_factory=dict)  # weights; default: equal
     stages: list[StageConfig] = field(default_factory=list)  # later mixtures, by tokens of the run
 
@@ -246,17 +229,42 @@ def from_hydra(composed: DictConfig) -> Config:
     Raises:
         ConfigError: a value that is missing, or values that cannot work together.
     """
+    config = _typed(composed, Config)
+    check(config)
+    return config
+
+
+def load(path: Path) -> Config:
+    """The configuration that a run left in its config.yaml.
+
+    Raises:
+        ConfigError: no such file, or one of another version.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; {path.parent} is not the folder of a run.")
+    return from_hydra(DictConfig(OmegaConf.load(path)))
+
+
+def data_from_hydra(composed: DictConfig) -> DataConfig:
+    """The `data` of a composed configuration whose other settings need no value.
+
+    Raises:
+        ConfigError: a value that is missing.
+    """
+    return _typed(composed.data, DataConfig)
+
+
+def _typed(composed: DictConfig, kind: type[T]) -> T:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"These settings have no value yet: {', '.join(missing)}. An experiment brings most of them.")
     try:  # as plain values first: a key added with + becomes part of the typed configuration
         plain = OmegaConf.to_container(composed, resolve=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
     except ConfigKeyError as error:
         raise ConfigError(f"There is no setting '{error.full_key}'.") from error
-    assert isinstance(config, Config)
-    check(config)
-    return config
+    assert isinstance(typed, kind)
+    return typed
 
 
 def check(config: Config) -> None:
@@ -391,4 +399,3 @@ def setting_names(node: Any = Config, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(entry.default_factory):
             keys += setting_names(entry.default_factory, f"{prefix}{entry.name}.")
     return keys
-

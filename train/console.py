@@ -52,7 +52,7 @@ class Progressing:
         done = state.tokens - self.config.run.tokens_seen
         speed = record["tokens_per_second"]
         self.smooth = 0.9 * self.smooth + 0.1 * speed if self.smooth else speed
-        fields = {
+        fields: dict[str, Any] = {
             "tokens": human(state.tokens),
             "loss": "skipped" if record["lm_loss"] is None else f"{record['lm_loss']:.3f}",
             "rate": f"{record['lr']:.2e}",

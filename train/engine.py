@@ -74,7 +74,7 @@ class Engine:
     def forward(self, batch: dict[str, Tensor], last: bool) -> Outputs:
         """One micro-batch forward. Ranks exchange gradients only in the `last` one of a step."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-            return self.module(**batch)  # type: ignore[no-any-return]
+            return self.module(**batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of this rank's share of the loss. After the `last` one it is the global sum."""
@@ -114,7 +114,7 @@ class Engine:
 
     def main_first(self) -> contextlib.AbstractContextManager[None]:
         """The first rank runs the block before the others do."""
-        return self.accelerator.main_process_first()  # type: ignore[no-any-return]
+        return self.accelerator.main_process_first()
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GraniteMoeForCausalLM
 
 from train.config import Config
 from train.metrics import count_parameters
+from train.optim import BFloat16Weights
 
 if TYPE_CHECKING:
     from train.model.granite import CausalLM
@@ -81,21 +82,17 @@ def export(
 @torch.no_grad()
 def _largest_logit_difference(model: CausalLM, folder: Path, probe: Tensor, dtype: torch.dtype) -> float:
     device = next(model.parameters()).device
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=model.config._attn_implementation,
-    ).to(device)
-    model.eval()
-    reference = model if dtype == torch.float32 else type(model)._from_config(model.config, dtype=dtype).to(device)
-    if reference is not model:
-        reference.load_state_dict(model.state_dict())
-        reference.eval()
+    kernels = {"attn_implementation": model.config._attn_implementation}
+    if isinstance(model, GraniteMoeForCausalLM):
+        kernels["experts_implementation"] = model.config._experts_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **kernels).eval()
+    trained: nn.Module = BFloat16Weights(model) if dtype == torch.bfloat16 else model
     ids = probe.to(device)
-    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    logits = [m(input_ids=ids, position_ids=positions, use_cache=False).logits for m in (reference, loaded.eval())]
-    model.train()
-    return (logits[0].float() - logits[1].float()).abs().max().item()
+    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids)}
+    trained.eval()
+    logits = [module(**inputs, use_cache=False).logits.float() for module in (trained, loaded)]
+    trained.train()
+    return (logits[0] - logits[1]).abs().max().item()
 
 
 def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | None = None) -> str:

@@ -16,8 +16,9 @@ from data.loader import IGNORE_INDEX, Batches
 from schedulers import Power, Schedule
 from train import metrics
 from train.balance import Balance
-from train.config import Config
+from train.config import BalanceConfig, Config
 from train.engine import Engine
+from train.loss import Outputs
 from train.state import State
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -25,6 +26,25 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on: too many steps in a row without a finite gradient."""
+
+
+Terms = tuple[Tensor, Tensor, Tensor]
+
+
+def loss_terms(outputs: Outputs, balance: Balance, targets: Tensor, batch_tokens: int) -> Terms:
+    """A micro-batch's share of (cross-entropy, balance, z); shares add up to the terms of the global batch.
+
+    Args:
+        targets: number of targets in the global batch.
+        batch_tokens: number of tokens in it, masked targets included.
+    """
+    return outputs.cross_entropy / targets, *balance.losses(outputs, batch_tokens)
+
+
+def total_loss(terms: Terms, config: BalanceConfig) -> Tensor:
+    """What is minimised: cross-entropy + c · balance + c_z · z. The last two are 0 for a dense model."""
+    lm_loss, balance_loss, z_loss = terms
+    return lm_loss + config.router_aux_loss_coef * balance_loss + config.router_z_loss_coef * z_loss
 
 
 def train_step(
@@ -49,33 +69,25 @@ def train_step(
     targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)
 
     # ---- forward and backward; each micro-batch adds its part of the global mean
-    sums = torch.zeros(3, dtype=torch.float64)  # cross-entropy, balance, z
+    sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, share, micro):
         last = first + micro >= share
-        outputs = engine.forward({k: v[first : first + micro] for k, v in samples.items()}, last)
-        lm_loss = outputs.cross_entropy / targets
-        balance_loss, z_loss = balance.losses(outputs, batch_tokens)
-        loss = lm_loss
-        if balance.num_experts:
-            loss = (
-                lm_loss
-                + config.balance.router_aux_loss_coef * balance_loss
-                + config.balance.router_z_loss_coef * z_loss
-            )
-        engine.backward(loss, last)
-        sums += torch.stack([lm_loss, balance_loss, z_loss]).detach().double().cpu()
+        outputs = engine.forward({name: part[first : first + micro] for name, part in samples.items()}, last)
+        terms = loss_terms(outputs, balance, targets, batch_tokens)
+        engine.backward(total_loss(terms, config.balance), last)
+        sums += torch.stack(terms).detach().double().cpu()
 
     grad_norm, skipped = engine.step(lr)
     assignments = balance.end_step(skipped)
-    lm, bal, z = engine.reduce(sums).tolist()
+    lm_loss, balance_loss, z_loss = terms = tuple(engine.reduce(sums))
 
     record = {
         "step": state.step + 1,
         "tokens": state.tokens,  # n, before this step: what the schedule was asked with
-        "loss": lm + config.balance.router_aux_loss_coef * bal + config.balance.router_z_loss_coef * z,
-        "lm_loss": lm,
-        "balance_loss": bal,
-        "z_loss": z,
+        "loss": total_loss(terms, config.balance).item(),
+        "lm_loss": lm_loss.item(),
+        "balance_loss": balance_loss.item(),
+        "z_loss": z_loss.item(),
         "lr": lr,
         "lr_per_group": engine.learning_rates(),
         "batch": beta,

@@ -19,9 +19,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk: the logits are never kept or made twice."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad[:2])
         chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -47,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         return hidden_grad * grad.to(hidden_grad.dtype), (weight_grad * grad).to(ctx.weight_dtype), None, None
 
@@ -64,7 +62,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_
     Returns:
         A float32 scalar; divide it by the number of targets, once, over the whole batch.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, logits_scaling)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, logits_scaling)
 
 
 class Outputs(NamedTuple):
@@ -117,7 +115,7 @@ class LanguageModelLoss(nn.Module):
             hidden.flatten(0, 1),
             self.model.lm_head.weight,
             labels.flatten(),
-            self.model.config.logits_scaling,
+            float(self.model.config.logits_scaling or 1.0),
         )
         return Outputs(cross_entropy, (labels != IGNORE_INDEX).sum(), *_router_sums(routed, hidden))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from train.config import OptimizerConfig
@@ -43,7 +43,7 @@ def parameter_groups(
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's AdamW; the loop writes each group's rate before each step."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 class BFloat16Weights(nn.Module):
@@ -57,6 +57,6 @@ class BFloat16Weights(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, **inputs: Tensor) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         weights = {name: parameter.bfloat16() for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, kwargs=inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -12,12 +11,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
-from data.prepare import Prepared, TokenizerSpec, prepare
-from data.sources import Corpus
+from data.prepare import Prepared, prepare
 from train import checkpoint, environment, report
 from train.balance import Balance
 from train.config import Config, ConfigError, as_dict, check_batch
@@ -47,8 +44,6 @@ def train(config: Config, command: list[str]) -> Outcome:
     Raises:
         ConfigError, data.DataError: something the user can mend.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     engine = Engine(config)
     try:
         return _train(config, engine, command)
@@ -80,6 +75,8 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
         prepared = prepare_data(config, engine, say)
         tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
         check_vocabulary(config, tokenizer, prepared)
+        if engine.is_main:
+            tokenizer.save_pretrained(folder / "tokenizer")
         batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
         validation = Validation(config, prepared.validation, tokenizer)
 
@@ -149,7 +146,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
                 "bits per byte": f"{lines[-1]['bits_per_byte']:.4f}",
             }
         probe = batches.batch(0, 1)["input_ids"]
-        difference = export(model, config, prepared.tokenizer_folder, folder / "model", probe, facts)
+        difference = export(model, config, folder / "tokenizer", folder / "model", probe, facts)
         say_result(config, folder, prepared, validation, lines, picture, difference, say)
     engine.barrier()
     return Outcome("finished", state.step)
@@ -166,7 +163,7 @@ def choose_checkpoint(config: Config, engine: Engine) -> Path | None:
     engine.broadcast(decision)
     if decision[1] is not None:
         raise ConfigError(decision[1])
-    return decision[0]  # type: ignore[no-any-return]
+    return decision[0]
 
 
 def _choose_checkpoint(config: Config) -> Path | None:
@@ -193,8 +190,6 @@ def prepare_data(config: Config, engine: Engine, say: Any) -> Prepared:
             "There is nothing to train on: data.corpora is empty. Add data=stdlib, or describe your own corpora "
             "in a file configs/data/NAME.yaml."
         )
-    corpora = {name: Corpus(**dataclasses.asdict(corpus)) for name, corpus in config.data.corpora.items()}
-    tokenizer = TokenizerSpec(**dataclasses.asdict(config.data.tokenizer))
     said: set[str] = set()
 
     def progress(description: str, done: int, total: int | None) -> None:
@@ -203,11 +198,17 @@ def prepare_data(config: Config, engine: Engine, say: Any) -> Prepared:
             say(description)
 
     with engine.main_first():
-        return prepare(corpora, tokenizer, Path(config.data.cache_dir).expanduser(), progress)
+        prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress)
+    if prepared.tokenizer_folder is None:
+        raise ConfigError(
+            "All corpora are token files, which do not say how they were made: name the tokenizer, a folder or a "
+            "Hugging Face name, in data.tokenizer.path."
+        )
+    return prepared
 
 
 def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared) -> None:
-    """Every token id has a row in the embedding."""
+    """There is a tokenizer, and every token id has a row in the embedding."""
     if len(tokenizer) > config.model.vocab_size:
         raise ConfigError(
             f"The tokenizer in {prepared.tokenizer_folder} has {len(tokenizer)} tokens and model.vocab_size is "

@@ -115,18 +115,22 @@ def table(config: Config) -> dict[str, Row]:
     }
 
 
+def initial_value(name: str, shape: torch.Size, rows: dict[str, Row], seed: int) -> torch.Tensor:
+    """The float32 initial value of the parameter `name`, on the CPU.
+
+    Each tensor draws from its own generator, keyed by seed and name, so the weights are the same bits whatever
+    the device, the order of the parameters or how an engine splits them.
+    """
+    std = rows[role_of(name)].std
+    if std is None:
+        return torch.ones(shape)
+    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    return torch.randn(shape, generator=generator).mul_(std)
+
+
 @torch.no_grad()
 def initialize(named_parameters: Iterable[tuple[str, torch.Tensor]], rows: dict[str, Row], seed: int) -> None:
-    """Fill every parameter in place by its role.
-
-    Each tensor draws from its own CPU generator, keyed by seed and name, so the weights are the same bits
-    whatever the device, the order of the parameters or how an engine splits them.
-    """
+    """Fill every parameter in place with its `initial_value`."""
     for name, parameter in named_parameters:
-        std = rows[role_of(name)].std
-        if std is None:
-            parameter.fill_(1.0)
-            continue
-        key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(std))
+        parameter.copy_(initial_value(name, parameter.shape, rows, seed))

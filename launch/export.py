@@ -1,0 +1,73 @@
+"""Write a checkpoint of a run as a Hugging Face folder, with its tokenizer and a model card, and check its logits.
+
+usage: python -m launch.export RUN [--step N] [--out FOLDER]
+
+examples:
+  python -m launch.export runs/quickstart
+  python -m launch.export runs/quickstart --step 200 --out /models/quickstart-200
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from train.cli import guard
+from train.config import ConfigError, load
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Export the newest valid checkpoint, or that of a step."""
+    parser = argparse.ArgumentParser(
+        prog="powertrain export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
+    parser.add_argument("--out", type=Path, help="where to; default: RUN/model, or RUN/model-STEP with --step")
+    options = parser.parse_args(arguments)
+    sys.exit(guard(lambda: _export(options.run, options.step, options.out)))
+
+
+def _export(run: Path, step: int | None, out: Path | None) -> int:
+    config = load(run / "config.yaml")
+
+    import json
+
+    import torch
+
+    from train import checkpoint
+    from train.export import export
+    from train.model import granite
+
+    checkpoints = run / "checkpoints"
+    if step is None:
+        chosen = checkpoint.newest_valid(checkpoints)
+    else:
+        chosen = checkpoints / f"step-{step:08d}"
+        if chosen not in checkpoint.available(checkpoints):
+            steps = [checkpoint.step_of(path) for path in checkpoint.available(checkpoints)]
+            raise ConfigError(f"{run} has no checkpoint of step {step}; it has those of {steps}.")
+        if wrong := checkpoint.faults(chosen):
+            raise ConfigError(f"{chosen} is not valid: {'; '.join(wrong)}.")
+    if chosen is None:
+        raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
+    model = granite.build(config)
+    checkpoint.load_weights(chosen, model)
+    state = json.loads((chosen / "state.json").read_text())["state"]
+    folder = out or run / ("model" if step is None else f"model-{step}")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} exists and is not a model folder; choose another --out.")
+    length = min(64, config.data.sequence_length)
+    probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size
+    facts = {"tokens": f"{state['tokens']:,}", "steps": f"{state['step']:,}"}
+    difference = export(model, config, run / "tokenizer", folder, probe, facts)
+    print(f"{chosen} → {folder} (logits within {difference:.1e} of the trainer's)")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

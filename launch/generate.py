@@ -1,0 +1,50 @@
+"""Continue a prompt with an exported model, loaded by Transformers alone.
+
+usage: python -m launch.generate MODEL PROMPT [--max-new-tokens N] [--seed N]
+
+examples:
+  python -m launch.generate runs/quickstart/model "def read_lines(path):"
+  python -m launch.generate runs/quickstart "import os" --max-new-tokens 100 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from train.cli import guard
+from train.config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the prompt and what follows: greedily, or sampled when there is a seed."""
+    parser = argparse.ArgumentParser(
+        prog="powertrain generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("model", type=Path, help="a model folder, or the folder of a run")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, help="sample with this seed; default: the likeliest token each time")
+    options = parser.parse_args(arguments)
+    sys.exit(guard(lambda: _generate(options)))
+
+
+def _generate(options: argparse.Namespace) -> int:
+    folder = next((path for path in (options.model, options.model / "model") if (path / "config.json").is_file()), None)
+    if folder is None:
+        raise ConfigError(f"{options.model} is neither a model folder nor the folder of a run that has one in model/.")
+    if not options.prompt:
+        raise ConfigError("The prompt is empty; give at least one character to continue.")
+
+    from train.export import generate
+
+    print(generate(folder, options.prompt, options.max_new_tokens, options.seed))
+    return 0
+
+
+if __name__ == "__main__":
+    main()
