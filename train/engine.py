@@ -56,7 +56,6 @@ class Engine:
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         if self.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one, and warns, when imported
             # accelerate launch leaves one thread to a single process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

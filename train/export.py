@@ -48,6 +48,9 @@ def export(
     Raises:
         ExportError: it is above TOLERANCE; the folder is not put in place.
     """
+    if next(model.parameters()).device.type == "cpu":
+        # Transformers imports DeepSpeed to save a model, and DeepSpeed warns when it finds no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -1,0 +1,136 @@
+"""A small text, and runs on it in this process or in one of their own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.loss import LanguageModelLoss
+
+# One thread a rank: two busy ranks with two threads each slow each other tenfold on two cores.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+
+CONFIGS = Path(__file__).parent / "configs"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 short documents of made-up words, in which some words follow others."""
+    folder = tmp_path_factory.mktemp("words")
+    draw = random.Random(0)
+    vocabulary = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
+    for number in range(60):
+        word, text = number % 40, []
+        for _ in range(draw.randint(5, 40)):
+            text.append(vocabulary[word])
+            word = (word * 3 + draw.randint(0, 2)) % 40
+        (folder / f"{number:02d}.txt").write_text(" ".join(text) + ".\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where prepared corpora are kept for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Overrides for a tiny run in `tmp_path`, with more of them appended."""
+
+    def overrides(*more: str) -> list[str]:
+        return [
+            f"--config-dir={CONFIGS}",
+            "+experiment=tiny",
+            f"data.corpora.words.path={words}/*.txt",
+            f"data.cache_dir={cache}",
+            f"run.folder={tmp_path}",
+            *more,
+        ]
+
+    return overrides
+
+
+@pytest.fixture
+def run(tiny: Callable[..., list[str]]) -> Callable[..., Path]:
+    """Train in this process; returns the run's folder."""
+
+    def train_tiny(*more: str) -> Path:
+        from train.cli import composed
+        from train.run import train
+
+        config = composed(tiny(*more))
+        train(config, ["test"])
+        return config.run_folder
+
+    return train_tiny
+
+
+def launch(arguments: list[str], ranks: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python train.py …` in a process of its own, or as data-parallel CPU ranks."""
+    script = [str(ROOT / "train.py"), *arguments]
+    command = [sys.executable, *script]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command = [sys.executable, *torchrun, *script]
+        environment = {"ACCELERATE_USE_CPU": "true", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+
+
+def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+# A small GraniteMoe whose multipliers all differ from 1, so that a forgotten one shows.
+SMALL = (
+    "+experiment=quickstart",
+    "model.vocab_size=97",
+    "model.hidden_size=32",
+    "mup.base_hidden_size=8",  # m_width 4
+    "model.num_attention_heads=4",  # attention_multiplier 1/8, where 1/sqrt(d) is 0.35
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=24",
+    "model.num_hidden_layers=3",
+    "data.sequence_length=16",
+)
+
+
+@functools.cache
+def _small(*overrides: str) -> Config:
+    from train.cli import composed
+
+    return composed([*SMALL, *overrides])
+
+
+@pytest.fixture
+def small_config() -> Callable[..., Config]:
+    """The small GraniteMoe's configuration with further overrides, as a copy that a test may change."""
+    return lambda *overrides: copy.deepcopy(_small(*overrides))
+
+
+@pytest.fixture
+def small_loss() -> Callable[..., LanguageModelLoss]:
+    """The initialised model of a configuration in its loss module."""
+
+    def make(config: Config, seed: int = 0) -> LanguageModelLoss:
+        from train.loss import LanguageModelLoss
+        from train.model import granite, mup
+
+        model = granite.build(config)
+        mup.initialize(model.named_parameters(), mup.table(config), seed)
+        return LanguageModelLoss(model)
+
+    return make

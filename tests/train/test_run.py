@@ -1,0 +1,160 @@
+"""Whole runs of a tiny model: what they write, and that the parts agree with each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch, without_timing
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from schedulers import Decay, Power
+from train.track import read_lines
+
+
+def test_a_run_leaves_everything_and_learns(run: Callable[..., Path]) -> None:
+    folder = run("run.tokens=15360", "schedule.decay.tokens=1536", "evaluation.every=20", "sample_prompt=ab")
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "loss_and_rate.png", "model/config.json"):
+        assert (folder / name).is_file(), name
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    evals = [line["loss"] for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
+    assert len(evals) == 3
+    assert evals[-1] < evals[0] < 5.7  # log(300) at the start
+    assert json.loads((folder / "run.json").read_text())["starts"][0]["versions"]["torch"] == torch.__version__
+
+
+def test_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(run: Callable[..., Path]) -> None:
+    folder = run("schedule.max_lr=0.5", "schedule.warmup_tokens=300")
+    power = Power(max_lr=0.5, warmup_tokens=300, decay=Decay(start=3072 - 768, tokens=768))
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["tokens"] for line in lines] == [256 * k for k in range(12)]
+    for line in lines:
+        assert line["batch"] == 8 * 32 / 4096
+        assert line["lr"] == power(tokens=line["tokens"], batch=line["batch"])
+        assert line["gamma"] == line["lr"] / line["batch"]
+        assert line["lr_per_group"]["router"] == line["lr"] / 2  # m_width 2
+        assert line["lr_per_group"]["embedding"] == line["lr"]
+    assert [line["phase"] for line in lines] == ["warmup"] * 2 + ["trunk"] * 8 + ["decay"] * 2
+
+
+def test_the_total_is_the_sum_of_its_terms(run: Callable[..., Path]) -> None:
+    for line in read_lines(run("balance.router_z_loss_coef=0.5") / "metrics.jsonl"):
+        assert line["loss"] == pytest.approx(line["lm_loss"] + 0.01 * line["balance_loss"] + 0.5 * line["z_loss"])
+
+
+@pytest.mark.parametrize("micro", [1, 2, 8])
+def test_micro_batches_only_split_the_batch(run: Callable[..., Path], micro: int) -> None:
+    whole = read_lines(run() / "metrics.jsonl")
+    split = read_lines(run(f"batch.micro_sequences={micro}", "run.name=split") / "metrics.jsonl")
+    assert [line["lm_loss"] for line in split] == pytest.approx([line["lm_loss"] for line in whole], rel=1e-5)
+
+
+def test_two_ranks_follow_one_process(run: Callable[..., Path], tiny: Callable[..., list[str]]) -> None:
+    alone = read_lines(run("run.name=alone") / "metrics.jsonl")
+    done = launch(tiny("run.name=pair"), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = Path(next(a for a in tiny() if a.startswith("run.folder")).partition("=")[2]) / "pair"
+    pair = read_lines(folder / "metrics.jsonl")
+    for one, two in zip(alone, pair, strict=True):
+        for term in ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm"):
+            assert two[term] == pytest.approx(one[term], rel=1e-5), (one["step"], term)
+        assert one["lr"] == two["lr"]
+        assert one["expert_load"] == two["expert_load"]
+    assert json.loads((folder / "exit.json").read_text()) == {"code": 0, "reason": "finished", "step": 12}
+
+
+def test_bf16_follows_fp32(run: Callable[..., Path]) -> None:
+    fp32 = read_lines(run("run.name=fp32") / "metrics.jsonl")
+    folder = run("run.name=bf16", "precision=bf16")
+    bf16 = read_lines(folder / "metrics.jsonl")
+    assert [line["lm_loss"] for line in bf16] == pytest.approx([line["lm_loss"] for line in fp32], rel=1e-2)
+    weights = load_file(folder / "checkpoints/step-00000012/weights.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    exported = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, weights[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("scope", ["accumulated", "dp", "micro"])
+def test_every_scope_trains(run: Callable[..., Path], scope: str) -> None:
+    lines = read_lines(run(f"balance.scope={scope}", "balance.pool=all") / "metrics.jsonl")
+    assert all(1.5 < line["balance_loss"] < 6 for line in lines)  # 2 layers, each 1 when balanced
+
+
+def test_evaluation_changes_nothing(run: Callable[..., Path]) -> None:
+    without = read_lines(run("run.name=without") / "metrics.jsonl")
+    often = read_lines(run("run.name=often", "evaluation.every=1") / "metrics.jsonl")
+    assert without_timing(often) == without_timing(without)
+
+
+def test_dense_model_trains(run: Callable[..., Path]) -> None:
+    folder = run("model.model_type=granite", "model.tie_word_embeddings=false")
+    lines = read_lines(folder / "metrics.jsonl")
+    assert lines[-1]["lm_loss"] < lines[0]["lm_loss"]
+    assert "expert_load" not in lines[0]
+    assert (folder / "model/config.json").is_file()
+
+
+def test_exported_model_loads_with_transformers_alone(run: Callable[..., Path]) -> None:
+    folder = run()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", device_map="auto")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model.eval()
+    # The lines of the model's documentation page, but for path and prompt.
+    input_tokens = tokenizer("abc", return_tensors="pt")
+    output = model.generate(**input_tokens, max_new_tokens=5)
+    output = tokenizer.batch_decode(output)
+    assert output[0].startswith("abc")
+    assert model.config.logits_scaling == 2.0
+    assert model.config.attention_multiplier == 1 / 16
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    weights = load_file(folder / "checkpoints/step-00000012/weights.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_wandb_offline_without_an_account(run: Callable[..., Path]) -> None:
+    folder = run("tracker=wandb")
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_skipped_step_leaves_weights_and_moments(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.engine import Engine
+
+    original, seen = Engine.backward, {"calls": 0}
+
+    def poisoned(self: Engine, loss: torch.Tensor, last: bool) -> None:
+        seen["calls"] += 1
+        original(self, loss * float("nan") if seen["calls"] == 12 else loss, last)  # second micro-batch of step 6
+
+    monkeypatch.setattr(Engine, "backward", poisoned)
+    folder = run("checkpoint.every=1", "checkpoint.keep=20", "run.tokens=2048")
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["skipped"] for line in lines] == [False] * 5 + [True] + [False] * 2
+    assert lines[5]["grad_norm"] is None
+    before, after = (folder / f"checkpoints/step-0000000{step}" for step in (5, 6))
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        earlier, later = load_file(before / f"{name}.safetensors"), load_file(after / f"{name}.safetensors")
+        assert all(torch.equal(earlier[key], later[key]) for key in earlier)
+    states = [json.loads((path / "state.json").read_text()) for path in (before, after)]
+    assert states[0]["assignments"] == states[1]["assignments"]
+    assert states[1]["state"]["tokens"] == 6 * 256  # the data was used
+
+
+def test_gradients_that_are_never_finite_stop_the_run(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.engine import Engine
+    from train.loop import TrainingStopped
+
+    original = Engine.backward
+    monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("inf"), last))
+    with pytest.raises(TrainingStopped, match="10 steps in a row"):
+        run()
