@@ -51,8 +51,7 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
         if chosen not in checkpoint.available(checkpoints):
             steps = [checkpoint.step_of(path) for path in checkpoint.available(checkpoints)]
             raise ConfigError(f"{run} has no checkpoint of step {step}; it has those of {steps}.")
-        if wrong := checkpoint.faults(chosen):
-            raise ConfigError(f"{chosen} is not valid: {'; '.join(wrong)}.")
+        checkpoint.verified(chosen)
     if chosen is None:
         raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
     model = granite.build(config)

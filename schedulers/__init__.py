@@ -16,16 +16,18 @@ from .constant import Constant
 from .cosine import Cosine
 from .decay import Decay
 from .power import Power
+from .rewarmup import Rewarmup
 from .wsd import WSD
 
-__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Schedule", "build"]
+__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build"]
 
-Schedule = Power | WSD | Cosine | Constant
+Named = Power | WSD | Cosine | Constant
+Schedule = Named | Rewarmup
 
-_SCHEDULES: dict[str, type[Schedule]] = {"power": Power, "wsd": WSD, "cosine": Cosine, "constant": Constant}
+_SCHEDULES: dict[str, type[Named]] = {"power": Power, "wsd": WSD, "cosine": Cosine, "constant": Constant}
 
 
-def build(name: str, **fields: Any) -> Schedule:
+def build(name: str, **fields: Any) -> Named:
     """Make a schedule from the values of a config.
 
     Args:
@@ -39,7 +41,7 @@ def build(name: str, **fields: Any) -> Schedule:
         raise ValueError(_unknown("There is no schedule", name, _SCHEDULES))
     if isinstance(fields.get("decay"), Mapping):
         fields["decay"] = _make(Decay, "decay", fields["decay"])
-    schedule: Schedule = _make(_SCHEDULES[name], name, fields)
+    schedule: Named = _make(_SCHEDULES[name], name, fields)
     return schedule
 
 

@@ -3,7 +3,8 @@
     checkpoints/step-00000100/
         weights.safetensors                        float32 masters by Hugging Face parameter name
         exp_avg.safetensors exp_avg_sq.safetensors
-        state.json                                 State, optimizer steps, expert assignments, metadata
+        state.json                                 State, optimizer steps, expert assignments, data fingerprints
+        config.yaml                                what it was trained with
         rng/rank-00000.safetensors                 random state of each rank
         manifest.json                              size and SHA-256 of every file above, written last
 
@@ -23,21 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from train.balance import Balance
-from train.config import ConfigError
+from train.config import ConfigError, as_dict
 from train.engine import MOMENTS, Engine
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def save(checkpoints: Path, engine: Engine, state: State, balance: Balance, keep: int) -> Path:
-    """Write the checkpoint of `state` and then drop the oldest, so that `keep` stay.
+def save(checkpoints: Path, engine: Engine, state: State, balance: Balance, data_fingerprint: dict[str, str]) -> Path:
+    """Write the checkpoint of `state`, and only then drop the oldest, so that `checkpoint.keep` stay.
 
     Collective: every rank calls it.
+
+    Args:
+        data_fingerprint: of the tokens of each corpus, so that a resume can tell whether they are the same.
 
     Raises:
         OSError: it could not be written (a full disk, say); older checkpoints are untouched and the partial one
@@ -53,7 +58,7 @@ def save(checkpoints: Path, engine: Engine, state: State, balance: Balance, keep
     engine.barrier()
     if engine.is_main:
         try:
-            _write(partial, final, engine, state, balance)
+            _write(partial, final, engine, state, balance, data_fingerprint)
         except OSError as error:
             written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
             shutil.rmtree(partial, ignore_errors=True)
@@ -64,13 +69,15 @@ def save(checkpoints: Path, engine: Engine, state: State, balance: Balance, keep
                 f"It needs about {needed / 1e6:,.0f} MB; {written / 1e6:,.0f} MB were written and are removed. "
                 "Older checkpoints are intact.",
             ) from error
-        for old in available(checkpoints)[:-keep]:
+        for old in available(checkpoints)[: -engine.config.checkpoint.keep]:
             _remove(old)
     engine.barrier()
     return final
 
 
-def _write(partial: Path, final: Path, engine: Engine, state: State, balance: Balance) -> None:
+def _write(
+    partial: Path, final: Path, engine: Engine, state: State, balance: Balance, data_fingerprint: dict[str, str]
+) -> None:
     taken, moments = engine.optimizer_state()
     _save_tensors(engine.full_parameters(), partial / "weights.safetensors")
     for moment in MOMENTS:
@@ -82,10 +89,11 @@ def _write(partial: Path, final: Path, engine: Engine, state: State, balance: Ba
                 "state": dataclasses.asdict(state),
                 "optimizer_steps": taken,
                 "assignments": balance.previous.tolist(),
-                "world_size": engine.world_size,
+                "data_fingerprint": data_fingerprint,
             }
         ),
     )
+    _write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(engine.config))))
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {
         "step": state.step,
@@ -129,11 +137,13 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 def available(checkpoints: Path) -> list[Path]:
     """Folders with a checkpoint's name and a manifest, oldest first. Their files are not verified."""
+    return [path for path in _named(checkpoints) if not path.is_symlink() and (path / "manifest.json").is_file()]
+
+
+def _named(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
-    found = [path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)]
-    found = [path for path in found if not path.is_symlink() and (path / "manifest.json").is_file()]
-    return sorted(found, key=step_of)
+    return sorted((path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -165,6 +175,18 @@ def faults(checkpoint: Path) -> list[str]:
     return wrong
 
 
+def verified(checkpoint: Path) -> Path:
+    """The same path, when it is a checkpoint without faults.
+
+    Raises:
+        ConfigError: it is not, with what is wrong.
+    """
+    step_of(checkpoint)
+    if wrong := faults(checkpoint):
+        raise ConfigError(f"The checkpoint {checkpoint} is not valid: {'; '.join(wrong)}.")
+    return checkpoint
+
+
 def newest_valid(checkpoints: Path, report: Any = print) -> Path | None:
     """The newest checkpoint without faults; what is wrong with newer ones goes to `report`.
 
@@ -180,7 +202,7 @@ def newest_valid(checkpoints: Path, report: Any = print) -> Path | None:
         if not wrong:
             return checkpoint
         report(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")
-    if found or any(checkpoints.glob("step-*")):
+    if _named(checkpoints):
         raise ConfigError(
             f"No checkpoint in {checkpoints} is valid, so the run cannot go on. Restore one from a copy, or "
             "choose another run.name to begin again."

@@ -66,6 +66,8 @@ class ModelConfig:
     initializer_range: float = 0.1
     embedding_multiplier: float = 12.0
     residual_multiplier: float | None = None  # default: 1.4 / sqrt(num_hidden_layers)
+    attention_multiplier: float | None = None  # default: 1 / head size
+    logits_scaling: float | None = None  # default: m_width
     attn_implementation: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_2
     experts_implementation: str = "auto"  # auto | eager | grouped_mm | batched_mm
 
@@ -201,10 +203,26 @@ class Config:
         """Batch size in the law's unit: tokens of a step over 4096."""
         return sequences * self.data.sequence_length / LAW_SEQUENCE_LENGTH
 
+    @property
+    def rewarmup_start(self) -> int | None:
+        """Tokens at which a second warmup begins, if there is one; by default where the run's clock starts."""
+        rewarmup = self.schedule.get("rewarmup") or {}
+        if not rewarmup.get("tokens"):
+            return None
+        start = rewarmup.get("start")
+        return self.run.tokens_seen if start is None else start
+
+    def stages(self) -> list[tuple[int, dict[str, float]]]:
+        """Rows (first sample, mixture): `data.mixture`, by default all corpora equally, then `data.stages`."""
+        first = self.data.mixture or {name: 1.0 for name in self.data.corpora}
+        length = self.data.sequence_length
+        return [(0, first), *((-(-stage.from_tokens // length), stage.mixture) for stage in self.data.stages)]
+
     def make_schedule(self) -> schedulers.Schedule:
         """The schedule, with a decay that has no `start` put at the end of the budget."""
         fields = dict(self.schedule)
         name = fields.pop("name", None)
+        rewarmup = fields.pop("rewarmup", None)
         if name in ("cosine", "constant"):
             fields.pop("decay", None)  # an experiment's, for the schedules that have one
         decay = fields.get("decay")
@@ -218,18 +236,27 @@ class Config:
         if name == "cosine" and fields.get("total_tokens") is None:
             fields["total_tokens"] = self.end_tokens
         try:
-            return schedulers.build(str(name), **fields)
+            schedule: schedulers.Schedule = schedulers.build(str(name), **fields)
+            if rewarmup and rewarmup["tokens"]:
+                start = self.rewarmup_start
+                assert start is not None
+                schedule = schedulers.Rewarmup(schedule=schedule, start=start, tokens=rewarmup["tokens"])
+            return schedule
         except (ValueError, TypeError) as error:
             raise ConfigError(f"schedule: {error}") from error
 
 
 def from_hydra(composed: DictConfig) -> Config:
-    """The checked `Config` of a composed Hydra configuration.
+    """The checked `Config` of a composed Hydra configuration; with `run.init_from`, the model is that folder's.
 
     Raises:
         ConfigError: a value that is missing, or values that cannot work together.
     """
     config = _typed(composed, Config)
+    if config.run.init_from is not None:
+        from train.init_from import adopt  # imports Transformers
+
+        adopt(config)
     check(config)
     return config
 

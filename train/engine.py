@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -19,6 +20,8 @@ from train import optim
 from train.config import Config, ConfigError
 from train.loss import LanguageModelLoss, Outputs
 from train.model import mup
+
+T = TypeVar("T")
 
 # transformers reaches the optimizer's moments by these names; so does a checkpoint.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -107,9 +110,18 @@ class Engine:
         summed: Tensor = self.accelerator.reduce(tensor.to(self.device), "sum")
         return summed.to(tensor.device)
 
-    def broadcast(self, objects: list[Any]) -> None:
-        """Replace `objects` in place by the first rank's."""
-        broadcast_object_list(objects)
+    def first_rank_decides(self, decide: Callable[[], T]) -> T:
+        """What `decide` returned on the first rank, on all of them; its ConfigError is raised on all, too."""
+        decision: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                decision[0] = decide()
+            except ConfigError as error:
+                decision[1] = str(error)
+        broadcast_object_list(decision)
+        if decision[1] is not None:
+            raise ConfigError(decision[1])
+        return decision[0]
 
     def main_first(self) -> contextlib.AbstractContextManager[None]:
         """The first rank runs the block before the others do."""

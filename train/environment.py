@@ -18,12 +18,20 @@ from train.engine import Engine
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
-def write(path: Path, engine: Engine, command: list[str], **more: Any) -> None:
-    """Append this start to the `starts` of run.json, which keeps one entry for each start of the run."""
+def write(
+    path: Path, engine: Engine, command: list[str], start_from: Path | None, changes: dict[str, list[Any]]
+) -> None:
+    """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
+
+    `parent` is the checkpoint of another run that this one branched off.
+    """
     record = json.loads(path.read_text()) if path.exists() else {"parent": None, "starts": []}
-    record |= more
+    if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
+        record["parent"] = str(start_from)
     record["starts"].append(
         {
+            "from": None if start_from is None else str(start_from),
+            "changed_settings": changes,
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": command,
             "commit": _commit(),

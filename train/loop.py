@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORE_INDEX, Batches
-from schedulers import Power, Schedule
+from schedulers import Power, Rewarmup
 from train import metrics
 from train.balance import Balance
 from train.config import BalanceConfig, Config
@@ -51,7 +51,6 @@ def train_step(
     config: Config,
     engine: Engine,
     batches: Batches,
-    schedule: Schedule,
     balance: Balance,
     state: State,
 ) -> dict[str, Any]:
@@ -60,6 +59,7 @@ def train_step(
     length, micro = config.data.sequence_length, config.batch.micro_sequences
     sequences = config.batch_at(state.tokens - config.run.tokens_seen)
     beta = config.beta(sequences)
+    schedule = config.make_schedule()
     lr = schedule(tokens=state.tokens, batch=beta)
 
     # ---- this rank's share of samples [k, k + sequences): one contiguous run of them
@@ -84,6 +84,7 @@ def train_step(
     record = {
         "step": state.step + 1,
         "tokens": state.tokens,  # n, before this step: what the schedule was asked with
+        "samples": state.samples,  # the step trains on samples [samples, samples + batch sequences)
         "loss": total_loss(terms, config.balance).item(),
         "lm_loss": lm_loss.item(),
         "balance_loss": balance_loss.item(),
@@ -92,7 +93,7 @@ def train_step(
         "lr_per_group": engine.learning_rates(),
         "batch": beta,
         "gamma": lr / beta,
-        "at_cap": isinstance(schedule, Power) and schedule.at_cap(state.tokens, beta),
+        "at_cap": isinstance(schedule, (Power, Rewarmup)) and schedule.at_cap(state.tokens, beta),
         "phase": schedule.phase(state.tokens),
         "grad_norm": grad_norm,
         "skipped": skipped,
@@ -149,7 +150,6 @@ def train_loop(
     config: Config,
     engine: Engine,
     batches: Batches,
-    schedule: Schedule,
     balance: Balance,
     state: State,
     stop: Stop,
@@ -163,7 +163,7 @@ def train_loop(
         None at the end of the budget, else the reason for stopping before it.
     """
     while state.tokens < config.end_tokens:
-        on_step(train_step(config, engine, batches, schedule, balance, state))
+        on_step(train_step(config, engine, batches, balance, state))
         if (reason := stop.reason()) is not None:
             return reason
         if state.tokens >= config.end_tokens:

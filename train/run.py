@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import AutoTokenizer
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
 from data.prepare import Prepared, prepare
-from train import checkpoint, environment, report
+from data.tokens import TokenFile
+from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
 from train.config import Config, ConfigError, as_dict, check_batch
 from train.console import Progressing, human
@@ -28,6 +30,8 @@ from train.metrics import count_parameters, flops_per_token, peak_flops
 from train.model import granite, mup
 from train.state import State
 from train.track import Tracker
+
+Say = Callable[[str], None]
 
 
 @dataclass
@@ -53,59 +57,27 @@ def train(config: Config, command: list[str]) -> Outcome:
 
 def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
     check_batch(config, engine.world_size)
-    schedule = config.make_schedule()
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
-    state = State(tokens=config.run.tokens_seen)
 
     # ---- where to begin
-    start_from = choose_checkpoint(config, engine)
+    start_from, changes = engine.first_rank_decides(lambda: where_to_begin(config))
     if engine.is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(checkpoints)
         (folder / "stop").unlink(missing_ok=True)
         (folder / "exit.json").unlink(missing_ok=True)
         OmegaConf.save(as_dict(config), folder / "config.yaml")
-        environment.write(folder / "run.json", engine, command)
+        environment.write(folder / "run.json", engine, command, start_from, changes)
 
-    # ---- data: prepared once, then memory-mapped; sample i is a function of the seed and i
-    torch.manual_seed(config.run.seed)
+    state = State(tokens=config.run.tokens_seen)
     with Progressing(config, engine, state) as progress:
         say = progress.say
-        prepared = prepare_data(config, engine, say)
-        tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
-        check_vocabulary(config, tokenizer, prepared)
-        if engine.is_main:
-            tokenizer.save_pretrained(folder / "tokenizer")
-        batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
-        validation = Validation(config, prepared.validation, tokenizer)
-
-        # ---- model
-        model = granite.build(config, engine.device)
-        rows = mup.table(config)
-        mup.initialize(model.named_parameters(), rows, config.run.seed)
-        engine.prepare(LanguageModelLoss(model), rows)
-        moe = config.model.model_type == "granitemoe"
-        balance = Balance(
-            config.balance,
-            config.model.num_hidden_layers if moe else 0,
-            config.model.num_local_experts if moe else 0,
-            engine.reduce,
-        )
-        counts = count_parameters(model.named_parameters(), config)
-        flops, peak = flops_per_token(config, counts), peak_flops(engine.device)
-        say(
-            f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the "
-            f"embedding, m_width {mup.width_multiplier(config):g}, {config.precision} on {engine.world_size} × "
-            f"{engine.device.type}"
-        )
-        if start_from is not None:
-            checkpoint.load(start_from, engine, state, balance)
-            say(f"Going on from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
-
-        # ---- train
+        parts = assemble(config, engine, state, start_from, say)
+        flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine)
 
+        # ---- train
         def on_step(record: dict[str, Any]) -> None:
             per_device = flops * record["tokens_per_second"] / engine.world_size
             record["mfu"] = per_device / peak if peak else None
@@ -113,7 +85,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             progress.step(record, state)
 
         def evaluate() -> list[dict[str, Any]]:
-            lines = validation.evaluate(engine, state)
+            lines = parts.validation.evaluate(engine, state)
             for line in lines:
                 tracker.evaluation(line)
             if lines:
@@ -122,11 +94,11 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
 
         def save() -> None:
             began = time.perf_counter()
-            written = checkpoint.save(checkpoints, engine, state, balance, config.checkpoint.keep)
+            written = checkpoint.save(checkpoints, engine, state, parts.balance, parts.data_fingerprint)
             say(f"Saved {written} (training stood still for {time.perf_counter() - began:.1f} s).")
 
         with Stop(folder, engine) as stop:
-            reason = train_loop(config, engine, batches, schedule, balance, state, stop, on_step, evaluate, save)
+            reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
             if not (checkpoints / f"step-{state.step:08d}").exists():
                 save()
         if reason is not None:
@@ -145,45 +117,102 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
                 "validation loss": f"{lines[-1]['loss']:.4f} nats a token",
                 "bits per byte": f"{lines[-1]['bits_per_byte']:.4f}",
             }
-        probe = batches.batch(0, 1)["input_ids"]
-        difference = export(model, config, folder / "tokenizer", folder / "model", probe, facts)
-        say_result(config, folder, prepared, validation, lines, picture, difference, say)
+        probe = parts.batches.batch(0, 1)["input_ids"]
+        difference = export(engine.model, config, folder / "tokenizer", folder / "model", probe, facts)
+        say_result(config, folder, parts, lines, picture, difference, say)
     engine.barrier()
     return Outcome("finished", state.step)
 
 
-def choose_checkpoint(config: Config, engine: Engine) -> Path | None:
-    """The checkpoint to go on from, decided by the first rank for all."""
-    decision: list[Any] = [None, None]  # path, error
+@dataclass
+class Parts:
+    """What a step needs beside the engine and the state."""
+
+    batches: Batches
+    balance: Balance
+    validation: Validation
+    train_files: dict[str, TokenFile]
+    data_fingerprint: dict[str, str]
+    counts: dict[str, int]
+
+
+def assemble(config: Config, engine: Engine, state: State, start_from: Path | None, say: Say) -> Parts:
+    """Data, model and optimizer of a run, as they are at its beginning or in the checkpoint `start_from`.
+
+    Collective. Puts the model into `engine`, and the checkpoint's progress into `state`.
+    """
+    # ---- data: prepared once, then memory-mapped; sample i is a function of the seed and i
+    own_tokenizer = config.run_folder / "tokenizer"
+    if start_from is not None and own_tokenizer.is_dir() and config.data.tokenizer.path is None:
+        config.data.tokenizer.path = str(own_tokenizer)  # or another corpus would mean another tokenizer
+    prepared = prepare_data(config, engine, say)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
+    check_vocabulary(config, tokenizer, prepared)
     if engine.is_main:
-        try:
-            decision[0] = _choose_checkpoint(config)
-        except ConfigError as error:
-            decision[1] = str(error)
-    engine.broadcast(decision)
-    if decision[1] is not None:
-        raise ConfigError(decision[1])
-    return decision[0]
+        tokenizer.save_pretrained(own_tokenizer)
+    batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
+    data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
+
+    # ---- model
+    torch.manual_seed(config.run.seed)
+    model = granite.build(config, engine.device)
+    rows = mup.table(config)
+    if start_from is None and config.run.init_from is not None:
+        init_from.load_weights(config.run.init_from, model)
+    elif start_from is None:
+        mup.initialize(model.named_parameters(), rows, config.run.seed)
+    engine.prepare(LanguageModelLoss(model), rows)
+    moe = config.model.model_type == "granitemoe"
+    balance = Balance(
+        config.balance,
+        config.model.num_hidden_layers if moe else 0,
+        config.model.num_local_experts if moe else 0,
+        engine.reduce,
+    )
+    counts = count_parameters(model.named_parameters(), config)
+    say(
+        f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the embedding, "
+        f"m_width {mup.width_multiplier(config):g}, {config.precision} on {engine.world_size} × {engine.device.type}"
+    )
+
+    # ---- progress
+    if start_from is not None:
+        resume.check_fingerprints(start_from, data_fingerprint)
+        checkpoint.load(start_from, engine, state, balance)
+        say(f"Going on from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
+    validation = Validation(config, prepared.validation, tokenizer)
+    return Parts(batches, balance, validation, prepared.train, data_fingerprint, counts)
 
 
-def _choose_checkpoint(config: Config) -> Path | None:
-    checkpoints = config.run_folder / "checkpoints"
-    if config.run.resume == "never":
+def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
+    """The checkpoint to go on from, and the settings that have changed since.
+
+    Raises:
+        ConfigError: there is none that is valid, or a changed setting affects what is already trained.
+    """
+    checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
+    chosen = None
+    if wanted == "never":
         if checkpoint.available(checkpoints):
             raise ConfigError(
                 f"run.resume=never, but {config.run_folder} holds checkpoints of an earlier run. Choose another "
                 "run.name, or move that folder away."
             )
-        return None
-    if config.run.resume == "auto":
-        return checkpoint.newest_valid(checkpoints)
-    path = Path(config.run.resume)
-    if wrong := checkpoint.faults(path):
-        raise ConfigError(f"The checkpoint run.resume={path} is not valid: {'; '.join(wrong)}.")
-    return path
+    elif wanted == "auto" or Path(wanted).resolve().parent != checkpoints.resolve():
+        chosen = checkpoint.newest_valid(checkpoints)
+        if chosen is None and wanted != "auto":  # the beginning of a branch off another run
+            chosen = checkpoint.verified(Path(wanted))
+    else:
+        chosen = checkpoint.verified(Path(wanted))
+        if newer := [path for path in checkpoint.available(checkpoints) if path.name > chosen.name]:
+            raise ConfigError(
+                f"{config.run_folder} has gone further than run.resume={wanted}: it holds {newer[-1].name}. Move the "
+                "newer checkpoints away to go on from there, or choose another run.name to branch off."
+            )
+    return chosen, {} if chosen is None else resume.changes(chosen, config)
 
 
-def prepare_data(config: Config, engine: Engine, say: Any) -> Prepared:
+def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
     """Tokenised corpora, made by the first rank when they are not in the cache yet."""
     if not config.data.corpora:
         raise ConfigError(
@@ -222,25 +251,22 @@ def order_of(config: Config, prepared: Prepared) -> Order:
     """The order of samples: the mixture, then the stages that replace it, at sample numbers."""
     length = config.data.sequence_length
     windows = {name: num_windows(file.num_tokens, length, name) for name, file in prepared.train.items()}
-    equal = {name: 1.0 for name in config.data.corpora}
-    stages = [Stage(0, config.data.mixture or equal)]
-    stages += [Stage(-(-stage.from_tokens // length), stage.mixture) for stage in config.data.stages]
-    return Order(config.run.seed, tuple(stages), windows)
+    stages = tuple(Stage(start, mixture) for start, mixture in config.stages())
+    return Order(config.run.seed, stages, windows)
 
 
 def say_result(
     config: Config,
     folder: Path,
-    prepared: Prepared,
-    validation: Validation,
+    parts: Parts,
     lines: list[dict[str, Any]],
     picture: Path,
     difference: float,
-    say: Any,
+    say: Say,
 ) -> None:
     """The last words of a run: how good, a sample, and where everything is."""
     if lines:
-        unigram, last = validation.unigram(prepared.train), lines[-1]
+        unigram, last = parts.validation.unigram(parts.train_files), lines[-1]
         say(
             f"\nvalidation loss {last['loss']:.4f} nats a token, {last['bits_per_byte']:.4f} bits a byte "
             f"({last['targets']:,} targets)\n"

@@ -179,13 +179,13 @@ def test_seeds_are_not_shifted_copies(small_config: Callable[..., Config]) -> No
                 drawn[key] = (seed, name)
 
 
-def test_bits_are_the_same_today_and_tomorrow() -> None:
-    """A checkpointless re-run, another rank or machine has to draw what this one drew."""
-    rows = {"norm": mup.Row(None, 1.0, False), "embedding": mup.Row(2.0, 1.0, True)}
+def test_values_do_not_change_from_one_process_to_another() -> None:
+    """A re-run, another rank or machine has to draw what this one drew: values written down once."""
+    rows = {"embedding": mup.Row(2.0, 1.0, True)}
     value = mup.initial_value("model.embed_tokens.weight", torch.Size([2, 3]), rows, seed=5)
-    once_more = mup.initial_value("model.embed_tokens.weight", torch.Size([2, 3]), rows, seed=5)
-    assert torch.equal(value, once_more)
-    assert value.dtype == torch.float32 and value.shape == (2, 3)
+    drawn = [[-2.5357394, 1.0514811, -1.8259329], [2.4072738, -1.6602646, -2.3217509]]
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, torch.tensor(drawn))
 
 
 def test_initialize_fills_float32_and_bfloat16_alike(small_config: Callable[..., Config]) -> None:

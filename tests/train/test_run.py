@@ -123,9 +123,7 @@ def test_wandb_offline_without_an_account(run: Callable[..., Path]) -> None:
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_a_skipped_step_leaves_weights_and_moments(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_step_leaves_weights_and_moments(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from train.engine import Engine
 
     original, seen = Engine.backward, {"calls": 0}

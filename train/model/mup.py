@@ -82,13 +82,14 @@ def width_multiplier(config: Config) -> float:
 def multipliers(config: Config) -> dict[str, float]:
     """The forward multipliers under the names that Transformers' Granite configurations give them."""
     model = config.model
-    residual = model.residual_multiplier
+    residual, attention, logits = model.residual_multiplier, model.attention_multiplier, model.logits_scaling
     return {
         "embedding_multiplier": model.embedding_multiplier,
         # The paper's 0.22 at 40 layers and 0.28 at 24 follow 1.4 / √layers.
         "residual_multiplier": 1.4 / math.sqrt(model.num_hidden_layers) if residual is None else residual,
-        "attention_multiplier": model.num_attention_heads / model.hidden_size,  # 1 / head size, not its root
-        "logits_scaling": width_multiplier(config),
+        # 1 / head size, not its root
+        "attention_multiplier": model.num_attention_heads / model.hidden_size if attention is None else attention,
+        "logits_scaling": width_multiplier(config) if logits is None else logits,
     }
 
 
@@ -105,7 +106,7 @@ def table(config: Config) -> dict[str, Row]:
 
     return {
         "embedding": Row(std, 1.0, True, f"× {forward['embedding_multiplier']:.4g}"),
-        "head": Row(std, 1.0, True, f"logits ÷ {m_width:.4g}"),
+        "head": Row(std, 1.0, True, f"logits ÷ {forward['logits_scaling']:.4g}"),
         "attention": internal(m_width, f"q·k × {forward['attention_multiplier']:.4g}"),
         "attention_out": internal(m_width, residual),
         "router": internal(m_width),

@@ -1,0 +1,323 @@
+"""A run that is stopped goes on as if it had not been: bit for bit, and only with settings that allow it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import launch, without_timing
+from safetensors.torch import load_file
+
+from train import checkpoint
+from train.config import ConfigError
+from train.track import read_lines
+
+# attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
+SETTINGS = ("model.attention_dropout=0.1", "checkpoint.every=1", "checkpoint.keep=20")
+
+
+def assert_same_run(one: Path, other: Path, steps: int = 12) -> None:
+    """Losses, rates, loads; weights, moments, progress, balance and random state: equal bits."""
+    lines, others = (without_timing(read_lines(folder / "metrics.jsonl")) for folder in (one, other))
+    assert others == lines
+    last = f"checkpoints/step-{steps:08d}"
+    for name in ("weights", "exp_avg", "exp_avg_sq", "rng/rank-00000"):
+        tensors, other_tensors = (load_file(folder / last / f"{name}.safetensors") for folder in (one, other))
+        assert tensors.keys() == other_tensors.keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, other_tensors[key]), (name, key)
+    states = [json.loads((folder / last / "state.json").read_text()) for folder in (one, other)]
+    assert states[0] == states[1]
+
+
+def cut_at(whole: Path, step: int, name: str) -> Path:
+    """A copy of a run as it was when `step` was its newest checkpoint."""
+    folder = whole.with_name(name)
+    shutil.copytree(whole, folder)
+    for path in checkpoint.available(folder / "checkpoints"):
+        if checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(request: pytest.FixtureRequest, words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run with every checkpoint kept."""
+    from conftest import CONFIGS
+
+    from train.cli import composed
+    from train.run import train
+
+    overrides = [f"--config-dir={CONFIGS}", "+experiment=tiny", f"data.corpora.words.path={words}/*.txt"]
+    folder = tmp_path_factory.mktemp("whole")
+    config = composed([*overrides, f"data.cache_dir={cache}", f"run.folder={folder}", "run.name=whole", *SETTINGS])
+    train(config, ["test"])
+    return config.run_folder
+
+
+@pytest.fixture
+def go_on(whole: Path, tiny: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Path]:
+    """Cut the undisturbed run at a step and go on in this process, with more overrides."""
+
+    def resumed(step: int, *more: str, prepare: Callable[[Path], None] | None = None) -> Path:
+        from train.cli import composed
+        from train.run import train
+
+        copy = cut_at(whole, step, f"cut-{tmp_path.name}")
+        folder = tmp_path / "cut"
+        shutil.move(copy, folder)
+        if prepare:
+            prepare(folder)
+        torch.manual_seed(999)  # what a new process would not have either
+        train(composed(tiny("run.name=cut", *SETTINGS, *more)), ["test"])
+        return folder
+
+    return resumed
+
+
+@pytest.mark.parametrize("step", [1, 2, 6, 9, 11])  # warmup, its end, trunk, decay, second epoch of the text
+def test_going_on_is_bit_for_bit(whole: Path, go_on: Callable[..., Path], step: int) -> None:
+    assert_same_run(whole, go_on(step))
+
+
+def test_the_cut_crosses_an_epoch(whole: Path) -> None:
+    from data.tokens import TokenFile
+
+    corpus = json.loads((whole / "run.json").read_text())
+    assert corpus["parent"] is None
+    cache = next(Path(load_config(whole)["data"]["cache_dir"]).glob("words-*"))
+    windows = (TokenFile(cache / "train").num_tokens - 1) // 32
+    assert 8 < windows < 96  # 12 steps of 8 windows are more than one epoch
+
+
+def load_config(folder: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.load(folder / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "item",
+    ["weights", "exp_avg", "exp_avg_sq", "optimizer_steps", "assignments", "samples", "tokens", "rng"],
+)
+def test_leaving_out_one_saved_item_shows(
+    whole: Path, go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, item: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "faults", lambda path: [])
+
+    def forget(folder: Path) -> None:
+        path = folder / "checkpoints/step-00000006"
+        if item in ("weights", "exp_avg", "exp_avg_sq"):
+            first = next(iter(load_file(path / "weights.safetensors")))
+            tensors = load_file(path / f"{item}.safetensors")
+            tensors[first] = torch.zeros_like(tensors[first])
+            checkpoint._save_tensors(tensors, path / f"{item}.safetensors")
+        elif item == "rng":
+            (path / "rng/rank-00000.safetensors").unlink()
+        else:
+            state = json.loads((path / "state.json").read_text())
+            if item == "optimizer_steps":
+                state["optimizer_steps"] = 1
+            elif item == "assignments":
+                state["assignments"] = [[0] * 4] * 2
+            else:
+                state["state"][item] = 0
+            (path / "state.json").write_text(json.dumps(state))
+
+    with pytest.raises((AssertionError, ConfigError)):
+        assert_same_run(whole, go_on(6, prepare=forget))
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_bit_for_bit(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    done = launch(tiny("run.name=whole", *SETTINGS), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = cut_at(tmp_path / "whole", 5, "cut")
+    done = launch(tiny("run.name=cut", *SETTINGS), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(tmp_path / "whole", folder)
+    assert (folder / "checkpoints/step-00000012/rng/rank-00001.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def test_the_newest_valid_checkpoint_is_used(
+    whole: Path, go_on: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flip_a_bit(folder: Path) -> None:
+        path = folder / "checkpoints/step-00000006/exp_avg.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+
+    assert_same_run(whole, go_on(6, prepare=flip_a_bit))
+    assert "exp_avg.safetensors differs from its SHA-256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.json", "config.yaml", "manifest.json"])
+def test_without_a_valid_checkpoint_nothing_begins_again(go_on: Callable[..., Path], file: str) -> None:
+    def truncate(folder: Path) -> None:
+        path = folder / "checkpoints/step-00000001" / file
+        path.write_bytes(path.read_bytes()[:-7])
+
+    with pytest.raises(ConfigError, match="No checkpoint in .* is valid"):
+        go_on(1, prepare=truncate)
+
+
+def test_manifest_that_points_outside_is_refused(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step-00000006"
+    shutil.copytree(whole / "checkpoints/step-00000006", path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../outside"] = {"size": 0, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.faults(path) == ["../outside lies outside the checkpoint"]
+
+
+def test_only_own_checkpoints_are_pruned_and_enough_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:
+    strange = tmp_path / "tiny/checkpoints/step-00000001-backup"
+    strange.mkdir(parents=True)
+    folder = run("checkpoint.every=2", "checkpoint.keep=3")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000001-backup", "step-00000008", "step-00000010", "step-00000012"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = checkpoint._save_tensors
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "step-00000004" in str(path) and path.name == "exp_avg.safetensors":
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "_save_tensors", full)
+    with pytest.raises(OSError, match=r"step 4 .* No space left on device. It needs about"):
+        run("checkpoint.every=2")
+    checkpoints = tmp_path / "tiny/checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    assert checkpoint.faults(checkpoints / "step-00000002") == []
+
+
+# ------------------------------------------------------------------------------------------------ changed settings
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("run.seed=1", "run.seed: 0 → 1"),
+        ("model.rope_theta=500", "model.rope_theta"),
+        ("optimizer.weight_decay=0.2", "optimizer.weight_decay: 0.1 → 0.2"),
+        ("balance.scope=micro", "balance.scope: lagged → micro"),
+        ("mup.rule=fan_in", "mup.rule"),
+        ("precision=bf16", "precision: fp32 → bf16"),
+        ("run.tokens_seen=5", "run.tokens_seen"),
+        ("schedule.a=3", "Step 2 was taken at the rate"),
+        ("schedule.warmup_tokens=701", "Step 2 was taken at the rate"),
+        ("batch.sequences=16", "Step 1 was taken with a batch of 8 sequences and would now have had 16"),
+        ("batch.ramp=[{from_tokens: 512, sequences: 16}]", "Step 3 was taken with a batch of 8"),
+        ("data.stages=[{from_tokens: 512, mixture: {words: 2}}]", "48 samples were drawn by other mixtures"),
+        ("data.corpora.words.validation_fraction=0.3", "The corpus 'words' was described otherwise"),
+    ],
+)
+def test_a_change_to_what_is_trained_is_refused(go_on: Callable[..., Path], change: str, named: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        go_on(6, change)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.tokens=4096",
+        "batch.micro_sequences=2",
+        "evaluation.every=1",
+        "schedule.decay.tokens=512",
+        "schedule.decay.shape=linear",
+        "batch.ramp=[{from_tokens: 1536, sequences: 12}]",
+        "data.stages=[{from_tokens: 1536, mixture: {words: 2}}]",
+    ],
+)
+def test_a_change_ahead_passes_and_is_recorded(go_on: Callable[..., Path], whole: Path, change: str) -> None:
+    folder = go_on(6, change)
+    start = json.loads((folder / "run.json").read_text())["starts"][-1]
+    assert start["from"].endswith("step-00000006")
+    name = change.partition("=")[0]
+    assert any(setting.startswith(name) for setting in start["changed_settings"])
+    before = without_timing(read_lines(whole / "metrics.jsonl"))[:6]
+    assert without_timing(read_lines(folder / "metrics.jsonl"))[:6] == before
+
+
+def test_going_on_after_a_decay_began_needs_a_rewarmup(go_on: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"The decay had begun.*schedule.rewarmup.start=2816"):
+        go_on(11, "run.tokens=6144")
+
+
+def test_rewarmup_after_a_decay(go_on: Callable[..., Path]) -> None:
+    folder = go_on(11, "run.tokens=6144", "schedule.rewarmup.start=2816", "schedule.rewarmup.tokens=1024")
+    rates = {line["tokens"]: line["lr"] for line in read_lines(folder / "metrics.jsonl")}
+    assert rates[2816] == 0
+    assert rates[2816 + 512] < rates[2816 + 768] < rates[2816 + 1024]
+    assert rates[2816 + 1024] == 4 * 0.0625 * (2816 + 1024) ** -0.51  # back on the trunk
+    assert max(rates) == 6144 - 256
+
+
+def test_a_raised_budget_goes_on_without_a_jump(go_on: Callable[..., Path]) -> None:
+    folder = go_on(9, "run.tokens=4096")  # 2304 tokens: the decay would have begun with the next step
+    rates = {line["tokens"]: line["lr"] for line in read_lines(folder / "metrics.jsonl")}
+    for n in range(1024, 4096 - 768, 256):
+        assert rates[n] == 4 * 0.0625 * n**-0.51
+
+
+def test_changed_bytes_of_a_corpus_are_noticed(go_on: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(words, other)
+    (other / "00.txt").write_text("quite another text " * 9)
+
+    def move_the_text(folder: Path) -> None:
+        for path in (folder / "checkpoints").glob("step-*"):
+            config = (path / "config.yaml").read_text().replace(str(words), str(other))
+            (path / "config.yaml").write_text(config)
+            manifest = json.loads((path / "manifest.json").read_text())
+            manifest["files"]["config.yaml"] = {
+                "size": (path / "config.yaml").stat().st_size,
+                "sha256": checkpoint._sha256(path / "config.yaml"),
+            }
+            (path / "manifest.json").write_text(json.dumps(manifest))
+
+    with pytest.raises(ConfigError, match="The tokens of the corpus 'words' are not those"):
+        go_on(6, f"data.corpora.words.path={other}/*.txt", prepare=move_the_text)
+
+
+# ------------------------------------------------------------------------------------------------------ stopping
+
+
+def test_never_refuses_an_earlier_run(go_on: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+        go_on(6, "run.resume=never")
+
+
+def test_the_file_stop_stops_and_the_run_goes_on(
+    whole: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from train.track import Tracker
+
+    original = Tracker.step
+
+    def stop_at_5(self: Tracker, record: dict[str, Any]) -> None:
+        original(self, record)
+        if record["step"] == 5:
+            (tmp_path / "tiny/stop").touch()
+
+    monkeypatch.setattr(Tracker, "step", stop_at_5)
+    folder = run(*SETTINGS[:1], "checkpoint.keep=20", "run.name=tiny")
+    assert [path.name for path in checkpoint.available(folder / "checkpoints")] == ["step-00000005"]
+    monkeypatch.setattr(Tracker, "step", original)
+    run(*SETTINGS)
+    assert_same_run(whole, folder)
