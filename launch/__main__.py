@@ -9,7 +9,8 @@ import sys
 VERBS = {
     "train": "train a model: +experiment=NAME and Hydra overrides",
     "prepare": "tokenise the corpora of a configuration once, before training",
-    "check": "mup | coordinates | batch: see that a configuration does what it should",
+    "check": "mup | coordinates | batch | run: see that a configuration, or a run, does what it should",
+    "decay": "branch a decay off a checkpoint of a run",
     "export": "write a checkpoint as a Hugging Face folder",
     "generate": "continue a prompt with an exported model",
 }

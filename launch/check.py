@@ -1,10 +1,12 @@
 """See that a configuration does what it should.
 
 usage: python -m launch.check mup|coordinates|batch [+experiment=NAME] [KEY=VALUE …]
+       python -m launch.check run RUN [--steps N]
 
   mup          each tensor's role, standard deviation asked and measured, rate multiplier, weight decay
   coordinates  train a few steps at four widths; no part of the model may change more, or less, as it gets wider
   batch        one batch split in three ways must give the same gradients, the balance loss included
+  run          files as in their manifests, and the last steps trained again give the same losses
 
 Exit status: 0 as it should be, 1 not.
 
@@ -12,6 +14,7 @@ examples:
   python -m launch.check mup +experiment=powermoe_3b
   python -m launch.check coordinates mup.rule=fan_in
   python -m launch.check batch
+  python -m launch.check run runs/quickstart
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _check(arguments: list[str]) -> int:
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    if not arguments or arguments[0] in ("--help", "-h"):
         print(__doc__)
         return 0 if arguments else 2
     name, *overrides = arguments
@@ -45,9 +48,13 @@ def _check(arguments: list[str]) -> int:
         from launch import coordinates
 
         return coordinates.main(overrides)
+    if name == "run":
+        from launch import replay
+
+        return replay.main(overrides)
     checks: dict[str, Callable[[Config], int]] = {"mup": check_mup, "batch": check_batch}
     if name not in checks:
-        raise ConfigError(f"There is no check '{name}'; there are {', '.join([*checks, 'coordinates'])}.")
+        raise ConfigError(f"There is no check '{name}'; there are {', '.join([*checks, 'coordinates', 'run'])}.")
     return checks[name](composed(described(overrides)))
 
 

@@ -21,6 +21,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from train.balance import Balance
 from train.cli import composed, guard
-from train.config import Config
+from train.config import Config, ConfigError
 from train.loop import loss_terms, total_loss
 from train.loss import IGNORE_INDEX, LanguageModelLoss
 from train.model import granite, mup
@@ -111,6 +112,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _main(overrides: list[str], plot: str | None) -> int:
+    if plot and not Path(plot).parent.is_dir():
+        raise ConfigError(f"--plot {plot}: there is no folder '{Path(plot).parent}'. Make it, or name another file.")
     configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in FAMILIES]
     results = {}
     # A dict: both are the same where the caller chose the family.
@@ -297,26 +300,31 @@ def _as_text(family: str, results: list[Result]) -> str:
 
 
 def draw(results: dict[str, list[Result]], path: str) -> None:
-    """A PNG: sizes against width, relative to the smallest width; the grey wedge is the band."""
+    """A PNG of sizes against width, mean over the seeds; as steep as the edge of the grey is out of the band."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.5 * len(results)), layout="constrained")
-    for axes_row, (family, found) in zip(
-        figure.subplots(len(results), len(BANDS), sharex=True, squeeze=False), results.items(), strict=True
-    ):
+    figure = Figure(figsize=(15, 4 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), len(BANDS), sharey=True, squeeze=False)
+    for axes_row, (family, found) in zip(grid, results.items(), strict=True):
+        widths = torch.tensor(found[0].widths)
         for axes, (kind, band) in zip(axes_row, BANDS.items(), strict=True):
-            widths = found[0].widths
-            wedge = [(width / widths[0]) ** band for width in widths]
-            axes.fill_between(widths, [1 / edge for edge in wedge], wedge, color="0.9")
+            edge = _centred(widths[None].double().log() * band)
+            axes.fill_between(widths, edge, 1 / edge, color="0.9")
             for result in found:
                 if result.kind == kind:
-                    by_width = zip(*result.sizes, strict=True)
-                    means = [statistics.geometric_mean(sizes) for sizes in by_width]  # over the seeds
-                    relative = [mean / means[0] for mean in means]
-                    label = result.name if result.passed else f"{result.name}: FAIL"
-                    axes.plot(widths, relative, marker=".", linestyle="-" if result.passed else "--", label=label)
+                    sizes = _centred(torch.tensor(result.sizes, dtype=torch.float64).log())
+                    style, label = ("-", result.name) if result.passed else ("--", f"{result.name}: FAIL")
+                    axes.plot(widths, sizes, style, marker=".", label=label)
             axes.set(xscale="log", yscale="log", title=f"{family}: {kind}", xlabel="hidden size")
-            axes.set_xticks(widths, [str(width) for width in widths], minor=False)
+            axes.set_xticks(widths, [str(width) for width in found[0].widths])
+            axes.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"])
             axes.minorticks_off()
-            axes.legend(fontsize="small")
-    figure.savefig(path)
+            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        axes_row[0].set_ylabel("size over its mean")
+    figure.savefig(path, format="png")
+
+
+def _centred(logs: Tensor) -> Tensor:
+    """(seeds, widths) logarithms -> (widths,) mean sizes relative to their mean over widths."""
+    means = logs.mean(dim=0)
+    return (means - means.mean()).exp()

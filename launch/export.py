@@ -44,14 +44,7 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
     from train.model import granite
 
     checkpoints = run / "checkpoints"
-    if step is None:
-        chosen = checkpoint.newest_valid(checkpoints)
-    else:
-        chosen = checkpoints / f"step-{step:08d}"
-        if chosen not in checkpoint.available(checkpoints):
-            steps = [checkpoint.step_of(path) for path in checkpoint.available(checkpoints)]
-            raise ConfigError(f"{run} has no checkpoint of step {step}; it has those of {steps}.")
-        checkpoint.verified(chosen)
+    chosen = checkpoint.newest_valid(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
     if chosen is None:
         raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
     model = granite.build(config)

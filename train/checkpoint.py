@@ -187,6 +187,18 @@ def verified(checkpoint: Path) -> Path:
     return checkpoint
 
 
+def at_step(checkpoints: Path, step: int) -> Path:
+    """The verified checkpoint of a step.
+
+    Raises:
+        ConfigError: there is none, with the steps that there are, or it is not valid.
+    """
+    steps = [step_of(path) for path in available(checkpoints)]
+    if step not in steps:
+        raise ConfigError(f"{checkpoints} has no checkpoint of step {step}; it has those of steps {steps}.")
+    return verified(checkpoints / f"step-{step:08d}")
+
+
 def newest_valid(checkpoints: Path, report: Any = print) -> Path | None:
     """The newest checkpoint without faults; what is wrong with newer ones goes to `report`.
 

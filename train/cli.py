@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -61,6 +61,11 @@ def _train(arguments: list[str]) -> int:
         print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
         return 0
 
+    return run_training(config, arguments)
+
+
+def run_training(config: Config, arguments: list[str]) -> int:
+    """Train, and leave exit.json in the run's folder however it ends."""
     # Only now: a mistake in the configuration should not have to wait for these imports.
     from train.run import train, write_exit
 
@@ -151,6 +156,11 @@ def _in_plain_words(error: Exception) -> str:
             f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], options)
         )
     cause = error.__cause__ or error.__context__
+    if isinstance(error, OverrideParseException):
+        return (
+            f"'{error.override}' is not KEY=VALUE as Hydra reads it: {str(error).partition(chr(10))[0]}. A value with "
+            "brackets, commas, spaces or equal signs in it is quoted twice: KEY='\"VALUE\"'."
+        )
     first_line = str(cause or "").partition("\n")[0]
     return " ".join(f"{said} {first_line}".split())
 

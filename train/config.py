@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import schedulers
 from data.prepare import TokenizerSpec
@@ -261,15 +261,23 @@ def from_hydra(composed: DictConfig) -> Config:
     return config
 
 
-def load(path: Path) -> Config:
-    """The configuration that a run left in its config.yaml.
+def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run left in its config.yaml, with changes by dotted name and KEY=VALUE on top.
 
     Raises:
-        ConfigError: no such file, or one of another version.
+        ConfigError: no such file, one of another version, or a change that cannot be.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {path.parent} is not the folder of a run.")
-    return from_hydra(DictConfig(OmegaConf.load(path)))
+    saved = DictConfig(OmegaConf.load(path))
+    for name, value in (changed or {}).items():
+        OmegaConf.update(saved, name, value, merge=False)
+    try:
+        config = _typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).partition(chr(10))[0]}") from error
+    check(config)
+    return config
 
 
 def data_from_hydra(composed: DictConfig) -> DataConfig:

@@ -37,16 +37,21 @@ def write(
             "commit": _commit(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in _PACKAGES},
-            "hardware": {
-                "device": _device_name(engine.device),
-                "ranks": engine.world_size,
-                "threads": torch.get_num_threads(),
-                "cores": os.cpu_count(),
-                "machine": platform.machine(),
-            },
+            "hardware": hardware(engine),
         }
     )
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def hardware(engine: Engine) -> dict[str, Any]:
+    """What decides the last bits of a sum: device, ranks and threads."""
+    return {
+        "device": _device_name(engine.device),
+        "ranks": engine.world_size,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
 
 
 def _device_name(device: torch.device) -> str:

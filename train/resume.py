@@ -103,8 +103,8 @@ def _check_samples_taken(then: Config, now: Config, state: State, differences: d
     for name in {name for _, mixture in old for name in mixture}:
         if then.data.corpora[name] != now.data.corpora[name]:
             raise ConfigError(
-                f"The corpus '{name}' was described otherwise when samples of it were trained on:\n{_diff(differences)}\n"
-                "Put it back, or add the new description under another name."
+                f"The corpus '{name}' was described otherwise when samples of it were trained on:\n"
+                f"{_diff(differences)}\nPut it back, or add the new description under another name."
             )
 
 

@@ -1,0 +1,108 @@
+"""Branch a decay off a checkpoint of a run: the rate falls from where it is there, and the run itself is untouched.
+
+usage: python -m launch.decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
+       accelerate launch -m launch.decay RUN --at STEP --tokens N …
+
+KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
+
+examples:
+  python -m launch.decay runs/quickstart --at 300 --tokens 250_000
+  python -m launch.decay runs/quickstart --at 300 --tokens 250_000 --shape linear --name quickstart-linear
+  python -m launch.decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from schedulers.decay import SHAPES
+from train.cli import guard, run_training
+from train.config import Config, ConfigError, load
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the branch."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="powertrain decay",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("run", type=Path, help="the folder of the run to branch off")
+    parser.add_argument("--at", type=int, required=True, help="step of one of its checkpoints")
+    parser.add_argument("--tokens", type=int, required=True, help="length of the decay")
+    parser.add_argument("--shape", choices=SHAPES, default="exponential")
+    parser.add_argument("--floor", type=float, default=0.0, help="what is left at the end, relative to the start")
+    parser.add_argument("--mixture", help="weights of the corpora during the decay: NAME=WEIGHT,…; default: as before")
+    parser.add_argument("--name", help="of the new run, beside its parent; default: PARENT-decay-STEP-TOKENS")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args(arguments)
+    sys.exit(guard(lambda: run_training(branch(options), ["decay", *arguments])))
+
+
+def branch(options: argparse.Namespace) -> Config:
+    """The configuration of the branch.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it lies in warmup or in a decay, or a setting cannot be.
+    """
+    from train import checkpoint
+
+    checkpoints = options.run / "checkpoints"
+    chosen = checkpoint.at_step(checkpoints, options.at)
+    state = json.loads((chosen / "state.json").read_text())["state"]
+    parent = load(chosen / "config.yaml")
+    n = state["tokens"]
+    if getattr(parent.make_schedule(), "decay", False) is False:
+        raise ConfigError(
+            f"{options.run} was trained with the schedule '{parent.schedule['name']}', which has no decay to branch; "
+            "power and wsd have one."
+        )
+    phase = parent.make_schedule().phase(n)
+    if phase != "trunk":
+        steps = [checkpoint.step_of(path) for path in checkpoint.available(checkpoints)]
+        raise ConfigError(
+            f"Step {options.at} of {options.run} lies in its {phase}: a decay falls from a rate that had been reached "
+            f"and held. Branch off another of its checkpoints (steps {steps})."
+        )
+    if options.tokens <= 0:
+        raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
+    begins = n - parent.run.tokens_seen
+    changed: dict[str, Any] = {
+        "run.name": options.name or f"{options.run.resolve().name}-decay-{options.at}-{options.tokens}",
+        "run.folder": str(options.run.resolve().parent),
+        "run.resume": str(chosen.resolve()),
+        "run.tokens": begins + options.tokens,
+        "schedule.decay": {
+            "start": n,
+            "tokens": options.tokens,
+            "shape": options.shape,
+            "floor": options.floor,
+        },
+        "data.mixture": parent.stages()[0][1],  # written out: another corpus must not join it
+        "data.tokenizer.path": str((options.run / "tokenizer").resolve()),
+    }
+    if options.mixture:
+        earlier = [
+            {"from_tokens": stage.from_tokens, "mixture": stage.mixture}
+            for stage in parent.data.stages
+            if stage.from_tokens < begins
+        ]
+        changed["data.stages"] = [*earlier, {"from_tokens": begins, "mixture": _weights(options.mixture)}]
+    return load(chosen / "config.yaml", changed, options.overrides)
+
+
+def _weights(text: str) -> dict[str, float]:
+    try:
+        return {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ConfigError(f"--mixture is '{text}'; it is written NAME=WEIGHT,NAME=WEIGHT.") from error
+
+
+if __name__ == "__main__":
+    main()

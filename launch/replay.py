@@ -1,0 +1,103 @@
+"""`check run RUN`: are its files whole, and does training from a checkpoint give again what metrics.jsonl says?
+
+usage: python -m launch.check run RUN [--steps N]
+
+examples:
+  python -m launch.check run runs/quickstart --steps 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from train.config import ConfigError, load
+
+_EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")
+_LOSSES = ("lm_loss", "balance_loss", "z_loss", "loss", "grad_norm")
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, on other hardware than the run's
+
+
+def main(arguments: list[str]) -> int:
+    """Verify every checkpoint, then replay; 1 on the first difference, which is named."""
+    parser = argparse.ArgumentParser(
+        prog="powertrain check run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run")
+    parser.add_argument("--steps", type=int, default=10, help="how many of the last steps to replay; default 10")
+    options = parser.parse_args(arguments)
+    config = load(options.run / "config.yaml")
+
+    from train import checkpoint
+    from train.track import read_lines
+
+    found = checkpoint.available(options.run / "checkpoints")
+    for path in found:
+        if wrong := checkpoint.faults(path):
+            print(f"FAIL: {path}: {'; '.join(wrong)}")
+            return 1
+    print(f"{len(found)} checkpoint(s) whole, byte for byte.")
+
+    lines = {line["step"]: line for line in read_lines(options.run / "metrics.jsonl")}
+    if not lines:
+        raise ConfigError(f"{options.run}/metrics.jsonl has no step to replay.")
+    last = max(lines)
+    before = [path for path in found if checkpoint.step_of(path) < last]
+    early_enough = [path for path in before if checkpoint.step_of(path) <= last - options.steps]
+    candidates = early_enough or before[:1]
+    start_from = candidates[-1] if candidates else None
+    if start_from is None and last > options.steps:
+        raise ConfigError(
+            f"{options.run} has no checkpoint before its last step {last}, and beginning anew would take {last} steps "
+            f"instead of {options.steps}. Ask for --steps {last}, or keep more checkpoints (checkpoint.keep)."
+        )
+
+    from train.engine import Engine
+    from train.environment import hardware
+    from train.loop import train_step
+    from train.run import assemble
+    from train.state import State
+
+    recorded = json.loads((options.run / "run.json").read_text())["starts"][-1]["hardware"]
+    with tempfile.TemporaryDirectory() as scratch:
+        config.data.tokenizer.path = str(options.run / "tokenizer")
+        config.run.folder = scratch
+        engine = Engine(config)
+        try:
+            same_machine = hardware(engine) == recorded
+            state = State(tokens=config.run.tokens_seen)
+            parts = assemble(config, engine, state, start_from, print if engine.is_main else lambda text: None)
+            first = state.step + 1
+            while state.step < last:
+                record = train_step(config, engine, parts.batches, parts.balance, state)
+                difference = _difference(
+                    lines.get(state.step), record, 0.0 if same_machine else TOLERANCE[config.precision]
+                )
+                if difference:
+                    print(f"FAIL: step {state.step}: {difference}")
+                    return 1
+        finally:
+            engine.close()
+    how = "bit for bit" if same_machine else f"to {TOLERANCE[config.precision]}, on other hardware than the run's"
+    print(f"PASS: steps {first} to {last} give the same tokens, samples and rates, and the same losses {how}.")
+    return 0
+
+
+def _difference(line: dict[str, Any] | None, record: dict[str, Any], tolerance: float) -> str | None:
+    """The first thing that differs, in words."""
+    if line is None:
+        return "metrics.jsonl has no such step"
+    for name in _EXACT:
+        if line[name] != record[name]:
+            return f"{name} was {line[name]} and is {record[name]}"
+    for name in _LOSSES:
+        was, now = line[name], record[name]
+        if (was is None) != (now is None) or (was is not None and abs(now - was) > tolerance * abs(was)):
+            return f"{name} was {was!r} and is {now!r}"
+    return None

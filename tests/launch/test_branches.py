@@ -1,0 +1,241 @@
+"""Branches, stages, growing batches, other people's weights, and the check that replays a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import without_timing
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+from schedulers import Decay, Power
+from train import checkpoint
+from train.cli import composed
+from train.config import ConfigError
+from train.run import train
+from train.track import read_lines
+
+
+def decay(*arguments: str) -> int:
+    from launch import decay as verb
+
+    with pytest.raises(SystemExit) as ended:
+        verb.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def replay(*arguments: str) -> int:
+    from launch import replay as verb
+
+    return verb.main(list(arguments))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# -------------------------------------------------------------------------------------------------- decay branches
+
+
+def test_a_branch_is_the_run_that_had_been_planned_so(run: Callable[..., Path], tmp_path: Path) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=2", "checkpoint.keep=9")
+    before = contents(trunk)
+    assert decay(str(trunk), "--at", "6", "--tokens", "768", "--name", "branch") == 0
+    assert decay(str(trunk), "--at", "6", "--tokens", "1024", "--shape", "sqrt") == 0
+    assert contents(trunk) == before
+
+    planned = run("run.name=planned", "run.tokens=2304", "schedule.decay.tokens=768")
+    branch = tmp_path / "branch"
+    assert without_timing(read_lines(branch / "metrics.jsonl")) == without_timing(
+        read_lines(planned / "metrics.jsonl")
+    )[6:]
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        paths = [folder / f"checkpoints/step-00000009/{name}.safetensors" for folder in (branch, planned)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert json.loads((branch / "run.json").read_text())["parent"].endswith("trunk/checkpoints/step-00000006")
+
+    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=1536, tokens=1024, shape="sqrt"))
+    lines = read_lines(tmp_path / "trunk-decay-6-1024/metrics.jsonl")
+    assert [line["lr"] for line in lines] == [power(tokens=n, batch=0.0625) for n in range(1536, 2560, 256)]
+
+
+@pytest.mark.parametrize(
+    ("at", "reason"), [(1, "lies in its warmup"), (11, "lies in its decay"), (99, "has no checkpoint of step 99")]
+)
+def test_a_branch_needs_a_rate_that_is_held(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], at: int, reason: str
+) -> None:
+    folder = run("checkpoint.every=1", "checkpoint.keep=20")
+    assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
+    assert reason in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- mixtures and stages
+
+
+def two_corpora(words: Path, *more: str) -> list[str]:
+    return [
+        "+data.corpora.late.source=text",
+        f"+data.corpora.late.path={words}/1*.txt",
+        "+data.corpora.late.validation_fraction=0.2",
+        *more,
+    ]
+
+
+def test_a_stage_added_later_disturbs_nothing_before_it(
+    run: Callable[..., Path], words: Path, tmp_path: Path
+) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6", "checkpoint.keep=9")
+    shutil.copytree(trunk, tmp_path / "later")
+    shutil.rmtree(tmp_path / "later/checkpoints/step-00000012")
+    folder = run(
+        "run.name=later",
+        "schedule.decay.tokens=0",
+        "data.mixture={words: 1}",
+        *two_corpora(words, "data.stages=[{from_tokens: 1536, mixture: {words: 1, late: 3}}]"),
+    )
+    lines, changed = (without_timing(read_lines(path / "metrics.jsonl")) for path in (trunk, folder))
+    assert changed[:6] == lines[:6]
+    assert changed[6]["lm_loss"] != lines[6]["lm_loss"]
+    assert changed[6]["lr"] == lines[6]["lr"]
+    corpora = {line["corpus"] for line in read_lines(folder / "evals.jsonl")}
+    assert corpora == {"words", "late", "overall"}
+
+
+def test_a_branch_can_have_a_mixture_of_its_own(run: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
+    more = [override.lstrip("+") for override in two_corpora(words)]
+    assert decay(str(trunk), "--at", "6", "--tokens", "512", "--mixture", "words=1,late=1", "--name", "mixed", *more) == 0
+    lines = read_lines(tmp_path / "mixed/metrics.jsonl")
+    assert [line["step"] for line in lines] == [7, 8]
+
+
+# ------------------------------------------------------------------------------------------------ a growing batch
+
+
+def test_a_growing_batch_takes_rate_clock_and_samples_along(run: Callable[..., Path]) -> None:
+    ramp = "batch.ramp=[{from_tokens: 1024, sequences: 16}, {from_tokens: 2048, sequences: 24}]"
+    lines = read_lines(run(ramp, "run.tokens=3584") / "metrics.jsonl")
+    assert [line["tokens"] for line in lines] == [0, 256, 512, 768, 1024, 1536, 2048, 2816]
+    assert [line["samples"] for line in lines] == [0, 8, 16, 24, 32, 48, 64, 88]
+    assert [line["batch"] * 128 for line in lines] == [8, 8, 8, 8, 16, 16, 24, 24]
+    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3584 - 768, tokens=768))
+    for line in lines:
+        assert line["lr"] == power(tokens=line["tokens"], batch=line["batch"])
+
+
+def test_a_phase_that_does_not_divide_is_refused_before_the_start(run: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="A batch of 18 sequences does not split into micro-batches of 4"):
+        run("batch.ramp=[{from_tokens: 1024, sequences: 18}]")
+
+
+# -------------------------------------------------------------------------------------------- continued pretraining
+
+
+def test_going_on_from_an_exported_model(run: Callable[..., Path], tmp_path: Path) -> None:
+    first = run("run.name=first", "evaluation.every=100")
+    last = read_lines(first / "evals.jsonl")[-1]
+    folder = run(
+        "run.name=more",
+        f"run.init_from={first}/model",
+        "run.tokens_seen=3072",
+        "run.tokens=1024",
+        "schedule.decay.tokens=256",
+        "schedule.rewarmup.tokens=512",
+    )
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["tokens"] for line in lines] == [3072, 3328, 3584, 3840]
+    assert [line["samples"] for line in lines] == [0, 8, 16, 24]
+    power = Power(max_lr=0.01, warmup_tokens=700)
+    trunk = [power(tokens=line["tokens"], batch=0.0625) for line in lines]
+    assert [line["lr"] for line in lines] == [0, trunk[1] / 2, trunk[2], trunk[3]]
+    assert lines[0]["lm_loss"] == pytest.approx(last["loss"], abs=0.5)  # and not log(300)
+
+
+def test_the_published_powermoe_configuration_with_small_weights(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """ibm/PowerMoE-3b's config.json as published, but for the sizes, which would not fit here."""
+    published = {
+        "attention_bias": False, "attention_dropout": 0.1, "attention_multiplier": 0.015625, "bos_token_id": 0,
+        "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 1536,
+        "initializer_range": 0.02, "intermediate_size": 512, "logits_scaling": 6.0, "max_position_embeddings": 4096,
+        "model_type": "granitemoe", "num_attention_heads": 24, "num_experts_per_tok": 8, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 40, "output_router_logits": False, "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000, "router_aux_loss_coef": 0.0, "tie_word_embeddings": True,
+        "vocab_size": 49152,
+    }  # fmt: skip
+    small = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
+             "intermediate_size": 32, "vocab_size": 512}  # fmt: skip
+    torch.manual_seed(0)
+    theirs = GraniteMoeForCausalLM(GraniteMoeConfig(**{**published, **small}))
+    theirs.save_pretrained(tmp_path / "theirs")
+    folder = run(f"run.init_from={tmp_path}/theirs", "run.tokens_seen=1_000_000", "run.tokens=256",
+                 "schedule.decay.tokens=0", "mup.base_hidden_size=64")  # fmt: skip
+    config = json.loads((folder / "model/config.json").read_text())
+    for name in ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier",
+                 "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "max_position_embeddings"):  # fmt: skip
+        assert config[name] == published[name], name
+    line = read_lines(folder / "metrics.jsonl")[0]
+    assert line["tokens"] == 1_000_000
+    assert line["lr_per_group"]["router"] == line["lr"] / 2  # m_width 128 / 64, whatever logits_scaling says
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"model_type": "llama"}, "'llama' model"), ({"attention_bias": True}, "attention_bias True")]
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    tiny: Callable[..., list[str]], run: Callable[..., Path], change: dict[str, object], reason: str
+) -> None:
+    folder = run()
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=reason):
+        composed(tiny(f"run.init_from={folder}/model"))
+
+
+# ---------------------------------------------------------------------------------------------------------- replay
+
+
+def test_replay_passes_on_a_sound_run(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("checkpoint.every=4", "checkpoint.keep=9", "data.sequence_length=32")
+    before = contents(folder)
+    assert replay(str(folder), "--steps", "6") == 0
+    assert "PASS: steps 5 to 12" in capsys.readouterr().out
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["lm_loss", "lr", "samples", "tokens"])
+def test_replay_names_the_first_difference(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = run("checkpoint.every=4", "checkpoint.keep=9")
+    lines = read_lines(folder / "metrics.jsonl")
+    lines[8][name] = lines[8][name] * 1.001 + 1
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay(str(folder), "--steps", "6") == 1
+    assert f"FAIL: step 9: {name} was" in capsys.readouterr().out
+
+
+def test_replay_finds_a_damaged_file(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run("checkpoint.every=4", "checkpoint.keep=9")
+    path = checkpoint.available(folder / "checkpoints")[0] / "exp_avg_sq.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert replay(str(folder)) == 1
+    assert "exp_avg_sq.safetensors has" in capsys.readouterr().out
+
+
+def test_resuming_by_path_twice_goes_on_from_the_branch(
+    run: Callable[..., Path], tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
+    path = trunk / "checkpoints/step-00000006"
+    branch = ("run.name=branch", f"run.resume={path}", "run.tokens=2048", "schedule.decay.tokens=0")
+    train(composed(tiny(*branch)), ["test"])
+    train(composed(tiny(*branch, "run.tokens=2560")), ["test"])
+    lines = without_timing(read_lines(tmp_path / "branch/metrics.jsonl"))
+    assert lines == without_timing(read_lines(trunk / "metrics.jsonl"))[6:10]

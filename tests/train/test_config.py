@@ -1,0 +1,312 @@
+import copy
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from schedulers import WSD, Constant, Cosine, Power
+from train import config as config_module
+from train.cli import composed
+from train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch
+
+EXPERIMENTS = [
+    "quickstart",
+    "proxy_12m",
+    "proxy_36m",
+    "proxy_121m",
+    "dense_1b",
+    "moe_1b",
+    "powerlm_3b",
+    "powermoe_3b",
+]
+
+
+@cache
+def _quickstart() -> Config:
+    return composed(["+experiment=quickstart"])
+
+
+@pytest.fixture
+def quickstart() -> Config:
+    """2,000,000 tokens in steps of 16 × 256, warmup 100,000, the last 500,000 in decay; hidden 128, 2 heads."""
+    return copy.deepcopy(_quickstart())
+
+
+def change(config: Config, settings: dict[str, Any]) -> Config:
+    for dotted, value in settings.items():
+        *path, last = dotted.split(".")
+        node: Any = config
+        for name in path:
+            node = node[name] if isinstance(node, dict) else getattr(node, name)
+        if isinstance(node, dict):
+            node[last] = value
+        else:
+            assert hasattr(node, last), dotted
+            setattr(node, last, value)
+    return config
+
+
+def paragraph(error: BaseException) -> str:
+    """The message, which has to be one readable paragraph."""
+    message = str(error)
+    assert message and "\n" not in message and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_valid(name: str) -> None:
+    config = composed([f"+experiment={name}"])
+    check_batch(config, world_size=1)
+    assert config.run.name == name
+
+
+def test_there_are_no_other_experiments() -> None:
+    folder = Path(config_module.__file__).parent.parent / "configs" / "experiment"
+    assert sorted(path.stem for path in folder.glob("*.yaml")) == sorted(EXPERIMENTS)
+
+
+def ramp(*phases: tuple[int, int]) -> list[RampConfig]:
+    return [RampConfig(tokens, sequences) for tokens, sequences in phases]
+
+
+def stages(*phases: tuple[int, dict[str, float]]) -> list[StageConfig]:
+    return [StageConfig(tokens, mixture) for tokens, mixture in phases]
+
+
+# Settings, and what the message has to contain: the value, and the setting or the limit.
+BAD: list[tuple[dict[str, Any], list[str]]] = [
+    ({"model.model_type": "llama"}, ["model.model_type", "'llama'", "granitemoe, granite"]),
+    ({"mup.rule": "fanin"}, ["mup.rule", "'fanin'", "paper, fan_in"]),
+    ({"balance.scope": "global"}, ["balance.scope", "'global'", "lagged, accumulated, dp, micro"]),
+    ({"balance.pool": "none"}, ["balance.pool", "'none'", "layer, all"]),
+    ({"optimizer.weight_decay_mode": "none"}, ["optimizer.weight_decay_mode", "'none'", "coupled, independent"]),
+    ({"precision": "fp16"}, ["precision", "'fp16'", "bf16, fp32"]),
+    ({"model.vocab_size": 0}, ["model.vocab_size is 0", "greater than zero"]),
+    ({"model.hidden_size": -128}, ["model.hidden_size is -128"]),
+    ({"model.intermediate_size": 0}, ["model.intermediate_size is 0"]),
+    ({"model.num_hidden_layers": 0}, ["model.num_hidden_layers is 0"]),
+    ({"model.num_attention_heads": 0}, ["model.num_attention_heads is 0"]),
+    ({"mup.base_hidden_size": 0}, ["mup.base_hidden_size is 0"]),
+    ({"data.sequence_length": 0}, ["data.sequence_length is 0"]),
+    ({"batch.sequences": 0}, ["batch.sequences is 0"]),
+    ({"batch.micro_sequences": 0}, ["batch.micro_sequences is 0"]),
+    ({"run.tokens": 0}, ["run.tokens is 0"]),
+    ({"optimizer.max_grad_norm": 0.0}, ["optimizer.max_grad_norm is 0.0"]),
+    ({"optimizer.max_grad_norm": math.nan}, ["optimizer.max_grad_norm is nan"]),
+    ({"evaluation.sequences": 0}, ["evaluation.sequences is 0"]),
+    ({"checkpoint.keep": 0}, ["checkpoint.keep is 0"]),
+    ({"run.tokens_seen": -5}, ["run.tokens_seen is -5"]),
+    ({"optimizer.betas": (0.9, 1.0)}, ["optimizer.betas", "[0.9, 1.0]"]),
+    ({"optimizer.betas": (-0.1, 0.9)}, ["optimizer.betas", "[-0.1, 0.9]"]),
+    ({"optimizer.betas": (0.9,)}, ["optimizer.betas", "[0.9]", "two numbers"]),
+    ({"run.name": "a/b"}, ["run.name is 'a/b'", "run.folder"]),
+    ({"run.name": ""}, ["run.name is ''"]),
+    ({"run.name": "."}, ["run.name is '.'"]),
+    ({"run.name": ".."}, ["run.name is '..'"]),
+    ({"run.name": "/absolute"}, ["run.name is '/absolute'"]),
+    ({"run.name": "trailing/"}, ["run.name is 'trailing/'"]),
+    ({"model.num_attention_heads": 3}, ["128", "model.num_attention_heads 3", "42.67"]),
+    ({"model.num_attention_heads": 128}, ["head size", "= 1 is odd"]),
+    ({"model.num_attention_heads": 4, "model.num_key_value_heads": 3}, ["heads 4", "model.num_key_value_heads 3"]),
+    ({"model.num_key_value_heads": -1}, ["model.num_key_value_heads", "-1"]),
+    ({"evaluation.every": -1}, ["evaluation.every", "-1"]),
+    ({"checkpoint.every": -1}, ["checkpoint.every", "-1"]),
+    ({"model.num_experts_per_tok": 9}, ["model.num_experts_per_tok is 9", "model.num_local_experts 8"]),
+    ({"model.num_experts_per_tok": 0}, ["model.num_experts_per_tok is 0"]),
+    ({"model.max_position_embeddings": 255}, ["data.sequence_length 256", "model.max_position_embeddings 255"]),
+    ({"schedule.decay": None, "schedule.warmup_tokens": 2_000_000}, ["warmup_tokens 2,000,000", "1 to 5%"]),
+    ({"schedule.decay.start": 1_600_000}, ["starts at 1,600,000", "takes 500,000", "2,000,000", "raise", "2,100,000"]),
+    (
+        {"schedule.decay.start": 1_600_000, "run.tokens_seen": 50_000},
+        ["2,050,000", "run.tokens to 2,050,000"],
+    ),
+    ({"schedule.decay.tokens": 1_950_000}, ["schedule", "50,000", "warmup of 100,000"]),
+    ({"schedule.a": -1.0}, ["schedule", "a must be", "-1"]),
+    ({"schedule.nope": 1}, ["schedule", "'nope'", "warmup_tokens"]),
+    ({"schedule.name": "powre"}, ["schedule", "'powre'", "Did you mean 'power'"]),
+    ({"batch.ramp": ramp((0, 32))}, ["batch.ramp", "[0]", "above zero"]),
+    ({"batch.ramp": ramp((200, 32), (100, 64))}, ["batch.ramp", "[200, 100]"]),
+    ({"batch.ramp": ramp((200, 0))}, ["batch.ramp", "0"]),
+    ({"batch.ramp": ramp((200, -16))}, ["batch.ramp", "-16"]),
+    ({"data.stages": stages((9, {}), (9, {}))}, ["data.stages", "[9, 9]"]),
+    ({"data.mixture": {"wiki": 1.0}}, ["data.mixture", "'wiki'", "it has: stdlib"]),
+    ({"data.mixture": {"stdlib": -1.0}}, ["data.mixture", "'stdlib'", "-1.0"]),
+    ({"data.mixture": {"stdlib": math.nan}}, ["data.mixture", "'stdlib'", "nan"]),
+    ({"data.mixture": {"stdlib": math.inf}}, ["data.mixture", "'stdlib'", "inf"]),
+    ({"data.stages": stages((1_000_000, {"wiki": 1.0}))}, ["data.stages from 1,000,000", "'wiki'"]),
+    ({"data.corpora": {}, "data.mixture": {"wiki": 1.0}}, ["'wiki'", "it has: none"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), BAD, ids=[",".join(f"{k}={v}" for k, v in settings.items()) for settings, _ in BAD]
+)
+def test_a_bad_setting_is_named_with_its_value(quickstart: Config, settings: dict[str, Any], said: list[str]) -> None:
+    check(quickstart)
+    with pytest.raises(ConfigError) as error:
+        check(change(quickstart, settings))
+    message = paragraph(error.value)
+    assert [part for part in said if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule.decay.start": 1_500_000},  # ends exactly with the run
+        {"schedule.decay": None, "schedule.warmup_tokens": 1_999_999},
+        {"model.num_experts_per_tok": 8},
+        {"model.num_experts_per_tok": 1},
+        {"model.model_type": "granite", "model.num_experts_per_tok": 0, "model.num_local_experts": 0},
+        {"model.max_position_embeddings": 256},
+        {"model.num_attention_heads": 64},  # heads of 2
+        {"model.num_attention_heads": 4, "model.num_key_value_heads": 2},
+        {"optimizer.betas": (0.0, 0.999)},
+        {"data.mixture": {"stdlib": 0.5}},
+        {"batch.ramp": ramp((100, 32), (200, 64))},
+        {"evaluation.every": 0, "checkpoint.every": 0, "data.corpora": {}},
+    ],
+    ids=str,
+)
+def test_a_setting_at_its_limit_is_accepted(quickstart: Config, settings: dict[str, Any]) -> None:
+    check(change(quickstart, settings))
+
+
+QUICK = "+experiment=quickstart"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([QUICK, "model.hiden_size=64"], ["'model.hiden_size'", "Did you mean 'model.hidden_size'"]),
+        ([QUICK, "+model.hiden_size=64"], ["'model.hiden_size'"]),
+        ([QUICK, "+data.corpora.stdlib.paht=x"], ["'data.corpora.stdlib.paht'"]),
+        ([QUICK, "+nothing=1"], ["'nothing'"]),
+        ([QUICK, "run.tokens=many"], ["run.tokens", "'many'"]),
+        ([QUICK, "model.hidden_size=null"], ["model.hidden_size"]),
+        ([QUICK, "schedule=pwoer"], ["'pwoer'", "configs/schedule", "constant, cosine, power, wsd"]),
+        ([QUICK, "run.name=${run.nmae}"], ["run.nmae"]),
+        (["+experiment=quikstart"], ["'quikstart'", "Did you mean 'quickstart'", "--config-dir"]),
+        ([], ["batch.sequences", "run.tokens", "experiment"]),
+        ([QUICK, "run.tokens=???"], ["run.tokens", "no value"]),
+        ([QUICK, "batch.ramp=[{from_tokens: 5}]"], ["batch.ramp[0].sequences", "no value"]),
+        ([QUICK, "-m", "run.seed=1,2"], ["multirun", "run.name"]),
+        ([QUICK, "--sed=1"], ["'--sed=1'", "--help"]),
+        ([QUICK, "--config-dir", "does/not/exist"], ["'does/not/exist'", "not a folder"]),
+        ([QUICK, "just_a_word"], ["just_a_word"]),
+    ],
+    ids=str,
+)
+def test_a_bad_command_line_is_explained(overrides: list[str], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed(overrides)
+    message = paragraph(error.value)
+    assert [part for part in said if part not in message] == [], message
+
+
+@pytest.mark.parametrize("prefix", ["", "+"])
+def test_a_mixture_can_be_given_on_the_command_line(prefix: str) -> None:
+    """Whatever Hydra's spelling is, what is refused must not be called unknown in favour of itself."""
+    try:
+        config = composed([QUICK, f"{prefix}data.mixture={{stdlib: 2}}"])
+    except ConfigError as error:
+        assert "Did you mean 'data.mixture'" not in str(error)
+        assert not prefix
+    else:
+        assert config.data.mixture == {"stdlib": 2.0}
+
+
+# --------------------------------------------------------------------------------------------------- the batch
+
+
+@pytest.mark.parametrize(
+    ("sequences", "micro", "ranks", "near", "fitting"),
+    [
+        (16, 3, 1, "15, 18", "1, 2, 4, 8, 16"),
+        (16, 5, 2, "10, 20", "1, 2, 4, 8"),
+        (12, 4, 2, "8, 16", "1, 2, 3, 6"),
+        (6, 4, 3, "12", "1, 2"),  # none below
+        (16, 16, 3, "48", "none on 3 ranks"),
+    ],
+)
+def test_a_batch_that_does_not_split_is_told_what_would(
+    quickstart: Config, sequences: int, micro: int, ranks: int, near: str, fitting: str
+) -> None:
+    config = change(quickstart, {"batch.sequences": sequences, "batch.micro_sequences": micro})
+    with pytest.raises(ConfigError) as error:
+        check_batch(config, ranks)
+    message = paragraph(error.value)
+    assert f"batch of {sequences} sequences" in message and f"micro-batches of {micro} on {ranks} rank" in message
+    assert f"{micro * ranks} sequences at a time" in message
+    assert f"that do: {near}." in message
+    assert f"fit this batch: {fitting}." in message
+    for good in fitting.split(", ") if "none" not in fitting else []:
+        check_batch(change(config, {"batch.micro_sequences": int(good)}), ranks)
+
+
+def test_every_phase_of_a_ramp_has_to_split(quickstart: Config) -> None:
+    check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 48))}), 1)
+    with pytest.raises(ConfigError, match="A batch of 24 sequences"):
+        check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 24))}), 1)
+    with pytest.raises(ConfigError, match="A batch of 48 sequences"):
+        check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 48)), "batch.sequences": 64}), 2)
+
+
+def test_batch_at_counts_this_runs_tokens(quickstart: Config) -> None:
+    config = change(quickstart, {"batch.ramp": ramp((100, 32), (200, 64)), "run.tokens_seen": 10**9})
+    assert [config.batch_at(n) for n in (0, 99, 100, 199, 200, 10**9)] == [16, 16, 32, 32, 64, 64]
+
+
+@pytest.mark.parametrize(("length", "sequences", "beta"), [(4096, 128, 128.0), (256, 16, 1.0), (8192, 3, 6.0)])
+def test_beta_is_in_units_of_4096_tokens(quickstart: Config, length: int, sequences: int, beta: float) -> None:
+    assert change(quickstart, {"data.sequence_length": length}).beta(sequences) == beta
+
+
+# ------------------------------------------------------------------------------------------------- the schedule
+
+
+def test_a_decay_without_a_start_ends_with_the_budget(quickstart: Config) -> None:
+    schedule = quickstart.make_schedule()
+    assert isinstance(schedule, Power) and schedule.decay is not None
+    assert (schedule.decay.start, schedule.decay.tokens) == (1_500_000, 500_000)
+    later = change(quickstart, {"run.tokens_seen": 10**6}).make_schedule()
+    assert isinstance(later, Power) and later.decay is not None and later.decay.start == 2_500_000
+    assert quickstart.end_tokens == 3_000_000
+    without = change(quickstart, {"schedule.decay.tokens": 0}).make_schedule()
+    assert isinstance(without, Power) and without.decay is None
+
+
+@pytest.mark.parametrize(("name", "kind"), [("power", Power), ("wsd", WSD), ("cosine", Cosine), ("constant", Constant)])
+def test_every_schedule_can_replace_the_experiments(name: str, kind: type) -> None:
+    config = composed([QUICK, f"schedule={name}"])
+    schedule = config.make_schedule()
+    assert type(schedule) is kind
+    assert schedule.warmup_tokens == 100_000
+    if isinstance(schedule, Cosine):
+        assert schedule.total_tokens == 2_000_000
+
+
+# ------------------------------------------------------------------------------------------------- round trips
+
+
+def test_what_a_run_writes_down_it_can_read(small_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = small_config("batch.ramp=[{from_tokens: 100, sequences: 32}]", "optimizer.betas=[0.8,0.9]", "run.seed=4")
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.create(config_module.as_dict(config)), path)
+    assert config_module.load(path) == config
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
+        config_module.load(tmp_path / "config.yaml")
+
+
+def test_setting_names_are_every_leaf() -> None:
+    names = config_module.setting_names()
+    assert {"precision", "run.tokens", "model.hidden_size", "data.tokenizer.path", "batch.ramp", "schedule"} <= set(
+        names
+    )
+    assert len(names) == len(set(names))
