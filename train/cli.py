@@ -112,7 +112,10 @@ def _compose(overrides: list[str]) -> DictConfig:
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
-    ConfigStore.instance().store(name="settings", node=Config)
+    settings = OmegaConf.structured(Config)
+    for name in ("data.mixture", "tracker.init_kwargs"):  # keys are the user's own
+        OmegaConf.set_struct(OmegaConf.select(settings, name), False)
+    ConfigStore.instance().store(name="settings", node=settings)
     try:
         with initialize_config_module("configs", version_base="1.3"):
             return compose("train", overrides=overrides)
@@ -147,7 +150,11 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
 def _in_plain_words(error: Exception) -> str:
     """Hydra's message without its advice to append, which a checked configuration would refuse."""
     said = str(error)
-    if missing := re.search(r"Could not (?:override|append[^']*) '([^']+)'", said):
+    missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'", said)
+    if missing and missing[1].startswith("data.corpora."):
+        corpus = ".".join(missing[1].split(".")[:3])
+        return f"There is no '{corpus}' yet; a new corpus is added with '+{corpus}={{source: text, path: …}}'."
+    if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):
         options = _options(missing[1])
@@ -162,7 +169,7 @@ def _in_plain_words(error: Exception) -> str:
             "brackets, commas, spaces or equal signs in it is quoted twice: KEY='\"VALUE\"'."
         )
     first_line = str(cause or "").partition("\n")[0]
-    return " ".join(f"{said} {first_line}".split())
+    return " ".join(f"{said.partition(' To append')[0].partition(chr(10))[0]} {first_line}".split())
 
 
 def _did_you_mean(value: str, known: list[str]) -> str:

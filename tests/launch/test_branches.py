@@ -78,12 +78,7 @@ def test_a_branch_needs_a_rate_that_is_held(
 
 
 def two_corpora(words: Path, *more: str) -> list[str]:
-    return [
-        "+data.corpora.late.source=text",
-        f"+data.corpora.late.path={words}/1*.txt",
-        "+data.corpora.late.validation_fraction=0.2",
-        *more,
-    ]
+    return [f"+data.corpora.late={{source: text, path: {words}/1*.txt, validation_fraction: 0.2}}", *more]
 
 
 def test_a_stage_added_later_disturbs_nothing_before_it(
