@@ -112,8 +112,9 @@ def _compose(overrides: list[str]) -> DictConfig:
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
-    settings = OmegaConf.structured(Config)
-    for name in ("data.mixture", "tracker.init_kwargs"):  # keys are the user's own
+    # Plain values here, so that a dict can be given on the command line; from_hydra sees to the types.
+    settings = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
+    for name in ("data.corpora", "data.mixture", "tracker.init_kwargs"):  # whose keys are the user's own
         OmegaConf.set_struct(OmegaConf.select(settings, name), False)
     ConfigStore.instance().store(name="settings", node=settings)
     try:
@@ -151,9 +152,6 @@ def _in_plain_words(error: Exception) -> str:
     """Hydra's message without its advice to append, which a checked configuration would refuse."""
     said = str(error)
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'", said)
-    if missing and missing[1].startswith("data.corpora."):
-        corpus = ".".join(missing[1].split(".")[:3])
-        return f"There is no '{corpus}' yet; a new corpus is added with '+{corpus}={{source: text, path: …}}'."
     if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 import schedulers
 from data.prepare import TokenizerSpec
@@ -290,14 +290,19 @@ def data_from_hydra(composed: DictConfig) -> DataConfig:
 
 
 def _typed(composed: DictConfig, kind: type[T]) -> T:
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"These settings have no value yet: {', '.join(missing)}. An experiment brings most of them.")
-    try:  # as plain values first: a key added with + becomes part of the typed configuration
+    try:
+        if missing := sorted(OmegaConf.missing_keys(composed)):
+            names = ", ".join(missing)
+            raise ConfigError(f"These settings have no value yet: {names}. An experiment brings most of them.")
+        # As plain values first: a key added with + becomes part of the typed configuration.
         plain = OmegaConf.to_container(composed, resolve=True)
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
     except ConfigKeyError as error:
         raise ConfigError(f"There is no setting '{error.full_key}'.") from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}.") from error
     assert isinstance(typed, kind)
     return typed
 
@@ -325,9 +330,13 @@ def check(config: Config) -> None:
         ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
         ("evaluation.sequences", config.evaluation.sequences),
         ("checkpoint.keep", config.checkpoint.keep),
+        *((f"batch.ramp[{i}].sequences", phase.sequences) for i, phase in enumerate(batch.ramp)),
     ):
         if not value > 0:
             raise ConfigError(f"{name} is {value}; it has to be greater than zero.")
+    for name, value in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
+        if value < 0:
+            raise ConfigError(f"{name} is {value}; it is a number of steps, or 0 for the end only.")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas is {list(config.optimizer.betas)}; it holds two numbers from 0 to below 1.")
     if config.run.tokens_seen < 0:
@@ -349,7 +358,7 @@ def check(config: Config) -> None:
             f"The head size hidden_size / num_attention_heads = {model.hidden_size // heads} is odd; rotary "
             "position embeddings need an even one."
         )
-    if heads % kv_heads:
+    if kv_heads < 1 or heads % kv_heads:
         raise ConfigError(
             f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}."
         )

@@ -78,7 +78,7 @@ def test_a_branch_needs_a_rate_that_is_held(
 
 
 def two_corpora(words: Path, *more: str) -> list[str]:
-    return [f"+data.corpora.late={{source: text, path: {words}/1*.txt, validation_fraction: 0.2}}", *more]
+    return [f"data.corpora.late={{source: text, path: {words}/1*.txt, validation_fraction: 0.2}}", *more]
 
 
 def test_a_stage_added_later_disturbs_nothing_before_it(
@@ -103,7 +103,7 @@ def test_a_stage_added_later_disturbs_nothing_before_it(
 
 def test_a_branch_can_have_a_mixture_of_its_own(run: Callable[..., Path], words: Path, tmp_path: Path) -> None:
     trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
-    more = [override.lstrip("+") for override in two_corpora(words)]
+    more = two_corpora(words)
     assert decay(str(trunk), "--at", "6", "--tokens", "512", "--mixture", "words=1,late=1", "--name", "mixed", *more) == 0
     lines = read_lines(tmp_path / "mixed/metrics.jsonl")
     assert [line["step"] for line in lines] == [7, 8]
