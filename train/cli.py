@@ -131,6 +131,9 @@ def guard(verb: Callable[[], int]) -> int:
     except (ConfigError, DataError) as error:
         print(f"powertrain: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
+        print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
+        return 130
 
 
 def _take_config_dir(arguments: list[str]) -> list[str]:
