@@ -105,11 +105,11 @@ class LanguageModelLoss(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Outputs:
         """Args: each (B, S). A token attends within its document, which begins where `position_ids` is 0."""
         self._routed = []
-        hidden = self.model.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,  # with a cache, Transformers does not look for document boundaries
-        ).last_hidden_state
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        if "flash" in str(self.model.config._attn_implementation):
+            inputs = documents_in_a_row(input_ids, position_ids)
+        # With a cache, Transformers does not look for document boundaries.
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         routed, self._routed = self._routed, None
         cross_entropy = linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -118,6 +118,25 @@ class LanguageModelLoss(nn.Module):
             float(self.model.config.logits_scaling or 1.0),
         )
         return Outputs(cross_entropy, (labels != IGNORE_INDEX).sum(), *_router_sums(routed, hidden))
+
+
+def documents_in_a_row(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """The batch (B, S) as one row (1, B·S) with its documents' boundaries, as FlashAttention's varlen kernels want it.
+
+    From positions alone Transformers finds the boundaries of a single row only.
+    """
+    row = position_ids.reshape(1, -1)
+    starts = (row[0] == 0).nonzero()[:, 0]  # every window begins with a document
+    boundaries = torch.cat([starts, starts.new_tensor([row.shape[1]])]).int()
+    longest = int(boundaries.diff().max())
+    return {
+        "input_ids": input_ids.reshape(1, -1),
+        "position_ids": row,
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def _router_sums(routed: list[tuple[Tensor, Tensor]], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

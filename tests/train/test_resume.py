@@ -103,7 +103,7 @@ def load_config(folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     "item",
-    ["weights", "exp_avg", "exp_avg_sq", "optimizer_steps", "assignments", "samples", "tokens", "rng"],
+    ["weights", "exp_avg", "exp_avg_sq", "optimizer_steps", "assignments", "step", "samples", "tokens", "rng"],
 )
 def test_leaving_out_one_saved_item_shows(
     whole: Path, go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, item: str
@@ -131,6 +131,23 @@ def test_leaving_out_one_saved_item_shows(
 
     with pytest.raises((AssertionError, ConfigError)):
         assert_same_run(whole, go_on(6, prepare=forget))
+
+
+def test_steps_skipped_before_the_cut_still_count(go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.engine import Engine
+    from train.loop import TrainingStopped
+
+    def nine(folder: Path) -> None:
+        path = folder / "checkpoints/step-00000006/state.json"
+        saved = json.loads(path.read_text())
+        saved["state"]["skipped_in_a_row"] = 9
+        path.write_text(json.dumps(saved))
+
+    original = Engine.backward
+    monkeypatch.setattr(checkpoint, "faults", lambda path: [])
+    monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("nan"), last))
+    with pytest.raises(TrainingStopped, match="10 steps in a row, up to step 7"):
+        go_on(6, prepare=nine)
 
 
 @pytest.mark.slow
