@@ -25,7 +25,7 @@ class Progressing:
         self.last_line = self.start
         self.smooth = 0.0
         self.progress = Progress(
-            TextColumn("{task.fields[tokens]} tokens"),
+            TextColumn("{task.fields[tokens]} of " + human(config.end_tokens) + " tokens"),
             BarColumn(bar_width=24),
             TextColumn("loss {task.fields[loss]}  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"),
             TimeRemainingColumn(elapsed_when_finished=True),

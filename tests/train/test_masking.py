@@ -61,7 +61,8 @@ def assert_only_within(gradient: Tensor, row: int, document: slice, last: int) -
     """Exactly zero outside the document and after `last`, non-zero at every token of it up to there."""
     reached = torch.zeros(gradient.shape[:2], dtype=torch.bool, device=gradient.device)
     reached[row, document.start : last + 1] = True
-    assert torch.equal(gradient.abs().amax(-1) > 0, reached), (row, document)
+    wrong = (gradient.abs().amax(-1) > 0) != reached
+    assert not wrong.any(), f"row {row}, {document}: wrong at (row, token) {wrong.nonzero().tolist()}"
 
 
 def check_hidden(loss: LanguageModelLoss, rows: int) -> None:
