@@ -12,7 +12,7 @@ Exit status: 0 as it should be, 1 not.
 
 examples:
   python -m launch.check mup +experiment=powermoe_3b
-  python -m launch.check coordinates mup.rule=fan_in
+  python -m launch.check coordinates mup.rule=fan_in --plot coordinates.png
   python -m launch.check batch
   python -m launch.check run runs/quickstart
 """

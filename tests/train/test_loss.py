@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +138,9 @@ def test_bfloat16(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     value, hidden_grad, weight_grad = reference(hidden, weight, labels, scaling)
     loss = linear_cross_entropy(hidden, weight, labels, scaling)
     loss.backward()
+    rounded = (hidden @ weight.T).detach().double() / scaling  # bf16 logits; from there on it is float32
+    exact = F.cross_entropy(rounded, labels, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
     largest = (hidden.double() @ weight.double().T / scaling).abs().amax(1)[labels != IGNORE_INDEX]
     assert loss.dtype == torch.float32
     assert abs(loss.double() - value) <= 2 * 2**-9 * largest.sum()
@@ -296,6 +301,27 @@ def test_recomputation_counts_no_token_twice_and_gives_the_same_gradients(
     torch.testing.assert_close(plain.z, recomputed.z)
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed_gradients[name], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_of_a_pass_is_kept_after_it(
+    small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss], recompute: bool
+) -> None:
+    config = small_config()
+    loss = small_loss(config).train()
+    if recompute:
+        loss.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    logits: list[weakref.ref[Tensor]] = []
+    for layer in loss.model.model.layers:
+        router = layer.block_sparse_moe.router
+        router.register_forward_hook(lambda module, inputs, output: logits.append(weakref.ref(output[0])))
+    outputs = loss(**batch(config))
+    (outputs.cross_entropy + outputs.z.sum()).backward()
+    del outputs
+    gc.collect()
+    assert len(logits) == (6 if recompute else 3)
+    assert [ref() for ref in logits if ref() is not None] == []
 
 
 def test_a_failed_forward_does_not_leak_into_the_next(

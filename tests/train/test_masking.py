@@ -59,6 +59,7 @@ def watch_embeddings(loss: LanguageModelLoss) -> SimpleNamespace:
 
 def assert_only_within(gradient: Tensor, row: int, document: slice, last: int) -> None:
     """Exactly zero outside the document and after `last`, non-zero at every token of it up to there."""
+    gradient = gradient.reshape(-1, 16, gradient.shape[-1])  # FlashAttention is given the batch as one row
     reached = torch.zeros(gradient.shape[:2], dtype=torch.bool, device=gradient.device)
     reached[row, document.start : last + 1] = True
     wrong = (gradient.abs().amax(-1) > 0) != reached
