@@ -120,7 +120,7 @@ def _compose(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_module("configs", version_base="1.3"):
             return compose("train", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_in_plain_words(error)) from error
 
 

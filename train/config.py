@@ -206,7 +206,7 @@ class Config:
     @property
     def rewarmup_start(self) -> int | None:
         """Tokens at which a second warmup begins, if there is one; by default where the run's clock starts."""
-        rewarmup = self.schedule.get("rewarmup") or {}
+        rewarmup = (self.schedule or {}).get("rewarmup") or {}
         if not rewarmup.get("tokens"):
             return None
         start = rewarmup.get("start")
@@ -220,7 +220,7 @@ class Config:
 
     def make_schedule(self) -> schedulers.Schedule:
         """The schedule, with a decay that has no `start` put at the end of the budget."""
-        fields = dict(self.schedule)
+        fields = dict(self.schedule or {})
         name = fields.pop("name", None)
         rewarmup = fields.pop("rewarmup", None)
         if name in ("cosine", "constant"):

@@ -19,8 +19,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in the forward pass, chunk by chunk: the logits are never kept or made twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float, needs_gradient: bool
+    ) -> Tensor:
         chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.zeros_like(hidden) if needs_gradient else None
@@ -47,7 +48,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad.to(hidden_grad.dtype), (weight_grad * grad).to(ctx.weight_dtype), None, None
+        return hidden_grad * grad.to(hidden_grad.dtype), (weight_grad * grad).to(ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:
@@ -62,7 +63,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_
     Returns:
         A float32 scalar; divide it by the number of targets, once, over the whole batch.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, logits_scaling)
+    # Inside a Function gradients are off, and what its inputs need does not tell whether anybody asked.
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, logits_scaling, needs_gradient)
 
 
 class Outputs(NamedTuple):

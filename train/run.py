@@ -102,7 +102,9 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             if not (checkpoints / f"step-{state.step:08d}").exists():
                 save()
         if reason is not None:
-            say(f"\nStopped by {reason} at step {state.step:,}, saved in {folder}. The same command goes on from there.")
+            say(
+                f"\nStopped by {reason} at step {state.step:,}, saved in {folder}. The same command goes on from there."
+            )
             tracker.close()
             return Outcome(reason, state.step)
         lines = evaluate()

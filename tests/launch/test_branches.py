@@ -50,9 +50,10 @@ def test_a_branch_is_the_run_that_had_been_planned_so(run: Callable[..., Path], 
 
     planned = run("run.name=planned", "run.tokens=2304", "schedule.decay.tokens=768")
     branch = tmp_path / "branch"
-    assert without_timing(read_lines(branch / "metrics.jsonl")) == without_timing(
-        read_lines(planned / "metrics.jsonl")
-    )[6:]
+    assert (
+        without_timing(read_lines(branch / "metrics.jsonl"))
+        == without_timing(read_lines(planned / "metrics.jsonl"))[6:]
+    )
     for name in ("weights", "exp_avg", "exp_avg_sq"):
         paths = [folder / f"checkpoints/step-00000009/{name}.safetensors" for folder in (branch, planned)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -81,9 +82,7 @@ def two_corpora(words: Path, *more: str) -> list[str]:
     return [f"data.corpora.late={{source: text, path: {words}/1*.txt, validation_fraction: 0.2}}", *more]
 
 
-def test_a_stage_added_later_disturbs_nothing_before_it(
-    run: Callable[..., Path], words: Path, tmp_path: Path
-) -> None:
+def test_a_stage_added_later_disturbs_nothing_before_it(run: Callable[..., Path], words: Path, tmp_path: Path) -> None:
     trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6", "checkpoint.keep=9")
     shutil.copytree(trunk, tmp_path / "later")
     shutil.rmtree(tmp_path / "later/checkpoints/step-00000012")
@@ -103,8 +102,8 @@ def test_a_stage_added_later_disturbs_nothing_before_it(
 
 def test_a_branch_can_have_a_mixture_of_its_own(run: Callable[..., Path], words: Path, tmp_path: Path) -> None:
     trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
-    more = two_corpora(words)
-    assert decay(str(trunk), "--at", "6", "--tokens", "512", "--mixture", "words=1,late=1", "--name", "mixed", *more) == 0
+    more = ("--mixture", "words=1,late=1", "--name", "mixed", *two_corpora(words))
+    assert decay(str(trunk), "--at", "6", "--tokens", "512", *more) == 0
     lines = read_lines(tmp_path / "mixed/metrics.jsonl")
     assert [line["step"] for line in lines] == [7, 8]
 
@@ -151,9 +150,7 @@ def test_going_on_from_an_exported_model(run: Callable[..., Path], tmp_path: Pat
     assert lines[0]["lm_loss"] == pytest.approx(last["loss"], abs=0.5)  # and not log(300)
 
 
-def test_the_published_powermoe_configuration_with_small_weights(
-    run: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_published_powermoe_configuration_with_small_weights(run: Callable[..., Path], tmp_path: Path) -> None:
     """ibm/PowerMoE-3b's config.json as published, but for the sizes, which would not fit here."""
     published = {
         "attention_bias": False, "attention_dropout": 0.1, "attention_multiplier": 0.015625, "bos_token_id": 0,
@@ -181,7 +178,8 @@ def test_the_published_powermoe_configuration_with_small_weights(
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [({"model_type": "llama"}, "'llama' model"), ({"attention_bias": True}, "attention_bias True")]
+    ("change", "reason"),
+    [({"model_type": "llama"}, "'llama' model"), ({"attention_bias": True}, "attention_bias True")],
 )
 def test_a_model_that_cannot_be_trained_is_refused(
     tiny: Callable[..., list[str]], run: Callable[..., Path], change: dict[str, object], reason: str

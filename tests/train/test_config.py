@@ -25,9 +25,14 @@ EXPERIMENTS = [
 ]
 
 
+QUICK = "+experiment=quickstart"
+# Its length is a matter of taste, which these numbers are not to depend on.
+BUDGET = ("run.tokens=2_000_000", "schedule.warmup_tokens=100_000")
+
+
 @cache
 def _quickstart() -> Config:
-    return composed(["+experiment=quickstart"])
+    return composed([QUICK, *BUDGET, "schedule.decay.tokens=500_000"])
 
 
 @pytest.fixture
@@ -175,9 +180,6 @@ def test_a_setting_at_its_limit_is_accepted(quickstart: Config, settings: dict[s
     check(change(quickstart, settings))
 
 
-QUICK = "+experiment=quickstart"
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -281,7 +283,7 @@ def test_a_decay_without_a_start_ends_with_the_budget(quickstart: Config) -> Non
 
 @pytest.mark.parametrize(("name", "kind"), [("power", Power), ("wsd", WSD), ("cosine", Cosine), ("constant", Constant)])
 def test_every_schedule_can_replace_the_experiments(name: str, kind: type) -> None:
-    config = composed([QUICK, f"schedule={name}"])
+    config = composed([QUICK, f"schedule={name}", *BUDGET])
     schedule = config.make_schedule()
     assert type(schedule) is kind
     assert schedule.warmup_tokens == 100_000

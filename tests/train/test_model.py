@@ -221,19 +221,25 @@ def test_named_implementations_are_taken(small_config: Callable[..., Config]) ->
 
 
 @pytest.mark.parametrize(
-    ("device", "installed", "attention", "experts"),
+    ("device", "precision", "installed", "attention", "experts"),
     [
-        ("cpu", True, "sdpa", "eager"),
-        ("cuda", False, "sdpa", "grouped_mm"),
-        ("cuda", True, "flash_attention_2", "grouped_mm"),
-        (torch.device("cuda", 1), True, "flash_attention_2", "grouped_mm"),
+        ("cpu", "bf16", True, "sdpa", "eager"),
+        ("cuda", "bf16", False, "sdpa", "grouped_mm"),
+        ("cuda", "fp32", True, "sdpa", "grouped_mm"),
+        ("cuda", "bf16", True, "flash_attention_2", "grouped_mm"),
+        (torch.device("cuda", 1), "bf16", True, "flash_attention_2", "grouped_mm"),
     ],
 )
 def test_auto_goes_by_the_device(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device | str, installed: bool, attention: str, experts: str
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device | str,
+    precision: str,
+    installed: bool,
+    attention: str,
+    experts: str,
 ) -> None:
     monkeypatch.setattr(granite, "is_flash_attn_2_available", lambda: installed)
-    assert granite.attention_implementation("auto", device) == attention
+    assert granite.attention_implementation("auto", device, precision) == attention
     assert granite.experts_implementation("auto", device) == experts
 
 

@@ -183,7 +183,7 @@ def test_without_a_valid_checkpoint_nothing_begins_again(go_on: Callable[..., Pa
         path = folder / "checkpoints/step-00000001" / file
         path.write_bytes(path.read_bytes()[:-7])
 
-    with pytest.raises(ConfigError, match="No checkpoint in .* is valid"):
+    with pytest.raises(ConfigError, match=r"No checkpoint in .* is valid"):
         go_on(1, prepare=truncate)
 
 

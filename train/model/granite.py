@@ -58,7 +58,7 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     """
     hf_config = transformers_config(config)
     implementations = {
-        "attn_implementation": attention_implementation(config.model.attn_implementation, device),
+        "attn_implementation": attention_implementation(config.model.attn_implementation, device, config.precision),
         "experts_implementation": experts_implementation(config.model.experts_implementation, device),
     }
     model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
@@ -70,11 +70,12 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     return model
 
 
-def attention_implementation(name: str, device: torch.device | str) -> str:
-    """`auto`: FlashAttention where there is a GPU and the package, else PyTorch's fused attention."""
+def attention_implementation(name: str, device: torch.device | str, precision: str) -> str:
+    """`auto`: FlashAttention in bf16 where there is a GPU and the package, else PyTorch's fused attention."""
     if name != "auto":
         return name
-    return "flash_attention_2" if _on_gpu(device) and is_flash_attn_2_available() else "sdpa"
+    flash = precision == "bf16" and _on_gpu(device) and is_flash_attn_2_available()  # it has no float32 kernels
+    return "flash_attention_2" if flash else "sdpa"
 
 
 def experts_implementation(name: str, device: torch.device | str) -> str:
