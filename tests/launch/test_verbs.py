@@ -1,0 +1,103 @@
+"""The verbs, as they are typed: what they print, where they write, and how they end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, launch
+
+from launch.__main__ import VERBS
+
+
+def verb(name: str, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"launch.{name}").main(list(arguments))
+    code = ended.value.code
+    return code if isinstance(code, int) else 0
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb(name, "--help") == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+def test_the_list_of_verbs_and_a_misspelt_one() -> None:
+    command = [sys.executable, "-m", "launch"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"  {name} " in listed for name in VERBS)
+    wrong = subprocess.run([*command, "exprot"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "Did you mean 'export'?" in wrong.stderr
+
+
+def test_train_without_data_is_one_paragraph_and_status_2(tmp_path: Path) -> None:
+    arguments = ["+experiment=quickstart", "data=none", f"run.folder={tmp_path}", "threads=1"]
+    done = launch(arguments)
+    assert done.returncode == 2
+    assert "There is nothing to train on" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "quickstart/exit.json").read_text())["code"] == 2
+
+
+def test_train_works_from_another_folder_through_accelerate(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *tiny("run.folder=here")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "here/tiny/model/config.json").is_file()
+
+
+def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("data=files", "data.corpora.files.source=text", f"data.corpora.files.path={words}/*.txt",
+                 "data.corpora.files.validation_fraction=0.2", "data.tokenizer.vocab_size=300", f"data.cache_dir={tmp_path}")  # fmt: skip
+    assert verb("prepare", *arguments) == 0
+    assert "train: 6" in capsys.readouterr().out or next(tmp_path.glob("files-*/train.bin"))
+    assert verb("prepare", "data=files") == 2
+
+
+def test_export_of_an_earlier_step_and_generation(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run("checkpoint.every=4", "checkpoint.keep=5")
+    assert verb("export", str(folder), "--step", "4", "--out", str(tmp_path / "four")) == 0
+    assert "tokens | 1,024" in (tmp_path / "four/README.md").read_text()
+    assert verb("export", str(folder), "--step", "5") == 2
+    assert "it has those of steps [4, 8, 12]" in capsys.readouterr().err
+    assert verb("export", str(folder), "--out", str(tmp_path)) == 2  # somebody's folder, not a model
+    for model in (tmp_path / "four", folder):
+        assert verb("generate", str(model), "abc", "--max-new-tokens", "3") == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("abc")
+    assert verb("generate", str(tmp_path), "abc") == 2
+
+
+def test_check_mup_prints_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb("check", "mup") == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.3.block_sparse_moe.experts.down_proj" in printed
+    assert "logits_scaling = 0.5" in printed
+
+
+def test_check_batch_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb("check", "batch") == 0
+    from train.balance import Balance
+
+    original = Balance._frequency
+
+    def of_this_micro_batch(self: Balance, assignments: object) -> object:
+        self.config.scope = "micro"
+        return original(self, assignments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Balance, "_frequency", of_this_micro_batch)
+    assert verb("check", "batch") == 1
+    assert "FAIL: `lagged` has to agree" in capsys.readouterr().out
+
+
+def test_an_unknown_check_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verb("check", "coordinate") == 2
+    assert "There is no check 'coordinate'" in capsys.readouterr().err
