@@ -31,7 +31,7 @@ _FREE = (
     "threads",
     "sample_prompt",
 )
-_BY_EFFECT = ("batch", "schedule", "data.mixture", "data.stages", "data.corpora")
+_BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
 
 def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
@@ -54,13 +54,14 @@ def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
             f"The run cannot go on from step {state.step:,} with settings that it was not trained with:\n"
             f"{_diff(refused)}\nPut them back, or begin another run (run.name=…)."
         )
-    if differences:
-        _check_steps_taken(then, config, state, differences)
-        _check_samples_taken(then, config, state, differences)
+    effects = {name: pair for name, pair in differences.items() if _under(name, _BY_EFFECT)}
+    if effects:
+        _check_steps_taken(then, config, state, effects)
+        _check_samples_taken(then, config, state, effects)
     return differences
 
 
-def _check_steps_taken(then: Config, now: Config, state: State, differences: dict[str, list[Any]]) -> None:
+def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
     """Batch and rate of every step already taken are the same under both configurations."""
     old, new = then.make_schedule(), now.make_schedule()
     rewarmed = now.rewarmup_start != then.rewarmup_start and now.rewarmup_start == state.tokens
@@ -71,7 +72,7 @@ def _check_steps_taken(then: Config, now: Config, state: State, differences: dic
         if sequences != other:
             raise ConfigError(
                 f"Step {step:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
-                f"{_diff(differences)}\nPut them back; a batch can grow from here on: "
+                f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
                 f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
             )
         beta = then.beta(sequences)
@@ -81,22 +82,22 @@ def _check_steps_taken(then: Config, now: Config, state: State, differences: dic
             if old.phase(n) == "decay":
                 advice = (
                     "The decay had begun. Go on from a checkpoint before it, or say that the rate is to be warmed up "
-                    f"again from here: +schedule.rewarmup.start={state.tokens} +schedule.rewarmup.tokens=…"
+                    f"again from here: schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
                 )
             raise ConfigError(
                 f"Step {step:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
-                f"{_diff(differences)}\n{advice}"
+                f"{_diff(effects)}\n{advice}"
             )
         n += sequences * length
 
 
-def _check_samples_taken(then: Config, now: Config, state: State, differences: dict[str, list[Any]]) -> None:
+def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
     """The stages begun so far, and the corpora they draw from, are the same."""
     done = state.samples
     old, new = ([row for row in config.stages() if row[0] < done] for config in (then, now))
     if old != new:
         raise ConfigError(
-            f"{done:,} samples were drawn by other mixtures than these settings say:\n{_diff(differences)}\n"
+            f"{done:,} samples were drawn by other mixtures than these settings say:\n{_diff(effects)}\n"
             f"Put them back; a mixture can change from here on: data.stages=[…, {{from_tokens: "
             f"{done * then.data.sequence_length}, mixture: …}}]."
         )
@@ -104,7 +105,7 @@ def _check_samples_taken(then: Config, now: Config, state: State, differences: d
         if then.data.corpora[name] != now.data.corpora[name]:
             raise ConfigError(
                 f"The corpus '{name}' was described otherwise when samples of it were trained on:\n"
-                f"{_diff(differences)}\nPut it back, or add the new description under another name."
+                f"{_diff(effects)}\nPut it back, or add the new description under another name."
             )
 
 

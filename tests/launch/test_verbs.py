@@ -55,7 +55,8 @@ def test_train_works_from_another_folder_through_accelerate(tiny: Callable[..., 
 
 def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("data=files", "data.corpora.files.source=text", f"data.corpora.files.path={words}/*.txt",
-                 "data.corpora.files.validation_fraction=0.2", "data.tokenizer.vocab_size=300", f"data.cache_dir={tmp_path}")  # fmt: skip
+                 "data.corpora.files.validation_fraction=0.2",
+                 "data.tokenizer.vocab_size=300", f"data.cache_dir={tmp_path}")  # fmt: skip
     assert verb("prepare", *arguments) == 0
     assert "train: 6" in capsys.readouterr().out or next(tmp_path.glob("files-*/train.bin"))
     assert verb("prepare", "data=files") == 2
