@@ -14,7 +14,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,11 +52,16 @@ def branch(options: argparse.Namespace) -> Config:
     """
     from train import checkpoint
 
+    name = options.name or f"{options.run.resolve().name}-decay-{options.at}-{options.tokens}"
+    own = options.run.resolve().parent / name
+    if checkpoint.available(own / "checkpoints"):  # it has begun, and needs its parent no more
+        return load(own / "config.yaml", {}, options.overrides)
+    if not (options.run / "config.yaml").is_file():
+        raise ConfigError(f"{options.run} is not the folder of a run: it has no config.yaml.")
     checkpoints = options.run / "checkpoints"
     chosen = checkpoint.at_step(checkpoints, options.at)
-    state = json.loads((chosen / "state.json").read_text())["state"]
     parent = load(chosen / "config.yaml")
-    n = state["tokens"]
+    n = checkpoint.load_state(chosen).tokens
     if getattr(parent.make_schedule(), "decay", False) is False:
         raise ConfigError(
             f"{options.run} was trained with the schedule '{parent.schedule['name']}', which has no decay to branch; "
@@ -65,16 +69,16 @@ def branch(options: argparse.Namespace) -> Config:
         )
     phase = parent.make_schedule().phase(n)
     if phase != "trunk":
-        steps = [checkpoint.step_of(path) for path in checkpoint.available(checkpoints)]
+        steps = [step for step in map(checkpoint.step_of, checkpoint.available(checkpoints)) if step != options.at]
         raise ConfigError(
             f"Step {options.at} of {options.run} lies in its {phase}: a decay falls from a rate that had been reached "
-            f"and held. Branch off another of its checkpoints (steps {steps})."
+            f"and held. Its other checkpoints are of steps {steps}."
         )
     if options.tokens <= 0:
         raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
     begins = n - parent.run.tokens_seen
     changed: dict[str, Any] = {
-        "run.name": options.name or f"{options.run.resolve().name}-decay-{options.at}-{options.tokens}",
+        "run.name": name,
         "run.folder": str(options.run.resolve().parent),
         "run.resume": str(chosen.resolve()),
         "run.tokens": begins + options.tokens,

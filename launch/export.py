@@ -35,12 +35,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _export(run: Path, step: int | None, out: Path | None) -> int:
     config = load(run / "config.yaml")
 
-    import json
-
     import torch
 
     from train import checkpoint
-    from train.export import export
+    from train.export import check_target, export
     from train.model import granite
 
     checkpoints = run / "checkpoints"
@@ -49,13 +47,12 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
         raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
     model = granite.build(config)
     checkpoint.load_weights(chosen, model)
-    state = json.loads((chosen / "state.json").read_text())["state"]
+    state = checkpoint.load_state(chosen)
     folder = out or run / ("model" if step is None else f"model-{step}")
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} exists and is not a model folder; choose another --out.")
+    check_target(folder)
     length = min(64, config.data.sequence_length)
     probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size
-    facts = {"tokens": f"{state['tokens']:,}", "steps": f"{state['step']:,}"}
+    facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
     difference = export(model, config, run / "tokenizer", folder, probe, facts)
     print(f"{chosen} → {folder} (logits within {difference:.1e} of the trainer's)")
     return 0

@@ -37,6 +37,8 @@ def _generate(options: argparse.Namespace) -> int:
     folder = next((path for path in (options.model, options.model / "model") if (path / "config.json").is_file()), None)
     if folder is None:
         raise ConfigError(f"{options.model} is neither a model folder nor the folder of a run that has one in model/.")
+    if options.max_new_tokens < 1 or not 0 <= (options.seed or 0) < 2**63:
+        raise ConfigError("--max-new-tokens is at least 1, and --seed a number from 0 that fits 63 bits.")
     if not options.prompt:
         raise ConfigError("The prompt is empty; give at least one character to continue.")
 

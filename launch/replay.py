@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = load(options.run / "config.yaml")
 
-    from train import checkpoint
+    from train import checkpoint, environment
     from train.track import read_lines
 
     found = checkpoint.available(options.run / "checkpoints")
@@ -48,11 +48,15 @@ def main(arguments: list[str]) -> int:
     if not lines:
         raise ConfigError(f"{options.run}/metrics.jsonl has no step to replay.")
     last = max(lines)
-    before = [path for path in found if checkpoint.step_of(path) < last]
+    parent = environment.parent(options.run / "run.json")
+    before = [path for path in [*([parent] if parent else []), *found] if checkpoint.step_of(path) < last]
+    # A second warmup says nothing of the steps before it.
+    begins = config.rewarmup_start or 0
+    before = [path for path in before if checkpoint.load_state(path).tokens >= begins]
     early_enough = [path for path in before if checkpoint.step_of(path) <= last - options.steps]
     candidates = early_enough or before[:1]
     start_from = candidates[-1] if candidates else None
-    if start_from is None and last > options.steps:
+    if start_from is None and (parent is not None or begins or last > options.steps):
         raise ConfigError(
             f"{options.run} has no checkpoint before its last step {last}, and beginning anew would take {last} steps "
             f"instead of {options.steps}. Ask for --steps {last}, or keep more checkpoints (checkpoint.keep)."

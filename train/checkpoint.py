@@ -105,7 +105,7 @@ def _write(
     _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
     _sync_folder(partial / "rng")
     _sync_folder(partial)
-    if final.exists():  # left invalid by something else; a valid one would not be written again
+    if final.exists():  # what cannot be trusted; a valid one would not be written again
         shutil.rmtree(final)
     os.replace(partial, final)
     _sync_folder(final.parent)
@@ -125,6 +125,11 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
     rng = checkpoint / _rng_file(engine.rank)
     if rng.exists():  # on more ranks than before, the new ones keep their seed
         _set_rng_state(load_file(rng), engine)
+
+
+def load_state(checkpoint: Path) -> State:
+    """The progress that a checkpoint was made at."""
+    return State(**json.loads((checkpoint / "state.json").read_text())["state"])
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -158,19 +163,21 @@ def faults(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each file; empty when every byte is as written."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        files = manifest["files"].items()
+        files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if manifest["step"] != step_of(checkpoint) or not {"weights.safetensors", "state.json"} <= files.keys():
+            return ["manifest.json is not this checkpoint's"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json cannot be read: {error}"]
     wrong = []
-    for name, expected in files:
+    for name, (size, sha256) in files.items():
         path = checkpoint / name
         if ".." in Path(name).parts or (path.is_absolute() and not path.is_relative_to(checkpoint)):
             wrong.append(f"{name} lies outside the checkpoint")
         elif path.is_symlink() or not path.is_file():
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != expected["size"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, not {expected['size']}")
-        elif _sha256(path) != expected["sha256"]:
+        elif path.stat().st_size != size:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+        elif _sha256(path) != sha256:
             wrong.append(f"{name} differs from its SHA-256")
     return wrong
 
@@ -227,6 +234,15 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".{checkpoint.name}.removing")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
+
+
+def set_aside(checkpoints: Path, newest: Path | None) -> None:
+    """Rename what is newer than `newest`, the newest valid one: nothing invalid counts among those to keep."""
+    for path in available(checkpoints):
+        if newest is not None and step_of(path) > step_of(newest):
+            aside = path.with_name(f"{path.name}.invalid")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
 
 
 def clean(checkpoints: Path) -> None:

@@ -7,8 +7,10 @@ without a traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataError
-from train.config import Config, ConfigError, DataConfig, as_dict, data_from_hydra, from_hydra, setting_names
+from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
 
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -70,6 +72,8 @@ def run_training(config: Config, arguments: list[str]) -> int:
     from train.run import train, write_exit
 
     is_main = os.environ.get("RANK", "0") == "0"
+    # Outside the loop, which saves first, a SIGTERM ends the process; exit.json shall say so.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     code, reason, step = 1, "the process broke off", None
     try:
         outcome = train(config, [Path(sys.argv[0]).name, *arguments])
@@ -77,6 +81,8 @@ def run_training(config: Config, arguments: list[str]) -> int:
     except BaseException as error:
         code = 2 if isinstance(error, (ConfigError, DataError)) else 1
         reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
         raise
     finally:
         if is_main:
@@ -131,6 +137,12 @@ def guard(verb: Callable[[], int]) -> int:
     except (ConfigError, DataError) as error:
         print(f"powertrain: {error}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"powertrain: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
+        print(f"powertrain: {error}", file=sys.stderr)
+        return 1 if error.errno == errno.ENOSPC else 2
     except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
@@ -155,6 +167,10 @@ def _in_plain_words(error: Exception) -> str:
     """Hydra's message without its advice to append, which a checked configuration would refuse."""
     said = str(error)
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'", said)
+    if missing and missing[1] == "experiment":
+        return "There is no setting 'experiment': an experiment is chosen with a plus, +experiment=NAME."
+    if missing and missing[1].startswith("schedule."):
+        return f"This schedule has no '{missing[1]}'; `--cfg` without it shows what it has."
     if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):

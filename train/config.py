@@ -14,22 +14,31 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 import schedulers
 from data.prepare import TokenizerSpec
 from data.sources import Corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 T = TypeVar("T")
 
 # The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
 LAW_SEQUENCE_LENGTH = 4096
 
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")
+EXPERTS = ("auto", "eager", "grouped_mm", "batched_mm")
+TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
 
 class ConfigError(ValueError):
     """Something a user can mend. The message is one readable paragraph: value, limit, remedy."""
+
+
+class RunFailed(RuntimeError):
+    """The run broke for a reason that is known; the message is one paragraph."""
 
 
 @dataclass
@@ -68,8 +77,8 @@ class ModelConfig:
     residual_multiplier: float | None = None  # default: 1.4 / sqrt(num_hidden_layers)
     attention_multiplier: float | None = None  # default: 1 / head size
     logits_scaling: float | None = None  # default: m_width
-    attn_implementation: str = "auto"  # auto | eager | sdpa | flex_attention | flash_attention_2
-    experts_implementation: str = "auto"  # auto | eager | grouped_mm | batched_mm
+    attn_implementation: str = "auto"  # one of ATTENTION
+    experts_implementation: str = "auto"  # one of EXPERTS
 
 
 @dataclass
@@ -225,17 +234,16 @@ class Config:
         rewarmup = fields.pop("rewarmup", None)
         if name in ("cosine", "constant"):
             fields.pop("decay", None)  # an experiment's, for the schedules that have one
-        decay = fields.get("decay")
-        if decay is not None:
-            decay = dict(decay)
-            if not decay.get("tokens"):
-                decay = None
-            elif decay.get("start") is None:
-                decay["start"] = self.end_tokens - decay["tokens"]
-            fields["decay"] = decay
-        if name == "cosine" and fields.get("total_tokens") is None:
-            fields["total_tokens"] = self.end_tokens
         try:
+            if (decay := fields.get("decay")) is not None:
+                decay = dict(decay)
+                if not decay.get("tokens"):
+                    decay = None
+                elif decay.get("start") is None:
+                    decay["start"] = self.end_tokens - decay["tokens"]
+                fields["decay"] = decay
+            if name == "cosine" and fields.get("total_tokens") is None:
+                fields["total_tokens"] = self.end_tokens
             schedule: schedulers.Schedule = schedulers.build(str(name), **fields)
             if rewarmup and rewarmup["tokens"]:
                 start = self.rewarmup_start
@@ -269,13 +277,15 @@ def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {path.parent} is not the folder of a run.")
-    saved = DictConfig(OmegaConf.load(path))
-    for name, value in (changed or {}).items():
-        OmegaConf.update(saved, name, value, merge=False)
     try:
+        saved = DictConfig(OmegaConf.load(path))
+        for name, value in (changed or {}).items():
+            OmegaConf.update(saved, name, value, merge=False)
         config = _typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).partition(chr(10))[0]}") from error
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}, or a change to it, cannot be read: {str(error).partition(chr(10))[0]}") from error
     check(config)
     return config
 
@@ -293,12 +303,15 @@ def _typed(composed: DictConfig, kind: type[T]) -> T:
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
             names = ", ".join(missing)
-            raise ConfigError(f"These settings have no value yet: {names}. An experiment brings most of them.")
+            raise ConfigError(
+                f"These settings have no value yet: {names}. Give them as KEY=VALUE; +experiment=NAME brings most."
+            )
         # As plain values first: a key added with + becomes part of the typed configuration.
         plain = OmegaConf.to_container(composed, resolve=True)
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
     except ConfigKeyError as error:
-        raise ConfigError(f"There is no setting '{error.full_key}'.") from error
+        hint = " An experiment is chosen with a plus: +experiment=NAME." if error.full_key == "experiment" else ""
+        raise ConfigError(f"There is no setting '{error.full_key}'.{hint}") from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value.") from error
     except OmegaConfBaseException as error:
@@ -316,6 +329,10 @@ def check(config: Config) -> None:
     _require_one_of("balance.pool", config.balance.pool, ("layer", "all"))
     _require_one_of("optimizer.weight_decay_mode", config.optimizer.weight_decay_mode, ("coupled", "independent"))
     _require_one_of("precision", config.precision, ("bf16", "fp32"))
+    _require_one_of("model.attn_implementation", model.attn_implementation, ATTENTION)
+    _require_one_of("model.experts_implementation", model.experts_implementation, EXPERTS)
+    for tracker in config.tracker.log_with:
+        _require_one_of("tracker.log_with", tracker, TRACKERS)
     for name, value in (
         ("model.vocab_size", model.vocab_size),
         ("model.hidden_size", model.hidden_size),
@@ -328,12 +345,27 @@ def check(config: Config) -> None:
         ("batch.micro_sequences", batch.micro_sequences),
         ("run.tokens", config.run.tokens),
         ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
+        ("model.rope_theta", model.rope_theta),
+        ("model.rms_norm_eps", model.rms_norm_eps),
+        ("model.initializer_range", model.initializer_range),
+        *(
+            (f"model.{name}", value)
+            for name, value in vars(model).items()
+            if name.endswith("_multiplier") and value is not None
+        ),
+        *((("model.logits_scaling", model.logits_scaling),) if model.logits_scaling is not None else ()),
+        ("optimizer.eps", config.optimizer.eps),
+        *((("threads", config.threads),) if config.threads is not None else ()),
         ("evaluation.sequences", config.evaluation.sequences),
         ("checkpoint.keep", config.checkpoint.keep),
         *((f"batch.ramp[{i}].sequences", phase.sequences) for i, phase in enumerate(batch.ramp)),
     ):
         if not value > 0:
             raise ConfigError(f"{name} is {value}; it has to be greater than zero.")
+    if not 0 <= model.attention_dropout < 1:
+        raise ConfigError(f"model.attention_dropout is {model.attention_dropout}; it is a share from 0 to below 1.")
+    if not -(2**63) <= config.run.seed < 2**63:
+        raise ConfigError(f"run.seed is {config.run.seed}; it has to fit 64 bits.")
     for name, value in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
         if value < 0:
             raise ConfigError(f"{name} is {value}; it is a number of steps, or 0 for the end only.")
@@ -405,6 +437,9 @@ def check(config: Config) -> None:
                 )
             if not weight >= 0 or math.isinf(weight):
                 raise ConfigError(f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
+    for name, value in setting_values(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; it has to be a finite number.")
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -433,6 +468,16 @@ def as_dict(config: Config) -> dict[str, Any]:
 def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} is '{value}'; it is one of {', '.join(allowed)}.")
+
+
+def setting_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting of a configuration with its value, by dotted name."""
+    entries = vars(node) if dataclasses.is_dataclass(node) else node
+    for name, value in entries.items():
+        if dataclasses.is_dataclass(value) or isinstance(value, dict):
+            yield from setting_values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), value
 
 
 def setting_names(node: Any = Config, prefix: str = "") -> list[str]:

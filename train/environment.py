@@ -27,7 +27,7 @@ def write(
     """
     record = json.loads(path.read_text()) if path.exists() else {"parent": None, "starts": []}
     if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
-        record["parent"] = str(start_from)
+        record["parent"] = str(start_from.resolve())
     record["starts"].append(
         {
             "from": None if start_from is None else str(start_from),
@@ -40,7 +40,20 @@ def write(
             "hardware": hardware(engine),
         }
     )
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    replace_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def parent(path: Path) -> Path | None:
+    """The checkpoint of another run that this one branched off, from its run.json."""
+    recorded = json.loads(path.read_text())["parent"] if path.exists() else None
+    return None if recorded is None else Path(recorded)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is at every moment whole: the old one or the new one."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def hardware(engine: Engine) -> dict[str, Any]:

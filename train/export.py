@@ -12,18 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GraniteMoeForCausalLM
 
-from train.config import Config
+from train.config import Config, ConfigError, RunFailed
 from train.metrics import count_parameters
 from train.optim import BFloat16Weights
 
 if TYPE_CHECKING:
     from train.model.granite import CausalLM
 
+_MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32
-
-
-class ExportError(RuntimeError):
-    """The exported folder does not give the trainer's logits."""
 
 
 def export(
@@ -46,11 +43,13 @@ def export(
         The largest difference of a logit.
 
     Raises:
-        ExportError: it is above TOLERANCE; the folder is not put in place.
+        RunFailed: it is above TOLERANCE; the folder is not put in place.
+        ConfigError: `folder` holds anything that an export does not write.
     """
     if next(model.parameters()).device.type == "cpu":
         # Transformers imports DeepSpeed to save a model, and DeepSpeed warns when it finds no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_target(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -73,13 +72,26 @@ def export(
 
     difference = _largest_logit_difference(model, partial, probe, dtype)
     if not difference <= TOLERANCE:
-        raise ExportError(
+        raise RunFailed(
             f"The exported model's logits differ from the trainer's by {difference:.3g}, more than {TOLERANCE}. "
             f"It was left in {partial}; the checkpoint is not affected."
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    (partial / _MARK).touch()
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
     os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return difference
+
+
+def check_target(folder: Path) -> None:
+    """Raises ConfigError unless `folder` is new, or an earlier export to replace."""
+    if ".." in folder.parts or folder.is_symlink():
+        raise ConfigError(f"{folder} goes through '..' or is a link; give the plain path of the model folder.")
+    if folder.exists() and not (folder / _MARK).is_file():
+        raise ConfigError(f"{folder} exists and was not written by an export; it is not replaced. Choose another.")
 
 
 @torch.no_grad()

@@ -16,16 +16,12 @@ from data.loader import IGNORE_INDEX, Batches
 from schedulers import Power, Rewarmup
 from train import metrics
 from train.balance import Balance
-from train.config import BalanceConfig, Config
+from train.config import BalanceConfig, Config, RunFailed
 from train.engine import Engine
 from train.loss import Outputs
 from train.state import State
 
 MAX_SKIPPED_IN_A_ROW = 10
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on: too many steps in a row without a finite gradient."""
 
 
 Terms = tuple[Tensor, Tensor, Tensor]
@@ -106,11 +102,6 @@ def train_step(
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
             record[name] = None  # JSON has no NaN; `skipped` says what happened
-    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise TrainingStopped(
-            f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a gradient that is not finite; "
-            "the weights are as they were before the first of them. Lower the rate, or look at the data there."
-        )
     return record
 
 
@@ -161,9 +152,17 @@ def train_loop(
 
     Returns:
         None at the end of the budget, else the reason for stopping before it.
+
+    Raises:
+        RunFailed: MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
     """
     while state.tokens < config.end_tokens:
         on_step(train_step(config, engine, batches, balance, state))
+        if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise RunFailed(
+                f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a gradient that is not finite; "
+                "the weights are as they were before the first of them. Lower the rate, or look at the data there."
+            )
         if (reason := stop.reason()) is not None:
             return reason
         if state.tokens >= config.end_tokens:

@@ -48,7 +48,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad.to(hidden_grad.dtype), (weight_grad * grad).to(ctx.weight_dtype), None, None, None
+        hidden_grad = (hidden_grad.float() * grad).to(hidden_grad.dtype)  # grad in bf16 would be off by 0.4%
+        return hidden_grad, (weight_grad * grad).to(ctx.weight_dtype), None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.checkpoint import load_state
 from train.config import Config, ConfigError, as_dict, load
 from train.state import State
 
@@ -31,6 +32,7 @@ _FREE = (
     "threads",
     "sample_prompt",
 )
+TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
 
@@ -41,7 +43,7 @@ def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
         ConfigError: a difference that affects steps already taken.
     """
     then = load(checkpoint / "config.yaml")
-    state = State(**json.loads((checkpoint / "state.json").read_text())["state"])
+    state = load_state(checkpoint)
     old, new = _flat(as_dict(then)), _flat(as_dict(config))
     differences = {
         name: [old.get(name), new.get(name)] for name in sorted({*old, *new}) if old.get(name) != new.get(name)
@@ -118,6 +120,11 @@ def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str]) -> No
     trained_on = json.loads((checkpoint / "state.json").read_text())["data_fingerprint"]
     for name, fingerprint in trained_on.items():
         if data_fingerprint.get(name, fingerprint) != fingerprint:
+            if name == TOKENIZER:
+                raise ConfigError(
+                    f"The tokenizer is not the one that {checkpoint} was trained with. Name that one in "
+                    "data.tokenizer.path; the run's own copy is in its folder tokenizer/."
+                )
             raise ConfigError(
                 f"The tokens of the corpus '{name}' are not those that {checkpoint} was trained on: its text or its "
                 "tokenizer has changed. Restore it, or begin another run (run.name=…)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -65,17 +66,22 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
     if engine.is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(checkpoints)
+        checkpoint.set_aside(checkpoints, start_from if start_from and start_from.parent == checkpoints else None)
         (folder / "stop").unlink(missing_ok=True)
-        (folder / "exit.json").unlink(missing_ok=True)
-        OmegaConf.save(as_dict(config), folder / "config.yaml")
-        environment.write(folder / "run.json", engine, command, start_from, changes)
 
     state = State(tokens=config.run.tokens_seen)
     with Progressing(config, engine, state) as progress:
         say = progress.say
         parts = assemble(config, engine, state, start_from, say)
+        if engine.is_main:
+            # Only now: what cannot begin leaves no trace in the records of what has run.
+            if not (folder / "tokenizer").exists():
+                parts.tokenizer.save_pretrained(folder / "tokenizer")
+            environment.replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
+            environment.write(folder / "run.json", engine, command, start_from, changes)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
-        tracker = Tracker(folder, config, engine)
+        tracker = Tracker(folder, config, engine, state)
+        saved_step = state.step if start_from is not None else None
 
         # ---- train
         def on_step(record: dict[str, Any]) -> None:
@@ -93,13 +99,15 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             return lines
 
         def save() -> None:
+            nonlocal saved_step
             began = time.perf_counter()
             written = checkpoint.save(checkpoints, engine, state, parts.balance, parts.data_fingerprint)
+            saved_step = state.step
             say(f"Saved {written} (training stood still for {time.perf_counter() - began:.1f} s).")
 
         with Stop(folder, engine) as stop:
             reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
-            if not (checkpoints / f"step-{state.step:08d}").exists():
+            if saved_step != state.step or not (checkpoints / f"step-{state.step:08d}").exists():
                 save()
         if reason is not None:
             say(
@@ -134,6 +142,7 @@ class Parts:
     balance: Balance
     validation: Validation
     train_files: dict[str, TokenFile]
+    tokenizer: Any
     data_fingerprint: dict[str, str]
     counts: dict[str, int]
 
@@ -150,10 +159,12 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     prepared = prepare_data(config, engine, say)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
     check_vocabulary(config, tokenizer, prepared)
-    if engine.is_main:
-        tokenizer.save_pretrained(own_tokenizer)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    )
+    data_fingerprint[resume.TOKENIZER] = hashlib.sha256(vocabulary.encode()).hexdigest()
 
     # ---- model
     torch.manual_seed(config.run.seed)
@@ -183,7 +194,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         checkpoint.load(start_from, engine, state, balance)
         say(f"Going on from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
     validation = Validation(config, prepared.validation, tokenizer)
-    return Parts(batches, balance, validation, prepared.train, data_fingerprint, counts)
+    return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts)
 
 
 def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
@@ -194,6 +205,10 @@ def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
     """
     checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
     chosen = None
+    if config.run_folder.is_symlink():
+        raise ConfigError(
+            f"{config.run_folder} is a link; name the folder that it leads to with run.folder and run.name."
+        )
     if wanted == "never":
         if checkpoint.available(checkpoints):
             raise ConfigError(
@@ -204,6 +219,11 @@ def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
         chosen = checkpoint.newest_valid(checkpoints)
         if chosen is None and wanted != "auto":  # the beginning of a branch off another run
             chosen = checkpoint.verified(Path(wanted))
+        elif wanted != "auto" and environment.parent(config.run_folder / "run.json") != Path(wanted).resolve():
+            raise ConfigError(
+                f"{config.run_folder} has checkpoints of its own and did not begin from run.resume={wanted}. To branch "
+                "off that one choose another run.name; to go on with this run leave run.resume out."
+            )
     else:
         chosen = checkpoint.verified(Path(wanted))
         if newer := [path for path in checkpoint.available(checkpoints) if path.name > chosen.name]:
@@ -288,4 +308,5 @@ def say_result(
 def write_exit(folder: Path, code: int, reason: str, step: int | None) -> None:
     """exit.json: launchers flatten a rank's exit status, so it is also written down."""
     if folder.is_dir():
-        (folder / "exit.json").write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
+        text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
+        environment.replace_text(folder / "exit.json", text)

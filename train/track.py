@@ -9,17 +9,19 @@ from typing import Any
 
 from train.config import Config, as_dict
 from train.engine import Engine
+from train.environment import replace_text
+from train.state import State
 
 
 class Tracker:
     """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing."""
 
-    def __init__(self, folder: Path, config: Config, engine: Engine) -> None:
+    def __init__(self, folder: Path, config: Config, engine: Engine, state: State) -> None:
         self.active = engine.is_main
         self.accelerator = engine.accelerator if config.tracker.log_with else None
         if self.active:
-            _end_last_line(folder / "metrics.jsonl")
-            _end_last_line(folder / "evals.jsonl")
+            for name in ("metrics.jsonl", "evals.jsonl"):
+                _cut_after(folder / name, state.step)
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._evals = open(folder / "evals.jsonl", "a", buffering=1)  # noqa: SIM115
         if self.accelerator:
@@ -60,12 +62,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     by_step: dict[Any, dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                by_step[(entry["step"], entry.get("corpus"))] = entry
+            except (ValueError, TypeError, KeyError):
                 continue
-            by_step[(entry["step"], entry.get("corpus"))] = entry
     return [by_step[key] for key in sorted(by_step, key=lambda key: (key[0], str(key[1])))]
 
 
@@ -79,8 +81,8 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _end_last_line(path: Path) -> None:
-    """A process killed inside a line must not spoil the next one."""
-    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with open(path, "a") as file:
-            file.write("\n")
+def _cut_after(path: Path, step: int) -> None:
+    """Drop what lies after the checkpoint that the run goes on from: those steps are taken again, or never."""
+    if path.exists():
+        kept = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
+        replace_text(path, "".join(kept))

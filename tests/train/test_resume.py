@@ -134,8 +134,8 @@ def test_leaving_out_one_saved_item_shows(
 
 
 def test_steps_skipped_before_the_cut_still_count(go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.config import RunFailed
     from train.engine import Engine
-    from train.loop import TrainingStopped
 
     def nine(folder: Path) -> None:
         path = folder / "checkpoints/step-00000006/state.json"
@@ -146,7 +146,7 @@ def test_steps_skipped_before_the_cut_still_count(go_on: Callable[..., Path], mo
     original = Engine.backward
     monkeypatch.setattr(checkpoint, "faults", lambda path: [])
     monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("nan"), last))
-    with pytest.raises(TrainingStopped, match="10 steps in a row, up to step 7"):
+    with pytest.raises(RunFailed, match="10 steps in a row, up to step 7"):
         go_on(6, prepare=nine)
 
 

@@ -149,10 +149,10 @@ def test_a_skipped_step_leaves_weights_and_moments(run: Callable[..., Path], mon
 def test_gradients_that_are_never_finite_stop_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from train.config import RunFailed
     from train.engine import Engine
-    from train.loop import TrainingStopped
 
     original = Engine.backward
     monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("inf"), last))
-    with pytest.raises(TrainingStopped, match="10 steps in a row"):
+    with pytest.raises(RunFailed, match="10 steps in a row"):
         run()
