@@ -174,7 +174,7 @@ def _in_plain_words(error: Exception) -> str:
     if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):
-        options = _options(missing[1])
+        options = re.findall(r"\n\t(\S+)", said.partition("Config search path")[0]) or _options(missing[1])
         return (
             f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(options)}. "
             f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], options)

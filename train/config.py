@@ -296,7 +296,9 @@ def data_from_hydra(composed: DictConfig) -> DataConfig:
     Raises:
         ConfigError: a value that is missing.
     """
-    return _typed(composed.data, DataConfig)
+    data = _typed(composed.data, DataConfig)
+    _check_mixtures(data)
+    return data
 
 
 def _typed(composed: DictConfig, kind: type[T]) -> T:
@@ -315,7 +317,8 @@ def _typed(composed: DictConfig, kind: type[T]) -> T:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value.") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}.") from error
+        hint = " Whole numbers are written 1_000_000." if "Integer" in str(error) else ""
+        raise ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}.{hint}") from error
     assert isinstance(typed, kind)
     return typed
 
@@ -424,10 +427,17 @@ def check(config: Config) -> None:
         starts = [phase.from_tokens for phase in phases]
         if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
             raise ConfigError(f"{name} has from_tokens {starts}; they have to rise, from above zero.")
-    corpora = config.data.corpora
+    _check_mixtures(config.data)
+    for name, value in setting_values(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; it has to be a finite number.")
+
+
+def _check_mixtures(data: DataConfig) -> None:
+    corpora = data.corpora
     for where, mixture in (
-        ("data.mixture", config.data.mixture),
-        *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in config.data.stages),
+        ("data.mixture", data.mixture),
+        *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in data.stages),
     ):
         for name, weight in mixture.items():
             if name not in corpora:
@@ -437,9 +447,6 @@ def check(config: Config) -> None:
                 )
             if not weight >= 0 or math.isinf(weight):
                 raise ConfigError(f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
-    for name, value in setting_values(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} is {value}; it has to be a finite number.")
 
 
 def check_batch(config: Config, world_size: int) -> None:

@@ -27,7 +27,7 @@ class Progressing:
         self.progress = Progress(
             TextColumn("{task.fields[tokens]} of " + human(config.end_tokens) + " tokens"),
             BarColumn(bar_width=24),
-            TextColumn("loss {task.fields[loss]}  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"),
+            TextColumn("lm_loss {task.fields[loss]}  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
@@ -62,7 +62,7 @@ class Progressing:
         if not self.console.is_terminal and (done - self.last_line >= self.end / 20 or done >= self.end):
             self.last_line = done
             self.say(
-                f"step {state.step:>7,}  {fields['tokens']} tokens ({done / self.end:.0%})  loss {fields['loss']}  "
+                f"step {state.step:>7,}  {fields['tokens']} tokens ({done / self.end:.0%})  lm_loss {fields['loss']}  "
                 f"rate {fields['rate']}  {fields['speed']} tokens/s"
             )
 

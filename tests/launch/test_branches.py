@@ -232,3 +232,36 @@ def test_resuming_by_path_twice_goes_on_from_the_branch(
     train(composed(tiny(*branch, "run.tokens=2560")), ["test"])
     lines = without_timing(read_lines(tmp_path / "branch/metrics.jsonl"))
     assert lines == without_timing(read_lines(trunk / "metrics.jsonl"))[6:10]
+
+
+def test_a_branch_needs_its_parent_only_to_begin(run: Callable[..., Path], tmp_path: Path) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6", "checkpoint.keep=9")
+    arguments = (str(trunk), "--at", "6", "--tokens", "1024", "--name", "branch", "checkpoint.every=1")
+    assert decay(*arguments) == 0
+    shutil.rmtree(tmp_path / "branch/checkpoints/step-00000010")
+    shutil.rmtree(trunk / "checkpoints/step-00000006")
+    assert decay(*arguments) == 0
+    assert checkpoint.available(tmp_path / "branch/checkpoints")[-1].name == "step-00000010"
+
+
+def test_replay_of_a_branch_begins_at_its_parent(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
+    assert decay(str(trunk), "--at", "6", "--tokens", "1024", "--name", "branch") == 0
+    assert replay(str(tmp_path / "branch")) == 0
+    assert "PASS: steps 7 to 10" in capsys.readouterr().out
+
+
+def test_another_checkpoint_than_the_parent_is_refused(
+    run: Callable[..., Path], tiny: Callable[..., list[str]]
+) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=4", "checkpoint.keep=9")
+    for step, passes in ((4, True), (4, True), (8, False)):
+        path = trunk / f"checkpoints/step-{step:08d}"
+        config = composed(tiny("run.name=branch", f"run.resume={path}", "schedule.decay.tokens=0"))
+        if passes:
+            train(config, ["test"])
+        else:
+            with pytest.raises(ConfigError, match="did not begin from"):
+                train(config, ["test"])

@@ -102,3 +102,16 @@ def test_check_batch_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_an_unknown_check_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert verb("check", "coordinate") == 2
     assert "There is no check 'coordinate'" in capsys.readouterr().err
+
+
+def test_an_export_replaces_nothing_but_an_export(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = run()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text("{}")
+    (mine / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(mine)
+    for out in (mine, mine / "new/..", tmp_path / "link"):
+        assert verb("export", str(folder), "--out", str(out)) == 2
+    assert (mine / "thesis.tex").read_text() == "years of work"
+    assert verb("export", str(folder)) == 0  # its own model folder again

@@ -338,3 +338,58 @@ def test_the_file_stop_stops_and_the_run_goes_on(
     monkeypatch.setattr(Tracker, "step", original)
     run(*SETTINGS)
     assert_same_run(whole, folder)
+
+
+# ------------------------------------------------------------------------------------- what a run must not lose
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_invalid_checkpoint_does_not_count_among_those_kept(go_on: Callable[..., Path]) -> None:
+    def damage(folder: Path) -> None:
+        flip_last_byte(folder / "checkpoints/step-00000009/weights.safetensors")
+        for path in checkpoint.available(folder / "checkpoints")[:5]:
+            shutil.rmtree(path)
+
+    folder = go_on(9, "checkpoint.keep=2", "run.tokens=2304", "schedule.decay.tokens=0", prepare=damage)
+    found = checkpoint.available(folder / "checkpoints")
+    assert [path.name for path in found] == ["step-00000008", "step-00000009"]
+    assert not any(checkpoint.faults(path) for path in found)
+    assert (folder / "checkpoints/step-00000009.invalid").is_dir()
+
+
+def test_a_damaged_last_checkpoint_is_written_anew(whole: Path, go_on: Callable[..., Path]) -> None:
+    folder = go_on(12, prepare=lambda copy: flip_last_byte(copy / "checkpoints/step-00000012/weights.safetensors"))
+    assert checkpoint.faults(folder / "checkpoints/step-00000012") == []
+    assert_same_run(whole, folder)
+
+
+def test_a_refused_start_leaves_the_records_of_the_run(whole: Path, go_on: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        go_on(6, "run.seed=1")
+    for name in ("config.yaml", "run.json", "tokenizer/tokenizer.json", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
+    assert "seed: 0" in (tmp_path / "cut/config.yaml").read_text()
+    assert len(json.loads((tmp_path / "cut/run.json").read_text())["starts"]) == 1
+
+
+def test_another_tokenizer_is_refused(go_on: Callable[..., Path], tmp_path: Path) -> None:
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    def other_tokenizer(folder: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # the text has lower case only: same tokens
+        tokenizer.save_pretrained(tmp_path / "other")
+
+    with pytest.raises(ConfigError, match="The tokenizer is not the one"):
+        go_on(6, f"data.tokenizer.path={tmp_path}/other", prepare=other_tokenizer)
+
+
+def test_metrics_after_the_checkpoint_are_dropped(go_on: Callable[..., Path]) -> None:
+    folder = go_on(6, "run.tokens=2048", "schedule.decay.tokens=0")  # metrics.jsonl was of 12 steps
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, 9))
