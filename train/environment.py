@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ def parent(path: Path) -> Path | None:
     """The checkpoint of another run that this one branched off, from its run.json."""
     recorded = json.loads(path.read_text())["parent"] if path.exists() else None
     return None if recorded is None else Path(recorded)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a folder beside `folder`, and put it in its place when it is whole."""
+    partial, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "replaced"))
+    for left_over in (partial, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
+    write(partial)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GraniteMoeForCausalLM
 
 from train.config import Config, ConfigError, RunFailed
+from train.environment import replace_folder
 from train.metrics import count_parameters
 from train.optim import BFloat16Weights
 
@@ -50,39 +51,34 @@ def export(
         # Transformers imports DeepSpeed to save a model, and DeepSpeed warns when it finds no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_target(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-
     hf_config = type(model.config).from_dict(model.config.to_dict())
     hf_config.dtype = dtype
     hf_config.architectures = [type(model).__name__]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(hf_config, name, getattr(tokenizer, name))
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
     if hf_config.tie_word_embeddings:
-        del state["lm_head.weight"]
+        del weights["lm_head.weight"]
+    difference = math.nan
 
-    model.save_pretrained(partial, state_dict=state)
-    hf_config.save_pretrained(partial)
-    GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(_model_card(model, config, facts))
+    def write(partial: Path) -> None:
+        nonlocal difference
+        model.save_pretrained(partial, state_dict=weights)
+        hf_config.save_pretrained(partial)
+        GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_model_card(model, config, facts))
+        (partial / _MARK).touch()
+        difference = _largest_logit_difference(model, partial, probe, dtype)
+        if not difference <= TOLERANCE:
+            raise RunFailed(
+                f"The exported model's logits differ from the trainer's by {difference:.3g}, more than {TOLERANCE}. "
+                f"It was left in {partial}; the checkpoint is not affected."
+            )
 
-    difference = _largest_logit_difference(model, partial, probe, dtype)
-    if not difference <= TOLERANCE:
-        raise RunFailed(
-            f"The exported model's logits differ from the trainer's by {difference:.3g}, more than {TOLERANCE}. "
-            f"It was left in {partial}; the checkpoint is not affected."
-        )
-    (partial / _MARK).touch()
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(partial, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    replace_folder(folder, write)
     return difference
 
 

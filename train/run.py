@@ -75,8 +75,9 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
         parts = assemble(config, engine, state, start_from, say)
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
-            if not (folder / "tokenizer").exists():
-                parts.tokenizer.save_pretrained(folder / "tokenizer")
+            if start_from is None or not (folder / "tokenizer").exists():
+                environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
+            (folder / "exit.json").unlink(missing_ok=True)
             environment.replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
             environment.write(folder / "run.json", engine, command, start_from, changes)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
@@ -153,9 +154,10 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     Collective. Puts the model into `engine`, and the checkpoint's progress into `state`.
     """
     # ---- data: prepared once, then memory-mapped; sample i is a function of the seed and i
-    own_tokenizer = config.run_folder / "tokenizer"
-    if start_from is not None and own_tokenizer.is_dir() and config.data.tokenizer.path is None:
-        config.data.tokenizer.path = str(own_tokenizer)  # or another corpus would mean another tokenizer
+    if start_from is not None and config.data.tokenizer.path is None:
+        trained_with = start_from.parent.parent / "tokenizer"
+        if trained_with.is_dir():
+            config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
     prepared = prepare_data(config, engine, say)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
     check_vocabulary(config, tokenizer, prepared)
@@ -265,8 +267,16 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared) -> None
             f"The tokenizer in {prepared.tokenizer_folder} has {len(tokenizer)} tokens and model.vocab_size is "
             f"{config.model.vocab_size}: set model.vocab_size to {len(tokenizer)} or more."
         )
-    for file in (*prepared.train.values(), *prepared.validation.values()):
-        file.check(config.model.vocab_size)
+    cache = Path(config.data.cache_dir).expanduser()
+    for files in (prepared.train, prepared.validation):
+        for name, file in files.items():
+            if name in prepared.folders:
+                continue  # made by this very tokenizer
+            # Reading a whole corpus at every start would make a start as long as the corpus is large.
+            checked = cache / f"{name}-{file.fingerprint()[:12]}-within-{config.model.vocab_size}"
+            if not checked.exists():
+                file.check(config.model.vocab_size)
+                checked.touch()
 
 
 def order_of(config: Config, prepared: Prepared) -> Order:

@@ -393,3 +393,21 @@ def test_another_tokenizer_is_refused(go_on: Callable[..., Path], tmp_path: Path
 def test_metrics_after_the_checkpoint_are_dropped(go_on: Callable[..., Path]) -> None:
     folder = go_on(6, "run.tokens=2048", "schedule.decay.tokens=0")  # metrics.jsonl was of 12 steps
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_a_start_before_any_checkpoint_leaves_no_tokenizer_behind(
+    tiny: Callable[..., list[str]], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run()
+    shutil.rmtree(tmp_path / "tiny/checkpoints")  # as if it had been killed before the first
+    folder = run("data.tokenizer.vocab_size=280")
+    for name in ("tokenizer", "model"):
+        vocabulary = json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
+        assert len(vocabulary) == 280, name
+
+
+def test_a_branch_by_path_keeps_its_parents_tokenizer(run: Callable[..., Path]) -> None:
+    trunk = run("run.name=trunk", "checkpoint.every=6", "data.tokenizer.vocab_size=280")
+    branch = run("run.name=branch", f"run.resume={trunk}/checkpoints/step-00000006")
+    paths = [folder / "model/tokenizer.json" for folder in (trunk, branch)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()

@@ -156,3 +156,23 @@ def test_gradients_that_are_never_finite_stop_the_run(
     monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("inf"), last))
     with pytest.raises(RunFailed, match="10 steps in a row"):
         run()
+
+
+def test_token_files_of_others_are_used_as_they_are(run: Callable[..., Path], tmp_path: Path) -> None:
+    import numpy as np
+
+    from data import DataError
+    from data.tokens import TokenWriter
+
+    first = run("run.name=first")
+    for name, top in (("good", 290), ("bad", 301)):
+        with TokenWriter(tmp_path / name, np.uint16) as writer:
+            for document in range(40):
+                writer.add(np.arange(50) % top if document else np.array([top - 1]))
+    data = "data.corpora={theirs: {source: tokens, path: " + str(tmp_path) + "/NAME}}"
+    tokenizer = f"data.tokenizer.path={first}/tokenizer"
+    lines = read_lines(run("run.name=good", data.replace("NAME", "good"), tokenizer) / "metrics.jsonl")
+    assert lines[-1]["lm_loss"] < lines[0]["lm_loss"]
+    for _ in range(2):  # a refusal is not remembered as a pass
+        with pytest.raises(DataError, match="bad"):
+            run("run.name=bad", data.replace("NAME", "bad"), tokenizer)
