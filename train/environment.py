@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from train.config import ConfigError
 from train.engine import Engine
 
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
@@ -49,6 +52,37 @@ def parent(path: Path) -> Path | None:
     """The checkpoint of another run that this one branched off, from its run.json."""
     recorded = json.loads(path.read_text())["parent"] if path.exists() else None
     return None if recorded is None else Path(recorded)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, engine: Engine) -> Iterator[None]:
+    """Make the run's folder, and keep others from training in it. A process that dies gives it up by dying.
+
+    Raises:
+        ConfigError: another process has it, or it is a link.
+    """
+    lock: list[IO[str]] = []
+
+    def claim() -> None:
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a link; name the folder that it leads to with run.folder and run.name.")
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock.append(open(folder / ".lock", "a"))  # noqa: SIM115
+        try:
+            fcntl.flock(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.pop().close()
+            raise ConfigError(
+                f"Another process is training in {folder}. Wait for it, stop it (touch {folder / 'stop'}), or choose "
+                "another run.name."
+            ) from error
+
+    engine.first_rank_decides(claim)
+    try:
+        yield
+    finally:
+        for file in lock:
+            file.close()
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -51,7 +51,8 @@ def train(config: Config, command: list[str]) -> Outcome:
     """
     engine = Engine(config)
     try:
-        return _train(config, engine, command)
+        with environment.claimed(config.run_folder, engine):
+            return _train(config, engine, command)
     finally:
         engine.close()
 
@@ -64,7 +65,6 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
     # ---- where to begin
     start_from, changes = engine.first_rank_decides(lambda: where_to_begin(config))
     if engine.is_main:
-        checkpoints.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(checkpoints)
         checkpoint.set_aside(checkpoints, start_from if start_from and start_from.parent == checkpoints else None)
         (folder / "stop").unlink(missing_ok=True)
@@ -207,10 +207,6 @@ def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
     """
     checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
     chosen = None
-    if config.run_folder.is_symlink():
-        raise ConfigError(
-            f"{config.run_folder} is a link; name the folder that it leads to with run.folder and run.name."
-        )
     if wanted == "never":
         if checkpoint.available(checkpoints):
             raise ConfigError(

@@ -104,3 +104,15 @@ def test_a_signal_to_one_rank_stops_all(tiny: Callable[..., list[str]], tmp_path
     newest = checkpoint.newest_valid(tmp_path / "pair/checkpoints")
     assert newest is not None
     assert checkpoint.step_of(newest) == ended["step"] < 150
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    process = start(tiny("run.name=busy", *LONG))
+    wait_until(lambda: steps_taken(tmp_path / "busy") > 0, process)
+    second = launch(tiny("run.name=busy", *LONG))
+    assert second.returncode == 2
+    assert "Another process is training in" in second.stderr
+    os.killpg(process.pid, signal.SIGKILL)  # a dead owner's claim is nobody's
+    process.wait()
+    third = launch(tiny("run.name=busy", *LONG))
+    assert third.returncode == 0, third.stdout + third.stderr
