@@ -154,11 +154,13 @@ def test_steps_skipped_before_the_cut_still_count(go_on: Callable[..., Path], mo
 def test_two_ranks_go_on_bit_for_bit(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     done = launch(tiny("run.name=whole", *SETTINGS), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = cut_at(tmp_path / "whole", 5, "cut")
-    done = launch(tiny("run.name=cut", *SETTINGS), ranks=2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_run(tmp_path / "whole", folder)
-    assert (folder / "checkpoints/step-00000012/rng/rank-00001.safetensors").exists()
+    for step in (2, 5, 11):  # warmup, trunk, decay
+        folder = cut_at(tmp_path / "whole", step, f"cut-{step}")
+        done = launch(tiny(f"run.name=cut-{step}", *SETTINGS), ranks=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_same_run(tmp_path / "whole", folder)
+        ranks = [path / "checkpoints/step-00000012/rng/rank-00001.safetensors" for path in (tmp_path / "whole", folder)]
+        assert ranks[0].read_bytes() == ranks[1].read_bytes()
 
 
 # ------------------------------------------------------------------------------------------- damaged checkpoints
