@@ -48,7 +48,7 @@ Every setting, with its default and meaning, is in train/config.py; --cfg prints
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`train`: compose, check, run; leaves exit.json in the run's folder."""
+    """`train`: compose, check, run."""
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.exit(guard(lambda: _train(arguments)))
 
@@ -67,27 +67,14 @@ def _train(arguments: list[str]) -> int:
 
 
 def run_training(config: Config, arguments: list[str]) -> int:
-    """Train, and leave exit.json in the run's folder however it ends."""
+    """Train; the run's folder tells in exit.json how it ended."""
     # Only now: a mistake in the configuration should not have to wait for these imports.
-    from train.run import train, write_exit
+    from train.run import train
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    # Outside the loop, which saves first, a SIGTERM ends the process; exit.json shall say so.
+    # Outside the loop, which saves first, a SIGTERM ends the process in a way that exit.json can tell.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    code, reason, step = 1, "the process broke off", None
-    try:
-        outcome = train(config, [Path(sys.argv[0]).name, *arguments])
-        code, reason, step = 0, outcome.reason, outcome.step
-    except BaseException as error:
-        code = 2 if isinstance(error, (ConfigError, DataError)) else 1
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, SystemExit):
-            code = error.code if isinstance(error.code, int) else 1
-        raise
-    finally:
-        if is_main:
-            write_exit(config.run_folder, code, reason, step)
-    return code
+    train(config, [Path(sys.argv[0]).name, *arguments])
+    return 0
 
 
 def composed(overrides: list[str]) -> Config:

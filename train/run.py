@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
+from data import DataError
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
 from data.prepare import Prepared, prepare
@@ -51,8 +53,10 @@ def train(config: Config, command: list[str]) -> Outcome:
     """
     engine = Engine(config)
     try:
-        with environment.claimed(config.run_folder, engine):
-            return _train(config, engine, command)
+        with environment.claimed(config.run_folder, engine), leaving_exit_json(config.run_folder, engine) as ended:
+            outcome = _train(config, engine, command)
+            ended |= {"code": 0, "reason": outcome.reason, "step": outcome.step}
+            return outcome
     finally:
         engine.close()
 
@@ -311,8 +315,19 @@ def say_result(
     )
 
 
-def write_exit(folder: Path, code: int, reason: str, step: int | None) -> None:
-    """exit.json: launchers flatten a rank's exit status, so it is also written down."""
-    if folder.is_dir():
-        text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
-        environment.replace_text(folder / "exit.json", text)
+@contextlib.contextmanager
+def leaving_exit_json(folder: Path, engine: Engine) -> Iterator[dict[str, Any]]:
+    """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
+    ended: dict[str, Any] = {"code": 1, "reason": "the process broke off", "step": None}
+    try:
+        yield ended
+    except BaseException as error:
+        ended["reason"] = f"{type(error).__name__}: {error}"
+        if isinstance(error, (ConfigError, DataError)):
+            ended["code"] = 2
+        elif isinstance(error, SystemExit) and isinstance(error.code, int):
+            ended["code"] = error.code
+        raise
+    finally:
+        if engine.is_main:
+            environment.replace_text(folder / "exit.json", json.dumps(ended) + "\n")

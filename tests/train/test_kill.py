@@ -112,6 +112,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tiny: Callable[..., list[str
     second = launch(tiny("run.name=busy", *LONG))
     assert second.returncode == 2
     assert "Another process is training in" in second.stderr
+    assert not (tmp_path / "busy/exit.json").exists()  # the first has not ended
     os.killpg(process.pid, signal.SIGKILL)  # a dead owner's claim is nobody's
     process.wait()
     third = launch(tiny("run.name=busy", *LONG))
