@@ -10,6 +10,8 @@ VERBS = {
     "train": "train a model: +experiment=NAME and Hydra overrides",
     "prepare": "tokenise the corpora of a configuration once, before training",
     "check": "mup | coordinates | batch | run: see that a configuration, or a run, does what it should",
+    "sweep": "train a grid of small models: batch × rate × horizon × model",
+    "fit": "fit the law of the best rate to a sweep, and make a schedule of it",
     "decay": "branch a decay off a checkpoint of a run",
     "export": "write a checkpoint as a Hugging Face folder",
     "generate": "continue a prompt with an exported model",

@@ -14,12 +14,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data import DataError
 from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
@@ -83,7 +85,24 @@ def composed(overrides: list[str]) -> Config:
     Raises:
         ConfigError: with what is wrong, in one paragraph.
     """
-    return from_hydra(_compose(overrides))
+    settings = _compose(overrides)
+    if "sweep" in settings:  # a trial of it
+        OmegaConf.set_struct(settings, False)
+        del settings["sweep"]
+    return from_hydra(settings)
+
+
+def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
+    """The unchecked settings of a sweep, which is only described whole with those of a trial, and its `sweep` part.
+
+    Raises:
+        ConfigError: with what is wrong, in one paragraph.
+    """
+    settings = _compose(overrides)
+    try:
+        return settings, OmegaConf.to_container(settings.get("sweep") or OmegaConf.create(), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"sweep: {str(error).partition(chr(10))[0]}") from error
 
 
 def composed_data(overrides: list[str]) -> DataConfig:
@@ -100,8 +119,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
-                "Hydra's multirun would start all trials in one process, which accelerate refuses. Start each trial "
-                "as a command of its own, with a run.name of its own."
+                "Hydra's multirun would start all trials in one process, which accelerate refuses. `python -m launch.sweep "
+                "+sweep=NAME` trains a grid, each trial in a process of its own."
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
@@ -113,6 +132,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_module("configs", version_base="1.3"):
             return compose("train", overrides=overrides)
+    except YAMLError as error:
+        raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_in_plain_words(error)) from error
 
@@ -196,5 +217,5 @@ def _options(group: str) -> list[str]:
 
 
 def _groups() -> str:
-    names = [f"{group} ({', '.join(_options(group))})" for group in _group_names() if group != "experiment"]
+    names = [f"{group} ({', '.join(_options(group))})" for group in _group_names() if group not in ("experiment", "sweep")]
     return ", ".join(names)

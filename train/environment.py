@@ -13,24 +13,32 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import IO, TYPE_CHECKING, Any
 
 from train.config import ConfigError
-from train.engine import Engine
+
+if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
+    import torch
+
+    from train.engine import Engine
 
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
 def write(
-    path: Path, engine: Engine, command: list[str], start_from: Path | None, changes: dict[str, list[Any]]
+    path: Path,
+    engine: Engine,
+    command: list[str],
+    start_from: Path | None,
+    changes: dict[str, list[Any]],
+    parameters: dict[str, int],
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
     `parent` is the checkpoint of another run that this one branched off.
     """
     record = json.loads(path.read_text()) if path.exists() else {"parent": None, "starts": []}
+    record["parameters"] = parameters
     if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
         record["parent"] = str(start_from.resolve())
     record["starts"].append(
@@ -106,6 +114,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def hardware(engine: Engine) -> dict[str, Any]:
     """What decides the last bits of a sum: device, ranks and threads."""
+    import torch
+
     return {
         "device": _device_name(engine.device),
         "ranks": engine.world_size,
@@ -117,6 +127,8 @@ def hardware(engine: Engine) -> dict[str, Any]:
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     return platform.processor() or device.type
 

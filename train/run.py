@@ -83,7 +83,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
                 environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
             (folder / "exit.json").unlink(missing_ok=True)
             environment.replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
-            environment.write(folder / "run.json", engine, command, start_from, changes)
+            environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state)
         saved_step = state.step if start_from is not None else None

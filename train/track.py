@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.config import Config, as_dict
-from train.engine import Engine
 from train.environment import replace_text
-from train.state import State
+
+if TYPE_CHECKING:
+    from train.engine import Engine
+    from train.state import State
 
 
 class Tracker:

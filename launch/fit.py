@@ -1,0 +1,319 @@
+"""Fit the law of the best rate to the ledger of a sweep, and make a schedule of it.
+
+usage: python -m launch.fit LEDGER [options]
+       python -m launch.fit LEDGER --predict batch=1024 tokens=1e12
+
+examples:
+  python -m launch.fit runs/tiny/ledger.jsonl                         # what it says, with pictures and tables beside it
+  python -m launch.fit runs/tiny/ledger.jsonl --name mine --out mine  # and mine/schedule/mine.yaml to train with
+  python -m train --config-dir mine +experiment=quickstart schedule=mine
+
+A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
+sweep of constant rates with a decay at the end will do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schedulers import Power
+from schedulers.law import Cell, Law, Reading, fit
+from train.cli import guard
+from train.config import ConfigError
+from train.environment import replace_text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fit, print, plot; predict or write a schedule when asked."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="powertrain fit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("ledger", type=Path)
+    parser.add_argument("--predict", nargs=2, metavar=("batch=β", "tokens=T"), help="print the best rate there, and nothing else")
+    parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
+    parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
+    options = parser.parse_args(arguments)
+    sys.exit(guard(lambda: _fit(options)))
+
+
+def _fit(options: argparse.Namespace) -> int:
+    ledger = read(options.ledger)
+    try:
+        law = fit(ledger)
+    except ValueError as error:
+        raise ConfigError(f"{options.ledger}: {error}") from error
+    if options.predict:
+        print(prediction(law, *_predict_arguments(options.predict)))
+        return 0
+    out = options.out or options.ledger.parent
+    print(report(law))
+    (out / "law").mkdir(parents=True, exist_ok=True)
+    for path in plot(law, out / "law"):
+        print(path)
+    if options.name:
+        if not re.fullmatch(r"\w[\w.-]*", options.name):
+            raise ConfigError(f"--name '{options.name}' cannot name a schedule: letters, digits, '_', '-' and '.'.")
+        path = out / "schedule" / f"{options.name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        replace_text(path, schedule(law, ledger, options.ledger))
+        print(f"{path}: train with --config-dir {out} schedule={options.name}")
+    return 0
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger.
+
+    Raises:
+        ConfigError: no such file, or a line that is no JSON object.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no ledger {path}. A sweep leaves one in RUN.FOLDER/NAME/ledger.jsonl.")
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}, is not JSON ({error}): mend or delete that line.") from error
+        if not isinstance(line, dict):
+            raise ConfigError(f"{path}, line {number}, is not a JSON object but {text[:60]!r}.")
+        lines.append(line)
+    return lines
+
+
+def _predict_arguments(given: list[str]) -> tuple[float, float]:
+    try:
+        values = {name: float(value.replace("_", "")) for name, value in (part.split("=") for part in given)}
+        batch, tokens = values["batch"], values["tokens"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"--predict is written --predict batch=1024 tokens=1e12, not {' '.join(given)}.") from error
+    if not (0 < batch < math.inf and 0 < tokens < math.inf):
+        raise ConfigError(f"--predict has batch {batch:g} and tokens {tokens:g}; both are above 0.")
+    return batch, tokens
+
+
+# ------------------------------------------------------------------------------------------------------- in words
+
+
+def prediction(law: Law, batch: float, tokens: float) -> str:
+    """The best rate for a batch and a horizon, its interval, where the cap releases, and what is extrapolated."""
+    chosen = law.chosen
+    lr = chosen.lr(batch, tokens)
+    release = power(law).cap_release(batch)
+    lines = [
+        f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and {tokens:g} tokens",
+        f"Power: a {chosen.a.value:.4g}, b {chosen.b.value:.4g}, batch_exponent {_exponent(law):.4g}; the cap "
+        f"max_lr {max_lr(law):.4g} releases after {release:.3g} tokens",
+    ]
+    if outside := law.outside(batch, tokens):
+        lines.append(
+            f"Warning: {'; '.join(outside)}. The interval takes the law to hold there, which no trial has shown."
+        )
+    return "\n".join(lines)
+
+
+def report(law: Law) -> str:
+    """Everything that the fit found, as text."""
+    usable = sum(cell.usable for cell in law.cells)
+    at = f"γ at {law.paper.central_tokens:,.0f} tokens"
+    lines = [
+        f"{usable} of {len(law.cells)} (size, horizon, batch) have a best rate inside the grid",
+        "",
+        "The paper's reading, lr = a · batch · tokens^b: γ = lr / batch of the three best batches of each horizon",
+        *(f"  {_size(size):<18} b {line.b}   {at} {line.gamma}   residual {line.residual:.2f}" for size, line in law.sizes.items()),
+        f"  {'all':<18} b {law.paper.b}   {at} {law.paper.gamma}   residual {law.paper.residual:.2f}",
+        f"  {'':<18} a {law.paper.a}",
+        "",
+        "Every batch, lr = a · batch^c · tokens^b",
+        f"  {'all':<18} b {law.plane.b}   c {law.plane.c}   {at} {law.plane.gamma}   residual {law.plane.residual:.2f}",
+        "",
+        f"residual: standard deviation of the log rate around the law. Noise of a loss: {_noise(law)} nats, of whose "
+        f"variance the horizons of a trunk share {law.shared:.0%}.",
+        *_agreement(law),
+        *law.notes,
+    ]
+    return "\n".join(lines)
+
+
+def _agreement(law: Law) -> list[str]:
+    """Whether the sizes tell the same law."""
+    if len(law.sizes) < 2:
+        return []
+    apart = [
+        f"{_size(one)} and {_size(other)} ({name} {getattr(a, name)} and {getattr(b, name)})"
+        for i, (one, a) in enumerate(law.sizes.items())
+        for other, b in list(law.sizes.items())[i + 1 :]
+        for name in ("b", "gamma")
+        if getattr(a, name).low > getattr(b, name).high or getattr(b, name).low > getattr(a, name).high
+    ]
+    if apart:
+        return [f"Sizes whose intervals do not overlap: {'; '.join(apart)}."]
+    return ["The sizes agree: the intervals of b and of γ overlap for every pair."]
+
+
+def _noise(law: Law) -> str:
+    values = sorted(law.noise.values())
+    return f"{values[0]:.4f} to {values[-1]:.4f}"
+
+
+def _size(size: tuple[str, int]) -> str:
+    return f"{size[0]} {size[1]}".strip()
+
+
+# --------------------------------------------------------------------------------------------------- the schedule
+
+
+def max_lr(law: Law) -> float:
+    """The cap: the highest best rate that the sweep saw."""
+    return max(cell.lr for cell in law.cells if cell.usable)
+
+
+def _exponent(law: Law) -> float:
+    return 1.0 if law.proportional else law.plane.c.value
+
+
+def power(law: Law) -> Power:
+    """The Power schedule of a law, without a warmup."""
+    chosen = law.chosen
+    if chosen.b.value >= 0:
+        raise ConfigError(
+            f"The best rate does not fall with the horizon in this ledger (b = {chosen.b}): the Power schedule cannot express "
+            "that. Sweep longer horizons, or more seeds."
+        )
+    return Power(a=chosen.a.value, b=chosen.b.value, max_lr=max_lr(law), warmup_tokens=0, batch_exponent=_exponent(law))
+
+
+def schedule(law: Law, ledger: list[dict[str, Any]], source: Path) -> str:
+    """A file for configs/schedule/: the law, and the parametrisation that it belongs to."""
+    from train.config import belongs_to
+
+    found = power(law)
+    chosen = law.chosen
+    batches, tokens = ([getattr(c, n) for c in law.cells if c.usable] for n in ("batch", "tokens"))
+    text = f"""\
+# lr = min(max_lr, a · batch^batch_exponent · n^b), fitted to {source.name}: {sum(c.usable for c in law.cells)} best rates at
+# batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
+# b {chosen.b}, a {chosen.a}, c {law.plane.c}; 95% intervals.
+name: power
+a: {found.a:.6g}
+b: {found.b:.6g}
+max_lr: {found.max_lr:.4g}  # the highest best rate of the sweep
+batch_exponent: {found.batch_exponent:.6g}
+warmup_tokens: ???
+decay: {{start: null, tokens: 0, shape: exponential, floor: 0.0}}
+rewarmup: {{start: null, tokens: 0}}
+"""
+    configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
+    if configs:
+        own = [belongs_to(config) for config in configs]
+        common = {name: value for name, value in own[0].items() if all(other.get(name) == value for other in own)}
+        text += "belongs_to:  # a run whose own differ is told so\n"
+        text += "".join(f"  {name}: {json.dumps(value)}\n" for name, value in common.items())
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ the plots
+
+
+def plot(law: Law, folder: Path) -> list[Path]:
+    """The paper's figures 2, 3 and 4 for this ledger: losses over rates, best rates over batch and over tokens, γ over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    sizes = list(dict.fromkeys(cell.size for cell in law.cells))
+    horizons = sorted({cell.tokens for cell in law.cells})
+    batches = sorted({cell.batch for cell in law.cells})
+    hues = dict(zip(batches, pyplot.cm.viridis(np.linspace(0, 0.9, len(batches))), strict=True))
+    shades = dict(zip(horizons, pyplot.cm.plasma(np.linspace(0, 0.85, len(horizons))), strict=True))
+
+    for size in sizes:
+        own = [tokens for tokens in horizons if any((c.size, c.tokens) == (size, tokens) for c in law.cells)]
+        columns = min(3, len(own))
+        rows = math.ceil(len(own) / columns)
+        figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+        for axis, tokens in zip(axes.flat, own, strict=False):
+            for cell in law.cells:
+                if (cell.size, cell.tokens) == (size, tokens):
+                    _curve(axis, cell, hues[cell.batch])
+            axis.set(xscale="log", title=f"{tokens:,} tokens", xlabel="learning rate η", ylabel="validation loss (nats)")
+            axis.grid(alpha=0.3)
+        axes.flat[0].legend(title="batch", fontsize=7)
+        for axis in list(axes.flat)[len(own) :]:
+            axis.set_visible(False)
+        paths.append(_save(figure, folder / f"losses_{_size(size).replace(' ', '_')}.png"))
+
+    figure, axes = pyplot.subplots(len(sizes), 2, figsize=(10, 3.6 * len(sizes)), squeeze=False)
+    for (left, right), size in zip(axes, sizes, strict=True):
+        usable = [cell for cell in law.cells if cell.usable and cell.size == size]
+        for tokens in horizons:
+            line = [(c.batch, c.lr) for c in usable if c.tokens == tokens]
+            left.plot(*_columns(line), "o-", color=shades[tokens], label=f"{tokens:,}")
+        for batch in batches:
+            line = [(c.tokens, c.lr) for c in usable if c.batch == batch]
+            right.plot(*_columns(line), "o-", color=hues[batch], label=f"{batch:g}")
+        for axis, name, legend in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
+            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=_size(size))
+            axis.legend(title=legend, fontsize=7)
+            axis.grid(alpha=0.3, which="both")
+    paths.append(_save(figure, folder / "best_rates.png"))
+
+    figure, axis = pyplot.subplots(figsize=(7, 5))
+    for number, size in enumerate(sizes):
+        points = [(c.tokens, c.lr / c.batch) for c in law.best if c.size == size]
+        axis.plot(*_columns(points), "osD^v"[number % 5], color=f"C{number}", label=_size(size), alpha=0.7)
+        if size in law.sizes:
+            _line(axis, law.sizes[size], horizons, f"C{number}", "--", None)
+    _line(axis, law.paper, horizons, "black", "-", f"all: γ ∝ tokens^{law.paper.b.value:.3f}")
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="γ = η / batch of the three best batches")
+    axis.legend()
+    axis.grid(alpha=0.3, which="both")
+    paths.append(_save(figure, folder / "gamma.png"))
+    return paths
+
+
+def _curve(axis: Any, cell: Cell, color: Any) -> None:
+    shown = [(rate, loss) for rate, loss in zip(cell.rates, cell.losses, strict=True) if math.isfinite(loss)]
+    axis.plot(*_columns(shown), "o-", color=color, markersize=3, linewidth=0.8, label=f"{cell.batch:g}")
+    if cell.usable:
+        axis.plot(cell.lr, cell.loss, "*", color=color, markersize=9)
+
+
+def _line(axis: Any, reading: Reading, horizons: list[int], color: str, style: str, label: str | None) -> None:
+    tokens = np.geomspace(horizons[0], horizons[-1], 50)
+    estimates = [reading.lr(1.0, t) for t in tokens]
+    axis.plot(tokens, [e.value for e in estimates], style, color=color, label=label)
+    if label:
+        axis.fill_between(tokens, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.15)
+
+
+def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,464 @@
+"""Train a grid of small models: batch × rate × horizon × model. What they leave is a ledger, and `fit` makes it a law.
+
+usage: python -m launch.sweep +sweep=NAME [KEY=VALUE …] [--pilot | --slurm | --dry-run]
+
+examples:
+  python -m launch.sweep +sweep=tiny                      # minutes: a small grid on Python's own standard library
+  python -m launch.sweep +sweep=tiny --dry-run            # which trials, how many tokens; trains nothing
+  python -m launch.sweep +sweep=tiny --pilot              # the shortest horizon, then hours and the error of b
+  python -m launch.sweep +sweep=tiny --slurm              # the same workers as a job array
+  python -m launch.sweep --config-dir mine +sweep=mine    # mine/sweep/mine.yaml
+
+Stopped or killed, the same command goes on: a trial that is in the ledger is not run again, one that had begun goes on
+from its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing.process
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+import train.cli
+from data.prepare import prepare
+from launch.trials import (
+    WITH_DECAY,
+    Progress,
+    SweepConfig,
+    Trial,
+    belongs_to,
+    check_trials,
+    decay_tokens,
+    overrides,
+    plan,
+    read_ledger,
+    sweep_config,
+)
+from train.cli import composed, composed_sweep, guard
+from train.config import Config, ConfigError, RunFailed, setting_values
+from train.environment import replace_text
+from train.track import read_lines
+
+POLL_SECONDS = 0.5
+BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the sweep, or be one of its workers."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="powertrain sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--pilot", action="store_true", help="train the shortest horizon, then predict hours and the error of b"
+    )
+    parser.add_argument("--slurm", action="store_true", help="let `sbatch --array` run sweep.jobs workers")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of the processes that train
+    parser.add_argument("--config-dir", help="look for configs there too")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args(arguments)
+    if options.config_dir:
+        options.overrides = [f"--config-dir={options.config_dir}", *options.overrides]
+    sys.exit(guard(lambda: work(options) if options.worker else control(options)))
+
+
+class Sweep:
+    """A sweep's plan and its files."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        self.settings, node = composed_sweep(arguments)
+        self.sweep: SweepConfig = sweep_config(node)
+        self.trials = plan(self.sweep)
+        self.folder = Path(self.settings.run.folder) / self.sweep.name
+        self.ledger = Path(self.sweep.ledger) if self.sweep.ledger else self.folder / "ledger.jsonl"
+
+    def configs(self) -> dict[tuple[str, str], Config]:
+        """The configuration of a trial of each model and schedule, after checking all trials."""
+        configs: dict[tuple[str, str], Config] = {}
+        for trial in self.trials:
+            if (trial.model, trial.schedule) not in configs:
+                configs[trial.model, trial.schedule] = composed(
+                    [*self.arguments, *overrides(self.sweep, trial, self.settings)]
+                )
+        check_trials(self.sweep, self.trials, configs)
+        return configs
+
+    def progress(self) -> Progress:
+        """What is known now: the ledger's lines, and results that are not in it yet."""
+        results = read_ledger(self.ledger)
+        for trial in self.trials:
+            if trial.name not in results and (path := self.folder / trial.name / "result.json").exists():
+                results[trial.name] = json.loads(path.read_text())
+        return Progress(self.trials, results)
+
+    def failed(self, trial: Trial) -> Path:
+        """Exists when the trial broke in this start of the sweep, and says how."""
+        return self.folder / trial.name / "failed.txt"
+
+
+# ------------------------------------------------------------------------------------------------------ the controller
+
+
+def control(options: argparse.Namespace) -> int:
+    """Check, prepare the data, start workers, and keep the ledger and a table of it up to date."""
+    sweep = Sweep(options.overrides)
+    configs = sweep.configs()
+    console = Console()
+    if options.dry_run:
+        console.print(table(sweep, sweep.progress()), summary(sweep, sweep.progress()))
+        return 0
+    with claim(sweep.folder) as claimed:
+        if claimed is None:
+            raise ConfigError(
+                f"Another process is running the sweep in {sweep.folder}. Wait for it, or choose another sweep.name."
+            )
+        facts = same_for_all(configs, console)
+        _check_ledger(sweep, facts)
+        for trial in sweep.trials:
+            sweep.failed(trial).unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        stopped = False
+        try:
+            watch(sweep, facts, start_workers(sweep, options), console)
+        except KeyboardInterrupt:
+            stopped = True
+        progress = write_ledger(sweep, facts)
+    console.print(table(sweep, progress), summary(sweep, progress))
+    if options.pilot:
+        return 0
+    failed = [trial for trial in sweep.trials if sweep.failed(trial).exists()]
+    for trial in failed:
+        console.print(
+            f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
+        )
+        console.print(sweep.failed(trial).read_text().strip()[-400:], markup=False)
+    if left := len(progress.open()):
+        raise RunFailed(f"{left} trials are left{' (stopped)' if stopped else ''}; the same command goes on with them.")
+    return 0
+
+
+def same_for_all(configs: dict[tuple[str, str], Config], console: Console) -> dict[tuple[str, str], dict[str, Any]]:
+    """What the lines of the ledger say besides the results, by (model, schedule). Prepares the data, once."""
+    facts = {}
+    for key, config in configs.items():
+        prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir)
+        fingerprint = hashlib.sha256("".join(file.fingerprint() for _, file in sorted(prepared.train.items())).encode())
+        facts[key] = {
+            "family": config.model.model_type,
+            "hidden_size": config.model.hidden_size,
+            "warmup_tokens": config.make_schedule().warmup_tokens,
+            "data_fingerprint": fingerprint.hexdigest()[:16],
+            "config": belongs_to(config),
+        }
+        if not prepared.validation:
+            raise ConfigError(
+                "No corpus has validation documents, so no trial would have a loss: set its validation_fraction."
+            )
+    there, longest = (
+        sum(file.num_tokens for file in prepared.train.values()),
+        max(c.run.tokens for c in configs.values()),
+    )
+    if longest > there:
+        console.print(f"The longest horizon is {longest:,} tokens and the corpora hold {there:,}: tokens repeat.")
+    return facts
+
+
+def _check_ledger(sweep: Sweep, facts: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """A ledger holds trials of one configuration."""
+    known = read_ledger(sweep.ledger)
+    for trial in sweep.trials:
+        for name, value in facts[trial.model, trial.schedule].items():
+            if trial.name in known and known[trial.name][name] != value:
+                was, now = known[trial.name][name], value
+                if isinstance(value, dict):
+                    flat = [dict(setting_values(side)) for side in (was, now)]
+                    was, now = ({k: v for k, v in side.items() if flat[0].get(k) != flat[1].get(k)} for side in flat)
+                raise ConfigError(
+                    f"{sweep.ledger} holds the trial {trial.name}, trained with another {name}: {was}, and now {now}. "
+                    "Trials of two configurations make no law: choose another sweep.name."
+                )
+
+
+def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
+    """Processes that train: sweep.jobs of them here, or an array of jobs."""
+    arguments = [*sweep.arguments, *(["--pilot"] if options.pilot else [])]
+    if options.slurm:
+        script = Path(__file__).parent / "slurm" / "sweep.sbatch"
+        return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
+    worker = [sys.executable, "-m", "launch.sweep", "--worker", *arguments]
+    return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
+
+
+def watch(
+    sweep: Sweep, facts: dict[tuple[str, str], dict[str, Any]], workers: list[subprocess.Popen[bytes]], console: Console
+) -> None:
+    """Until the workers have ended: collect what they leave, and show it."""
+    seen = set(sweep.progress().results)
+    with (
+        Live(console=console, auto_refresh=False, transient=True)
+        if console.is_terminal
+        else contextlib.nullcontext() as live
+    ):
+        try:
+            while any(worker.poll() is None for worker in workers):
+                progress = write_ledger(sweep, facts)
+                if live is not None:
+                    live.update(Group(table(sweep, progress), summary(sweep, progress)), refresh=True)
+                elif new := [trial for trial in sweep.trials if progress.done(trial) and trial.name not in seen]:
+                    seen |= {trial.name for trial in new}
+                    for trial in new:
+                        loss = progress.results[trial.name]["loss"]
+                        print(
+                            f"{trial.name}: {'diverged' if loss is None else f'{loss:.4f}'}; {summary(sweep, progress)}",
+                            flush=True,
+                        )
+                time.sleep(POLL_SECONDS)
+        finally:
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.wait()
+    if any(worker.returncode == BAD_INPUT for worker in workers):
+        raise ConfigError("A trial was refused, as the others would be; what is wrong stands above.")
+
+
+def write_ledger(sweep: Sweep, facts: dict[tuple[str, str], dict[str, Any]]) -> Progress:
+    """Put what is known now into the ledger, in the order of the plan; lines of trials outside the plan stay."""
+    progress = sweep.progress()
+    planned = {trial.name for trial in sweep.trials}
+    lines = [entry for name, entry in progress.results.items() if name not in planned]
+    lines += [{**facts[t.model, t.schedule], **progress.results[t.name]} for t in sweep.trials if progress.done(t)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if not sweep.ledger.exists() or sweep.ledger.read_text() != text:
+        sweep.ledger.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(sweep.ledger, text)
+    return progress
+
+
+def table(sweep: Sweep, progress: Progress) -> Table:
+    """Losses at the longest horizon that each row has reached: rows model × batch, columns the schedule's values."""
+    columns = list(dict.fromkeys((trial.schedule, trial.fields) for trial in sweep.trials))
+    grid = Table("model", "batch", "tokens", *(" ".join(f"{n} {v:g}" for n, v in fields) for _, fields in columns))
+    for model in sweep.sweep.models:
+        for batch in sorted(sweep.sweep.batch):
+            row = [t for t in sweep.trials if (t.model, t.batch) == (model, batch) and t.seed == sweep.sweep.seeds[0]]
+            reached = [t.tokens for t in row if progress.done(t)] or [t.tokens for t in row][:1]
+            if not reached:
+                continue
+            here = {(t.schedule, t.fields): t for t in row if t.tokens == max(reached)}
+            losses = {key: progress.results[t.name]["loss"] for key, t in here.items() if progress.done(t)}
+            best = min((loss for loss in losses.values() if loss is not None), default=None)
+            cells = []
+            for key in columns:
+                if key in losses:
+                    loss = losses[key]
+                    text = "diverged" if loss is None else f"{loss:.4f}"
+                    cells.append(f"[bold green]{text}[/]" if loss is not None and loss == best else text)
+                else:
+                    cells.append((progress.left_out(here[key]) or "…") if key in here else "")
+            grid.add_row(model, f"{batch:g}", f"{max(reached):,}", *cells)
+    return grid
+
+
+def summary(sweep: Sweep, progress: Progress) -> str:
+    """How much is done, what the shared trunks saved, and how long the rest may take."""
+    done = [t for t in sweep.trials if progress.done(t)]
+    out = [t for t in sweep.trials if progress.left_out(t)]
+    trained, apart = sum(progress.trained_tokens(sweep.sweep, t) for t in done), sum(t.tokens for t in done)
+    saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if done else ""
+    left = seconds_left(sweep, progress)
+    left_text = (
+        "" if not left else f", about {left / 3600:.1f} h left" if left > 5400 else f", about {left / 60:.0f} min left"
+    )
+    return f"{len(done)} of {len(sweep.trials)} trials done, {len(out)} left out{saved}{left_text}"
+
+
+def seconds_left(sweep: Sweep, progress: Progress) -> float | None:
+    """A guess from what is done: a start's cost, and the speed at the same model and batch, or near it."""
+    done = [(t, progress.results[t.name]["seconds"]) for t in sweep.trials if progress.done(t)]
+    if not done:
+        return None
+    start = min(seconds for _, seconds in done)
+
+    def speed(model: str, batch: float) -> float:
+        near = min(
+            {t.batch for t, _ in done if t.model == model} or {t.batch for t, _ in done},
+            key=lambda b: abs(math.log(b / batch)),
+        )
+        alike = [
+            (t, s) for t, s in done if t.batch == near and (t.model == model or all(o.model != model for o, _ in done))
+        ]
+        trained = sum(progress.trained_tokens(sweep.sweep, t) for t, _ in alike)
+        return trained / max(sum(s for _, s in alike) - len(alike) * start, 0.1 * sum(s for _, s in alike))
+
+    rest = sum(start + progress.trained_tokens(sweep.sweep, t) / speed(t.model, t.batch) for t in progress.open())
+    return rest / sweep.sweep.jobs
+
+
+# ---------------------------------------------------------------------------------------------------------- a worker
+
+
+def work(options: argparse.Namespace) -> int:
+    """Run trials until none is left that could be run."""
+    sweep = Sweep(options.overrides)
+    shortest = min(sweep.sweep.tokens)
+    if not sweep.sweep.launcher:
+        import train.run  # noqa: F401  # once, for the processes that are forked from this one
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    while True:
+        progress = sweep.progress()
+        ready = [
+            t for t in progress.ready() if not sweep.failed(t).exists() and (not options.pilot or t.tokens == shortest)
+        ]
+        for trial in ready:
+            with claim(sweep.folder / trial.name) as claimed:
+                if claimed is not None and not sweep.progress().done(trial):
+                    run_trial(sweep, progress, trial, claimed)
+                    break
+        else:
+            if not ready:
+                return 0
+            time.sleep(POLL_SECONDS)  # others have them all, and what stands on them may become ready
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[IO[str] | None]:
+    """The trial's lock, or None when another worker has it.
+
+    A lock, and not a folder that is made: the trial's process inherits it, so the claim lasts exactly as long as
+    anything of the trial lives, and nobody has to judge whether a dead worker's claim has become stale.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".claim", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
+
+
+def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> multiprocessing.process.BaseProcess:
+    """The ordinary training command of a trial, in a process of its own."""
+    arguments = [*sweep.arguments, *overrides(sweep.sweep, trial, sweep.settings), *begin_from(sweep, progress, trial)]
+    launcher = shlex.split(sweep.sweep.launcher or "")
+    process = multiprocessing.get_context("fork").Process(
+        target=_train, args=(launcher, arguments, sweep.folder / trial.name / "output.txt", claimed)
+    )
+    process.start()
+    return process
+
+
+def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[str]) -> None:
+    with open(output, "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    if launcher:
+        os.set_inheritable(claimed.fileno(), True)
+        os.execvp(launcher[0], [*launcher, "-m", "train", *arguments])
+    # What `python -m train` does, without importing everything again: half the time of a short trial.
+    sys.argv[0] = "train"
+    train.cli.main(arguments)
+
+
+def begin_from(sweep: Sweep, progress: Progress, trial: Trial) -> list[str]:
+    """The override that lets a trial begin where the decay of the one before it began."""
+    before = progress.before(trial)
+    own = sweep.folder / trial.name / "checkpoints"
+    while before is not None and trial.schedule in WITH_DECAY and not any(own.glob("step-*")):
+        step = round((before.tokens - decay_tokens(sweep.sweep, before)) * before.steps / before.tokens)
+        checkpoint = sweep.folder / before.name / "checkpoints" / f"step-{step:08d}"
+        if (checkpoint / "manifest.json").exists():
+            return [f"run.resume={checkpoint}"]
+        before = progress.before(before)  # trained elsewhere: from further back the losses are the same
+    return []
+
+
+def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> None:
+    """Train, and leave result.json, or failed.txt when the trial broke.
+
+    Raises:
+        ConfigError: the trial refused its configuration, as the others would.
+    """
+    folder = sweep.folder / trial.name
+    began, controller = time.perf_counter(), os.getppid()
+    process = start(sweep, progress, trial, claimed)
+    try:
+        while process.is_alive():
+            if os.getppid() != controller:  # killed: what it started must not run on unseen
+                sys.exit(1)
+            process.join(POLL_SECONDS / 5)
+    finally:
+        if process.is_alive():
+            process.terminate()  # it saves a checkpoint and goes
+        process.join()
+    ended = json.loads((folder / "exit.json").read_text()) if (folder / "exit.json").exists() else {}
+    reason = str(ended.get("reason"))
+    said = (folder / "output.txt").read_text(errors="replace")
+    if process.exitcode != 0 and (ended.get("code") == BAD_INPUT or process.exitcode == BAD_INPUT):
+        raise ConfigError(f"The trial {trial.name} was refused. {reason if ended else said[-2000:]}")
+    if reason == "finished" or reason.startswith("RunFailed"):
+        line = result(sweep, trial, reason, time.perf_counter() - began, progress.trained_tokens(sweep.sweep, trial))
+        replace_text(folder / "result.json", json.dumps(line) + "\n")
+        for older in _no_longer_needed(sweep, trial):
+            shutil.rmtree(older, ignore_errors=True)
+    elif process.exitcode != 0:
+        replace_text(folder / "failed.txt", f"{reason if ended else said[-2000:]}\n")
+    else:
+        sys.exit(1)  # stopped by a signal or by the file `stop`: it is to go on later
+
+
+def _no_longer_needed(sweep: Sweep, trial: Trial) -> list[Path]:
+    """Checkpoints of shorter horizons of the same trunk."""
+    earlier = [dataclasses.replace(trial, tokens=tokens) for tokens in sweep.sweep.tokens if tokens < trial.tokens]
+    return [sweep.folder / other.name / "checkpoints" for other in earlier]
+
+
+def result(sweep: Sweep, trial: Trial, reason: str, seconds: float, trained_tokens: int) -> dict[str, Any]:
+    """The trial's line of the ledger, without what is the same for all trials of its model."""
+    folder = sweep.folder / trial.name
+    losses = [line["loss"] for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
+    loss = losses[-1] if losses and reason == "finished" and math.isfinite(losses[-1] or math.nan) else None
+    return {
+        "trial": trial.name,
+        "model_name": trial.model,
+        "parameters": json.loads((folder / "run.json").read_text())["parameters"]["total"],
+        "schedule": trial.schedule,
+        "batch": trial.batch,
+        **dict(trial.fields),
+        "tokens": trial.tokens,
+        "loss": loss,
+        "status": "diverged" if loss is None else "finished",
+        "seed": trial.seed,
+        "decay_fraction": sweep.sweep.decay_fraction if decay_tokens(sweep.sweep, trial) else 0.0,
+        "trained_tokens": trained_tokens,
+        "seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The trials of a sweep: which there are, what each may stand on, and which need not be run.
+
+A trial is a run at one horizon T. All trials that differ in T alone stand on one trunk: each begins from the checkpoint
+that the one before left where its decay began, (1 − decay_fraction)·T, since up to there they are the same run. Nothing
+on the trunk depends on T, so a trial's losses are those of a separate run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check
+
+KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
+WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
+
+
+@dataclass
+class Repeat:
+    """One point of the grid, trained again at every horizon with these seeds: what noise there is."""
+
+    model: str
+    batch: float
+    fields: dict[str, float]  # of the schedule: lr, or a and b
+    seeds: list[int]
+    schedule: str = "wsd"
+
+
+@dataclass
+class SweepConfig:
+    """The `sweep` part of configs/sweep/NAME.yaml; the rest of that file is an experiment.
+
+    models: name → fields of `model`. schedules: name → field → values; all combinations are trained. batch: in units of
+    4096 tokens. tokens: horizons. A batch is trained at the horizons that give it min_steps to max_steps.
+    """
+
+    name: str
+    models: dict[str, dict[str, Any]]
+    schedules: dict[str, dict[str, list[float]]]
+    batch: list[float]
+    tokens: list[int]
+    decay_fraction: float = 0.1
+    seeds: list[int] = field(default_factory=lambda: [0])
+    repeats: list[Repeat] = field(default_factory=list)
+    min_steps: int = 100
+    max_steps: int | None = None
+    jobs: int = 2  # trials at a time on this machine
+    launcher: str | None = None  # what starts a trial, such as "accelerate launch --num_processes 8"; default: python
+    ledger: str | None = None  # default: RUN.FOLDER/NAME/ledger.jsonl
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the sweep. `fields` are the schedule's, in the order in which the sweep names them."""
+
+    model: str
+    schedule: str
+    fields: tuple[tuple[str, float], ...]
+    batch: float
+    seed: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """The folder of the run; also the trial's key in the ledger."""
+        values = "-".join(f"{name}{value:g}" for name, value in self.fields)
+        return f"{self.model}-{self.schedule}-beta{self.batch:g}-{values}-seed{self.seed}-{self.tokens}"
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Trials that differ in rate and horizon alone."""
+        return self.model, self.schedule, self.batch, self.seed
+
+    @property
+    def steps(self) -> int:
+        return round(self.tokens / (self.batch * LAW_SEQUENCE_LENGTH))
+
+
+def sweep_config(node: Any) -> SweepConfig:
+    """The checked `sweep` part of a composed configuration, as plain containers.
+
+    Raises:
+        ConfigError: a key that is missing or unknown, or values that make no sweep.
+    """
+    if not node:
+        raise ConfigError("There is no sweep in this configuration. One is chosen with +sweep=NAME.")
+    try:
+        repeats = [Repeat(**repeat) for repeat in node.get("repeats") or []]
+        sweep = SweepConfig(**{**node, "repeats": repeats})
+    except TypeError as error:
+        known = ", ".join(entry.name for entry in dataclasses.fields(SweepConfig))
+        raise ConfigError(f"sweep: {str(error).partition(') ')[2] or error}. Its settings are {known}.") from error
+    for name, value in vars(sweep).items():
+        if name in ("models", "schedules", "batch", "tokens", "seeds") and not value:
+            raise ConfigError(f"sweep.{name} is empty: there is nothing to train.")
+    if not re.fullmatch(r"\w[\w.-]*", sweep.name):
+        raise ConfigError(f"sweep.name is '{sweep.name}'; it names a folder.")
+    if not 0 < sweep.decay_fraction < 1:
+        raise ConfigError(f"sweep.decay_fraction is {sweep.decay_fraction}; it is a share between 0 and 1.")
+    if sweep.jobs < 1:
+        raise ConfigError(f"sweep.jobs is {sweep.jobs}; at least one trial runs at a time.")
+    for batch in sweep.batch:
+        if not (isinstance(batch, (int, float)) and 0 < batch < math.inf):
+            raise ConfigError(f"sweep.batch holds {batch!r}; batches are numbers above 0, in units of 4096 tokens.")
+    for tokens in sweep.tokens:
+        if not (isinstance(tokens, int) and tokens > 0):
+            raise ConfigError(
+                f"sweep.tokens holds {tokens!r}; horizons are whole numbers of tokens, such as 1_000_000."
+            )
+    for schedule, grid in sweep.schedules.items():
+        if not grid or not all(isinstance(values, list) and values for values in grid.values()):
+            raise ConfigError(
+                f"sweep.schedules.{schedule} is {grid}; it gives a list of values for each field, as lr: […]."
+            )
+    return sweep
+
+
+def plan(sweep: SweepConfig) -> list[Trial]:
+    """All trials, shortest horizon first, so that what is there at any moment is a whole sweep up to some horizon.
+
+    Raises:
+        ConfigError: a decay or a horizon between two steps, or no trial at all.
+    """
+    trials: list[Trial] = []
+    for tokens, model, (schedule, grid), batch in itertools.product(
+        sorted(sweep.tokens), sweep.models, sweep.schedules.items(), sorted(sweep.batch)
+    ):
+        steps = tokens / (batch * LAW_SEQUENCE_LENGTH)
+        if not sweep.min_steps <= steps <= (sweep.max_steps or math.inf):
+            continue
+        _check_boundaries(sweep, tokens, batch)
+        names = list(grid)
+        points = [
+            (tuple(zip(names, values, strict=True)), sweep.seeds)
+            for values in itertools.product(*(sorted(grid[n]) for n in names))
+        ]
+        for repeat in sweep.repeats:
+            if (repeat.model, repeat.schedule, repeat.batch) == (model, schedule, batch):
+                if sorted(repeat.fields) != sorted(names):
+                    raise ConfigError(
+                        f"A repeat of sweep.repeats gives {sorted(repeat.fields)}; '{schedule}' is swept over {sorted(names)}."
+                    )
+                points.append((tuple((name, repeat.fields[name]) for name in names), repeat.seeds))
+        trials += [Trial(model, schedule, fields, batch, seed, tokens) for fields, seeds in points for seed in seeds]
+    for repeat in sweep.repeats:
+        if not any(
+            (t.model, t.schedule, t.batch, dict(t.fields))
+            == (repeat.model, repeat.schedule, repeat.batch, repeat.fields)
+            and t.seed in repeat.seeds
+            for t in trials
+        ):
+            raise ConfigError(f"{repeat} of sweep.repeats belongs to no model, schedule and batch of the sweep.")
+    if not trials:
+        raise ConfigError(
+            f"No batch has between {sweep.min_steps} and {sweep.max_steps} steps at any horizon: the sweep has no trial. "
+            "Change sweep.batch, sweep.tokens, sweep.min_steps or sweep.max_steps."
+        )
+    return list(dict.fromkeys(trials))
+
+
+def _check_boundaries(sweep: SweepConfig, tokens: int, batch: float) -> None:
+    step = batch * LAW_SEQUENCE_LENGTH
+    for what, count in (("horizon", tokens), ("start of the decay", (1 - sweep.decay_fraction) * tokens)):
+        if abs(count / step - round(count / step)) > 1e-6:
+            every = math.lcm(*(round(b * LAW_SEQUENCE_LENGTH) for b in sweep.batch))
+            unit = every * next(
+                k for k in range(1, 10_000) if abs(k * sweep.decay_fraction - round(k * sweep.decay_fraction)) < 1e-9
+            )
+            raise ConfigError(
+                f"At a batch of {batch:g} (steps of {step:,.0f} tokens) the {what} of T = {tokens:,} lies at {count:,.0f} "
+                f"tokens, between two steps. Multiples of {unit:,} tokens fit every batch of this sweep, for example "
+                f"{max(1, round(tokens / unit)) * unit:,}."
+            )
+
+
+def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple[str, str], Config]) -> None:
+    """Raises ConfigError for a trial that could not be trained; `configs` as composed by (model, schedule)."""
+    for trial in trials:
+        config = dataclasses.replace(configs[trial.model, trial.schedule])
+        sequences = trial.batch * LAW_SEQUENCE_LENGTH / config.data.sequence_length
+        if sequences != int(sequences):
+            raise ConfigError(
+                f"A batch of {trial.batch:g} is {trial.batch * LAW_SEQUENCE_LENGTH:g} tokens, which is no whole number of "
+                f"sequences of {config.data.sequence_length}. sweep.batch counts in units of 4096 tokens."
+            )
+        decay = decay_tokens(sweep, trial)
+        config.batch = dataclasses.replace(config.batch, sequences=int(sequences))
+        config.run = dataclasses.replace(config.run, tokens=trial.tokens, seed=trial.seed)
+        config.schedule = {**config.schedule, **dict(trial.fields)}
+        if trial.schedule in WITH_DECAY:
+            config.schedule["decay"] = {**(config.schedule.get("decay") or {}), "start": None, "tokens": decay}
+        if config.run.tokens_seen or config.batch.ramp or config.data.stages or config.run.init_from:
+            raise ConfigError(
+                "A sweep's trials start at nothing, with one batch size and one mixture: leave out run.tokens_seen, run.init_from, batch.ramp and data.stages."
+            )
+        check(config)
+
+
+def decay_tokens(sweep: SweepConfig, trial: Trial) -> int:
+    """Tokens of the trial's decay; 0 for a schedule without one."""
+    if trial.schedule not in WITH_DECAY:
+        return 0
+    return round(sweep.decay_fraction * trial.steps) * round(trial.batch * LAW_SEQUENCE_LENGTH)
+
+
+def overrides(sweep: SweepConfig, trial: Trial, settings: DictConfig) -> list[str]:
+    """The settings of a trial's run, on top of the sweep's own."""
+    tokens_a_step = round(trial.batch * LAW_SEQUENCE_LENGTH)
+    sequences = max(1, tokens_a_step // settings.data.sequence_length)
+    decay = decay_tokens(sweep, trial)
+    # A checkpoint where the decay starts, for the next horizon to begin from, and on the way there.
+    every = math.gcd(trial.steps, trial.steps - decay // tokens_a_step) if decay else math.ceil(trial.steps / 10)
+    kept = math.ceil(decay / tokens_a_step / every) + 1
+    return [
+        *(f"model.{name}={'null' if value is None else value}" for name, value in sweep.models[trial.model].items()),
+        f"schedule={trial.schedule}",
+        *(f"schedule.{name}={value!r}" for name, value in trial.fields),
+        *([f"schedule.decay.tokens={decay}"] if decay else []),
+        f"batch.sequences={sequences}",
+        f"batch.micro_sequences={math.gcd(sequences, settings.batch.micro_sequences)}",
+        f"run.tokens={trial.tokens}",
+        f"run.seed={trial.seed}",
+        f"run.name={trial.name}",
+        f"run.folder={Path(settings.run.folder) / sweep.name}",
+        f"checkpoint.every={every}",
+        f"checkpoint.keep={kept}",
+        "evaluation.every=0",
+    ]
+
+
+def belongs_to(config: Config) -> dict[str, Any]:
+    """The part of a configuration that a law belongs to: all but batch, rate and horizon."""
+    plain = as_dict(config)
+    schedule = {name: value for name, value in plain["schedule"].items() if name not in ("lr", "a", "b", "decay")}
+    decay = plain["schedule"].get("decay")
+    return {
+        "model": plain["model"],
+        "mup": plain["mup"],
+        "optimizer": plain["optimizer"],
+        "balance": plain["balance"],
+        "schedule": {**schedule, **({"decay_shape": decay["shape"], "decay_floor": decay["floor"]} if decay else {})},
+        "sequence_length": plain["data"]["sequence_length"],
+        "precision": plain["precision"],
+    }
+
+
+class Progress:
+    """Which trials are done and what may be run next; `results` is name → line of the ledger."""
+
+    def __init__(self, trials: list[Trial], results: Mapping[str, dict[str, Any]]) -> None:
+        self.trials, self.results = trials, results
+        self._groups: dict[tuple[Any, ...], dict[int, list[Trial]]] = {}
+        self._left_out: dict[Trial, str | None] = {}
+        for trial in trials:
+            self._groups.setdefault(trial.group, {}).setdefault(trial.tokens, []).append(trial)
+
+    def before(self, trial: Trial) -> Trial | None:
+        """The same trial at the horizon before."""
+        earlier = [tokens for tokens in self._groups[trial.group] if tokens < trial.tokens]
+        return dataclasses.replace(trial, tokens=max(earlier)) if earlier else None
+
+    def done(self, trial: Trial) -> bool:
+        return trial.name in self.results
+
+    def left_out(self, trial: Trial) -> str | None:
+        """Why a trial is not run, or None. Decided by the results at the horizon before, whatever the order of work.
+
+        `diverged`: it did so before. `pruned`: its rate lies more than two above the best one, and the best rate does
+        not rise with the horizon.
+        """
+        if trial not in self._left_out:
+            self._left_out[trial] = self._why_left_out(trial)
+        return self._left_out[trial]
+
+    def _why_left_out(self, trial: Trial) -> str | None:
+        before = self.before(trial)
+        if before is None:
+            return None
+        if reason := self.left_out(before):
+            return reason
+        if self.done(before) and self.results[before.name]["status"] == "diverged":
+            return "diverged"
+        if [name for name, _ in trial.fields] != ["lr"]:
+            return None
+        group = self._groups[trial.group][before.tokens]
+        if not all(self.done(other) or self.left_out(other) for other in group):
+            return None  # not known yet
+        losses = [self.results[other.name]["loss"] if self.done(other) else None for other in group]
+        finished = [loss for loss in losses if loss is not None]
+        if not finished:
+            return None
+        above = [other for other in group if other.fields > group[losses.index(min(finished))].fields]
+        return "pruned" if before in sorted(above, key=lambda other: other.fields)[KEPT_ABOVE_BEST:] else None
+
+    def open(self) -> list[Trial]:
+        """Trials that neither have a result nor are left out."""
+        return [trial for trial in self.trials if not self.done(trial) and not self.left_out(trial)]
+
+    def ready(self) -> list[Trial]:
+        """Open trials of which everything that they stand on is known."""
+        return [trial for trial in self.open() if self._before_is_known(trial)]
+
+    def _before_is_known(self, trial: Trial) -> bool:
+        before = self.before(trial)
+        return before is None or all(
+            self.done(other) or self.left_out(other) for other in self._groups[trial.group][before.tokens]
+        )
+
+    def trained_tokens(self, sweep: SweepConfig, trial: Trial) -> int:
+        """Tokens that the trial's own process trains: behind the decay start of the one before."""
+        before = self.before(trial)
+        if before is None or trial.schedule not in WITH_DECAY:
+            return trial.tokens
+        return trial.tokens - (before.tokens - decay_tokens(sweep, before))
+
+
+def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
+    """Name → line of a sweep's own ledger; a last line cut short is left out."""
+    lines: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            lines[entry["trial"]] = entry
+    return lines

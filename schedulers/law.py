@@ -1,0 +1,544 @@
+"""The law of the best learning rate, fitted to a sweep: eta = a · batch^c · tokens^b.
+
+Two readings of one ledger. The paper's (arXiv 2408.13359, section 3) takes eta to be proportional to the batch, c = 1: of
+every horizon the three best batches, their gamma = eta / batch averaged, and a line through log gamma over log tokens.
+The other fits c together with a and b to all batches. Batches are in units of 4096 tokens, logarithms are natural.
+
+Intervals are 95% percentiles of replicates of the whole fit, choice of batches included. In a replicate each trunk, the
+run that all horizons of a (size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to
+its horizons; and the best rates scatter around the law by as much as they do beyond that noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+NEEDED = ("hidden_size", "batch", "lr", "tokens", "loss")
+WINDOW = math.log(8) / 2  # rates within this factor of the best one, or the four nearest, make the parabola
+MOST_LOPSIDED = 0.3  # beyond it the losses would turn down again within the window
+BEST_BATCHES = 3
+MIN_HORIZONS = 3
+REPLICATES = 1000
+PERCENTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (size, horizon, batch): losses over rates, and the minimum of the parabola through those near the best.
+
+    flag: "" when `lr` is well determined, else why it is not used ("edge low", "edge high", "diverges above",
+    "no minimum", "too few rates") or, for "three rates", why it should be trusted less.
+    """
+
+    size: tuple[str, int]  # family, hidden_size
+    tokens: int
+    batch: float
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]  # inf where it diverged
+    lr: float  # nan when there is no minimum
+    loss: float  # at `lr`, by the parabola
+    curvature: float  # of the parabola: loss − minimum = curvature · (log lr − log of the best)²
+    flag: str
+
+    @property
+    def usable(self) -> bool:
+        return self.flag in ("", "three rates")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def contains(self, value: float) -> bool:
+        """Whether `value` lies in the interval."""
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """eta = a · batch^c · tokens^b, as one way of fitting gives it.
+
+    replicates: (R, 3) of (log gamma at `central_tokens`, b, c), the point estimate first. residual: standard deviation
+    of the log rates (of log gamma in the paper's reading) around the law.
+    """
+
+    central_tokens: float
+    replicates: Array
+    residual: float
+    points: int
+
+    def _estimate(self, values: Array) -> Estimate:
+        low, high = np.nanpercentile(values[1:], PERCENTILES) if len(values) > 1 else (math.nan, math.nan)
+        return Estimate(float(values[0]), float(low), float(high))
+
+    @property
+    def a(self) -> Estimate:
+        """Rate of a batch of 1 at one token: far outside any sweep, so its interval is wide; see `gamma`."""
+        return self._estimate(np.exp(self.replicates[:, 0] - self.replicates[:, 1] * math.log(self.central_tokens)))
+
+    @property
+    def b(self) -> Estimate:
+        return self._estimate(self.replicates[:, 1])
+
+    @property
+    def c(self) -> Estimate:
+        return self._estimate(self.replicates[:, 2])
+
+    @property
+    def gamma(self) -> Estimate:
+        """Rate of a batch of 1 at the central horizon, where the sweep knows it best."""
+        return self._estimate(np.exp(self.replicates[:, 0]))
+
+    def lr(self, batch: float, tokens: float) -> Estimate:
+        """The best rate, with the interval that a, b and c have together."""
+        at = np.array([1.0, math.log(tokens / self.central_tokens), math.log(batch)])
+        return self._estimate(np.exp(self.replicates @ at))
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a ledger says.
+
+    paper, sizes: the paper's reading, pooled and by size. plane: a, b and c through all batches. noise: standard
+    deviation of a loss, by (size, horizon). shared: the part of the noise's variance that the horizons of a trunk share.
+    notes: what a reader has to know, in sentences.
+    """
+
+    cells: tuple[Cell, ...]
+    best: tuple[Cell, ...]  # those in the paper's reading
+    paper: Reading
+    sizes: Mapping[tuple[str, int], Reading]
+    plane: Reading
+    noise: Mapping[tuple[tuple[str, int], int], float]
+    shared: float
+    notes: tuple[str, ...]
+
+    @property
+    def proportional(self) -> bool:
+        """Whether the interval of c contains 1, the paper's hypothesis."""
+        return self.plane.c.contains(1.0)
+
+    @property
+    def chosen(self) -> Reading:
+        """The paper's reading where the rate is proportional to the batch, else the plane."""
+        return self.paper if self.proportional else self.plane
+
+    def outside(self, batch: float, tokens: float) -> list[str]:
+        """Which of these lie outside what was swept, and by how much."""
+        out = []
+        for name, value, swept in (
+            ("batch", batch, [cell.batch for cell in self.cells if cell.usable]),
+            ("tokens", tokens, [cell.tokens for cell in self.cells if cell.usable]),
+        ):
+            low, high = min(swept), max(swept)
+            if not low <= value <= high:
+                factor = value / high if value > high else low / value
+                out.append(
+                    f"{name} {value:,g} lies outside the swept {low:,g} to {high:,g}, by a factor of {factor:,.3g}"
+                )
+        return out
+
+
+def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed: int = 0) -> Law:
+    """Fit both readings to the trials of a ledger that have an `lr`.
+
+    Args:
+        ledger: hidden_size, batch, lr, tokens and loss (None when it diverged) of each trial; family, seed and
+            schedule are used when they are there.
+        replicates: how many times the fit is repeated for the intervals.
+
+    Raises:
+        ValueError: too little to fit, with what is missing.
+    """
+    trials = _Trials(ledger)
+    draws = np.random.default_rng(seed)
+
+    fitted = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    cells = tuple(_cell(trials, index, fit) for index, fit in enumerate(fitted))
+    _refuse(cells)
+    sigma, shared = _noise(trials, fitted)
+
+    # ---- replicates: everything again, with each trunk's noise drawn anew; row 0 is the ledger as it is
+    repeated = _parabolas(trials, trials.noise(sigma, shared, replicates, draws))
+    log_lr = np.stack([p.log_lr for p in repeated], axis=1)  # (R, cells)
+    best_loss = np.stack([p.loss for p in repeated], axis=1)
+    usable = np.stack([p.usable for p in repeated], axis=1)
+
+    log_tokens = np.log([cell.tokens for cell in cells])
+    log_batch = np.log([cell.batch for cell in cells])
+    center = float(log_tokens[usable[0]].mean())
+    design = np.stack([np.ones(len(cells)), log_tokens - center, log_batch], axis=1)
+    coefficients = _least_squares(design, log_lr, usable)
+    residuals = (log_lr[0] - design @ coefficients[0])[usable[0]]
+    freedom = max(1, len(residuals) - 3)
+    kept = usable[0]
+    by_noise = np.nanvar(np.where(usable, log_lr, np.nan)[:, kept], axis=0).mean()
+    misfit = math.sqrt(max(0.0, float(residuals @ residuals) / freedom - float(by_noise)))
+    scatter = np.vstack([np.zeros((1, len(cells))), draws.normal(0, misfit, (replicates, len(cells)))])
+    log_lr = log_lr + scatter
+    plane = Reading(
+        math.exp(center),
+        _least_squares(design, log_lr, usable),
+        float(np.sqrt(residuals @ residuals / freedom)),
+        len(residuals),
+    )
+
+    # ---- the paper's reading
+    gammas, points, best = _best_batches(cells, log_lr - log_batch, best_loss, usable)
+    sizes = {size: _line(gammas, points, center, {size}) for size in dict.fromkeys(cell.size for cell in cells)}
+    pooled = _line(gammas, points, center, set(sizes))
+    if pooled is None:
+        raise ValueError(_missing(cells))
+    return Law(
+        cells,
+        best,
+        pooled,
+        {size: line for size, line in sizes.items() if line is not None},
+        plane,
+        sigma,
+        shared,
+        tuple(_notes(cells, plane, pooled)),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- the ledger
+
+
+class _Trials:
+    """A ledger as arrays: a trunk is (size, batch, rate, seed), a cell (size, tokens, batch)."""
+
+    def __init__(self, ledger: Iterable[Mapping[str, Any]]) -> None:
+        self.losses: dict[tuple[tuple[str, int], int, float], dict[float, list[tuple[int, float]]]] = {}
+        trunks: dict[tuple[Any, ...], int] = {}
+        for number, line in enumerate(ledger, 1):
+            if line.get("lr") is None or line.get("schedule", "wsd") != "wsd":
+                continue
+            if lacking := [name for name in NEEDED if name not in line]:
+                raise ValueError(
+                    f"Line {number} of the ledger has no {', '.join(lacking)}; a fit needs {', '.join(NEEDED)}."
+                )
+            size = (str(line.get("family", "")), int(line["hidden_size"]))
+            batch, rate, tokens = float(line["batch"]), float(line["lr"]), int(line["tokens"])
+            if not (batch > 0 and rate > 0 and tokens > 0):
+                raise ValueError(
+                    f"Line {number} of the ledger: batch {batch:g}, lr {rate:g} and tokens {tokens} have to be above 0."
+                )
+            loss = line["loss"]
+            value = float(loss) if loss is not None and math.isfinite(loss) else math.inf
+            trunk = trunks.setdefault((size, batch, rate, line.get("seed", 0)), len(trunks))
+            cell = self.losses.setdefault((size, tokens, batch), {})
+            seen = dict(cell.setdefault(rate, []))
+            cell[rate] = [*({**seen, trunk: value}.items())]  # a trial that is there twice: the later line
+        self.trunks = len(trunks)
+        self.cells = sorted(self.losses)
+        self.groups = list(dict.fromkeys((size, tokens) for size, tokens, _ in self.cells))
+
+    def rates(self, cell: int) -> list[float]:
+        return sorted(self.losses[self.cells[cell]])
+
+    def log_rates(self, cell: int) -> Array:
+        return np.log(self.rates(cell))
+
+    def cell_losses(self, cell: int) -> Array:
+        """(1, rates): the mean over seeds."""
+        by_rate = self.losses[self.cells[cell]]
+        return np.array([[np.mean([loss for _, loss in by_rate[rate]]) for rate in self.rates(cell)]])
+
+    def noise(self, sigma: Mapping[Any, float], shared: float, replicates: int, draws: np.random.Generator) -> Array:
+        """(1 + R, groups, trunks) with zeros first."""
+        common = draws.normal(size=(replicates, 1, self.trunks)) * math.sqrt(shared)
+        own = draws.normal(size=(replicates, len(self.groups), self.trunks)) * math.sqrt(1 - shared)
+        scale = np.array([sigma[group] for group in self.groups])[None, :, None]
+        return np.concatenate([np.zeros((1, len(self.groups), self.trunks)), (common + own) * scale])
+
+    def in_cell(self, noise: Array, cell: int) -> Array:
+        """(1 + R, rates): the mean of the noise over seeds."""
+        size, tokens, _ = self.cells[cell]
+        group, by_rate = self.groups.index((size, tokens)), self.losses[self.cells[cell]]
+        return np.stack(
+            [noise[:, group, [trunk for trunk, _ in by_rate[rate]]].mean(1) for rate in self.rates(cell)], axis=1
+        )
+
+
+# --------------------------------------------------------------------------------------------------- the parabola
+
+
+@dataclass
+class _Parabola:
+    """Of each row of losses: the minimum (log_lr, loss), the curvature, and the cubic term beside it; of row 0: the
+    first rate of the window, the residuals in it and the flag."""
+
+    log_lr: Array  # (R,)
+    loss: Array
+    curvature: Array
+    cubic: Array  # 0 with fewer than four rates
+    usable: npt.NDArray[np.bool_]
+    first: int
+    residuals: Array
+    flag: str
+
+
+def _parabolas(trials: _Trials, noise: Array) -> list[_Parabola]:
+    """One for each cell, with noise (R, groups, trunks) on the losses.
+
+    Losses rise faster above the best rate than below it, and a parabola's minimum then lies beside theirs. How
+    lopsided they are, the cubic term over the quadratic one, is taken to be the same in all cells, since a single one
+    cannot tell it from noise.
+    """
+    losses = [trials.cell_losses(cell) + trials.in_cell(noise, cell) for cell in range(len(trials.cells))]
+    plain = [_parabola(trials.log_rates(cell), y, np.zeros(len(y))) for cell, y in enumerate(losses)]
+    product = square = np.zeros(len(noise))
+    for p in plain:
+        there = p.usable & (p.cubic != 0)
+        product = product + np.where(there, p.cubic * p.curvature, 0.0)
+        square = square + np.where(there, p.curvature**2, 0.0)
+    lopsided = np.clip(product / np.where(square > 0, square, 1.0), -MOST_LOPSIDED, MOST_LOPSIDED)
+    return [_parabola(trials.log_rates(cell), y, lopsided) for cell, y in enumerate(losses)]
+
+
+def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> _Parabola:
+    """The minimum of curvature · (d² + lopsided · d³), d the distance from it, through the rates near the best one."""
+    finite = np.isfinite(losses[0])
+    diverges_above = not finite.all() and bool(finite.any()) and not finite[np.flatnonzero(finite)[-1] :].all()
+    x, y = log_rates[finite], losses[:, finite]
+    rows, count = y.shape
+    log_lr, loss, curvature = (np.full(rows, np.nan) for _ in range(3))
+    cubic = np.zeros(rows)
+    if count < 3:
+        return _Parabola(log_lr, loss, curvature, cubic, np.zeros(rows, bool), 0, np.zeros(0), "too few rates")
+
+    # ---- the window of each row: rates within a factor of the best one, and the better neighbours up to four
+    best = y.argmin(axis=1)
+    first = np.searchsorted(x, x[best] - WINDOW - 1e-9)
+    last = np.searchsorted(x, x[best] + WINDOW + 1e-9) - 1
+    padded, row = np.pad(y, ((0, 0), (1, 1)), constant_values=np.inf), np.arange(rows)
+    for _ in range(3):
+        short = last - first + 1 < min(4, count)
+        left = padded[row, first] <= padded[row, last + 2]  # the losses beside the window
+        first, last = np.where(short & left, first - 1, first), np.where(short & ~left, last + 1, last)
+
+    residuals = np.zeros(0)
+    for begin, end in sorted({(int(f), int(e)) for f, e in zip(first, last, strict=True)}):
+        chosen = (first == begin) & (last == end)
+        u, v, skew = x[begin : end + 1] - x[begin : end + 1].mean(), y[chosen, begin : end + 1], lopsided[chosen, None]
+        square = np.vander(u, 3)  # u², u, 1
+        invert = np.linalg.pinv(square).T
+        fitted = v @ invert
+        if len(u) > 3:
+            cubic[chosen] = v @ np.linalg.pinv(np.vander(u, 4)).T[:, 0]
+        bent = np.zeros_like(v)
+        for _ in range(4):  # the cubic part around the minimum so far is taken off, and the rest is a parabola
+            with np.errstate(divide="ignore", invalid="ignore"):
+                minimum = -fitted[:, 1:2] / (2 * fitted[:, 0:1])
+                bent = np.nan_to_num(skew * np.maximum(fitted[:, 0:1], 0.0) * (u - minimum) ** 3, posinf=0, neginf=0)
+            bent = np.where(np.abs(minimum) <= 2 * np.abs(u).max(), bent, 0.0)
+            fitted = (v - bent) @ invert
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = -fitted[:, 1] / (2 * fitted[:, 0])
+        log_lr[chosen] = x[begin : end + 1].mean() + shift
+        loss[chosen] = fitted[:, 2] + fitted[:, 1] * shift / 2
+        curvature[chosen] = fitted[:, 0]
+        if chosen[0]:
+            residuals = v[0] - bent[0] - square @ fitted[0]
+
+    inside = (curvature > 0) & (log_lr >= x[first]) & (log_lr <= x[last])
+    flag = ""
+    if best[0] == count - 1:
+        flag = "diverges above" if diverges_above else "edge high"
+    elif best[0] == 0:
+        flag = "edge low"
+    elif not inside[0]:
+        flag = "no minimum"
+    elif last[0] - first[0] + 1 < 4:
+        flag = "three rates"
+    usable = (best > 0) & (best < count - 1) & inside
+    return _Parabola(
+        log_lr, loss, curvature, cubic, usable, int(np.flatnonzero(finite)[first[0]]), residuals, flag
+    )
+
+
+def _cell(trials: _Trials, index: int, fitted: _Parabola) -> Cell:
+    size, tokens, batch = trials.cells[index]
+    losses = trials.cell_losses(index)[0]
+    return Cell(
+        size,
+        tokens,
+        batch,
+        tuple(trials.rates(index)),
+        tuple(losses.tolist()),
+        float(np.exp(fitted.log_lr[0])),
+        float(fitted.loss[0]),
+        float(fitted.curvature[0]),
+        fitted.flag,
+    )
+
+
+def _noise(trials: _Trials, fitted: list[_Parabola]) -> tuple[dict[Any, float], float]:
+    """Standard deviation of a loss by (size, tokens), and the share of its variance that a trunk's horizons have in common.
+
+    From what the parabolas leave over, and from trials that differ in their seed alone.
+    """
+    squares, freedom = dict.fromkeys(trials.groups, 0.0), dict.fromkeys(trials.groups, 0.0)
+    left: dict[tuple[Any, ...], dict[int, float]] = {}  # trunk or (rate of a cell) → tokens → residual
+    for index, parabola in enumerate(fitted):
+        size, tokens, batch = trials.cells[index]
+        rates, by_rate = trials.rates(index), trials.losses[trials.cells[index]]
+        if len(parabola.residuals) > 3:
+            squares[size, tokens] += float(parabola.residuals @ parabola.residuals)
+            freedom[size, tokens] += len(parabola.residuals) - 3
+            for offset, residual in enumerate(parabola.residuals):
+                left.setdefault((size, batch, rates[parabola.first + offset]), {})[tokens] = float(residual)
+        for entries in by_rate.values():
+            values = np.array([loss for _, loss in entries])
+            if len(values) > 1 and np.isfinite(values).all():
+                squares[size, tokens] += float(((values - values.mean()) ** 2).sum())
+                freedom[size, tokens] += len(values) - 1
+                for (trunk, _), value in zip(entries, values - values.mean(), strict=True):
+                    left.setdefault((trunk,), {})[tokens] = float(value)
+    total = sum(squares.values()) / max(1.0, sum(freedom.values()))
+    # A horizon with few degrees of freedom borrows two from all the others.
+    sigma = {group: math.sqrt((squares[group] + 2 * total) / (freedom[group] + 2)) for group in trials.groups}
+    scale = {group[1]: value for group, value in sigma.items()}
+    product = square = 0.0
+    for by_tokens in left.values():
+        horizons = sorted(by_tokens)
+        for one, next_one in zip(horizons, horizons[1:], strict=False):
+            u, v = by_tokens[one] / (scale[one] or 1.0), by_tokens[next_one] / (scale[next_one] or 1.0)
+            product += u * v
+            square += (u * u + v * v) / 2
+    return sigma, min(1.0, max(0.0, product / square)) if square else 0.0
+
+
+# -------------------------------------------------------------------------------------------------------- the fits
+
+
+def _least_squares(design: Array, values: Array, weights: npt.NDArray[np.bool_]) -> Array:
+    """Coefficients (R, p) of each row of values (R, n) on design (n, p), through the points that have weight."""
+    w = weights.astype(float)
+    normal = np.einsum("np,rn,nq->rpq", design, w, design)
+    right = np.einsum("np,rn->rp", design, w * np.where(weights, values, 0.0))
+    return np.asarray(np.einsum("rpq,rq->rp", np.linalg.pinv(normal, hermitian=True), right))
+
+
+def _best_batches(
+    cells: tuple[Cell, ...], log_gamma: Array, best_loss: Array, usable: npt.NDArray[np.bool_]
+) -> tuple[Array, list[tuple[tuple[str, int], int]], tuple[Cell, ...]]:
+    """Log of the mean gamma of the three best batches of each (size, horizon): (R, points), NaN where fewer than two."""
+    points = list(dict.fromkeys((cell.size, cell.tokens) for cell in cells))
+    columns, best = [], []
+    for point in points:
+        here = [i for i, cell in enumerate(cells) if (cell.size, cell.tokens) == point]
+        ranked = np.argsort(np.where(usable[:, here], best_loss[:, here], np.inf), axis=1)[:, :BEST_BATCHES]
+        kept = np.take_along_axis(usable[:, here], ranked, axis=1)
+        gamma = np.where(kept, np.exp(np.take_along_axis(log_gamma[:, here], ranked, axis=1)), 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns.append(np.where(kept.sum(1) >= 2, np.log(gamma.sum(1) / kept.sum(1)), np.nan))
+        if kept[0].sum() >= 2:
+            best += [cells[here[i]] for i, use in zip(ranked[0], kept[0], strict=True) if use]
+    return np.stack(columns, axis=1), points, tuple(best)
+
+
+def _line(
+    gammas: Array, points: list[tuple[tuple[str, int], int]], center: float, sizes: set[tuple[str, int]]
+) -> Reading | None:
+    """The paper's line through the points of these sizes, or None when they have too few horizons."""
+    own = [i for i, (size, _) in enumerate(points) if size in sizes and np.isfinite(gammas[0, i])]
+    if len({points[i][1] for i in own}) < MIN_HORIZONS:
+        return None
+    log_tokens = np.log([points[i][1] for i in own])
+    design = np.stack([np.ones(len(own)), log_tokens - center], axis=1)
+    there = np.isfinite(gammas[:, own])
+    coefficients = _least_squares(design, gammas[:, own], there)
+    residuals = gammas[0, own] - design @ coefficients[0]
+    residual = math.sqrt(float(residuals @ residuals) / max(1, len(own) - 2))
+    return Reading(math.exp(center), np.column_stack([coefficients, np.ones(len(coefficients))]), residual, len(own))
+
+
+# ----------------------------------------------------------------------------------------------------- in words
+
+
+def _refuse(cells: tuple[Cell, ...]) -> None:
+    usable = [cell for cell in cells if cell.usable]
+    if len({cell.batch for cell in usable}) < 2 or len({cell.tokens for cell in usable}) < MIN_HORIZONS:
+        raise ValueError(_missing(cells))
+
+
+def _missing(cells: tuple[Cell, ...]) -> str:
+    """Why there is no law in these cells, and what would give one."""
+    if not cells:
+        return "The ledger has no trial with a constant rate `lr` before its decay: there is nothing to fit."
+    usable = [cell for cell in cells if cell.usable]
+    batches, horizons = sorted({c.batch for c in usable}), sorted({c.tokens for c in usable})
+    said = (
+        f"A law needs a best rate, inside the grid of rates, for two batches or more at {MIN_HORIZONS} horizons or more; "
+        f"this ledger has one for {len(usable)} of its {len(cells)} (size, horizon, batch), with "
+        f"{len(batches)} batches ({', '.join(f'{b:g}' for b in batches) or 'none'}) and "
+        f"{len(horizons)} horizons ({', '.join(f'{t:,}' for t in horizons) or 'none'})."
+    )
+    if len({cell.batch for cell in cells}) == 1:
+        said += " With a single batch size nothing can tell how the rate grows with the batch: sweep three or more."
+    if len({cell.tokens for cell in cells}) < MIN_HORIZONS:
+        said += f" It was swept at {len({cell.tokens for cell in cells})} horizons: sweep more of them."
+    for flag, remedy in (
+        ("edge high", "add higher rates"),
+        ("edge low", "add lower rates"),
+        ("diverges above", "add rates between the best one and the one that diverges"),
+        ("no minimum", "add rates, or seeds: the losses do not curve"),
+        ("too few rates", "add rates: a parabola takes three, and four to be trusted"),
+    ):
+        if flagged := [cell for cell in cells if cell.flag == flag]:
+            example = flagged[0]
+            said += f" {len(flagged)} × {flag} (T = {example.tokens:,}, batch {example.batch:g}): {remedy}."
+    return said
+
+
+def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]:
+    notes = []
+    c = plane.c
+    if c.contains(1.0):
+        notes.append(f"The rate is proportional to the batch as far as this sweep can tell: c = {c}.")
+    else:
+        notes.append(
+            f"The rate is not proportional to the batch here: it grows as batch^{c.value:.2f}, and the interval of c, "
+            f"{c.low:.2f} to {c.high:.2f}, excludes 1. The paper's reading, b = {paper.b.value:.3f}, then mixes how the best "
+            f"batch grows with how the rate falls; at a fixed batch it falls as tokens^{plane.b.value:.3f}."
+        )
+    for flag, meaning in (
+        ("edge high", "the best rate is the highest of the grid"),
+        ("edge low", "the best rate is the lowest of the grid"),
+        ("diverges above", "the best rate is next to one that diverges"),
+        ("no minimum", "the losses near the best rate have no minimum"),
+        ("too few rates", "there are fewer than three rates"),
+        ("three rates", "the parabola goes through three rates only (used)"),
+    ):
+        if flagged := [cell for cell in cells if cell.flag == flag]:
+            where = ", ".join(f"{c.size[0]} {c.size[1]} T={c.tokens:,} batch {c.batch:g}".strip() for c in flagged[:4])
+            notes.append(
+                f"{len(flagged)} of {len(cells)} cells: {meaning} ({where}{', …' if len(flagged) > 4 else ''})."
+            )
+    edges = []
+    for size, tokens in dict.fromkeys((cell.size, cell.tokens) for cell in cells):
+        here = sorted((c for c in cells if (c.size, c.tokens) == (size, tokens)), key=lambda c: c.batch)
+        best = min(here, key=lambda c: min(c.losses))
+        if best in (here[0], here[-1]):
+            edges.append(f"{size[0]} {size[1]} T={tokens:,} batch {best.batch:g}".strip())
+    if edges:
+        notes.append(
+            f"The best batch is at the edge of the batches swept at {len(edges)} horizons ({', '.join(edges[:6])})."
+        )
+    return notes
