@@ -19,6 +19,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import numpy as np
 from schedulers import Power
 from schedulers.law import Cell, Law, Reading, fit
 from train.cli import guard
-from train.config import ConfigError
+from train.config import Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
 from train.environment import replace_text
 
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         usage=argparse.SUPPRESS,
     )
     parser.add_argument("ledger", type=Path)
-    parser.add_argument("--predict", nargs=2, metavar=("batch=β", "tokens=T"), help="print the best rate there, and nothing else")
+    parser.add_argument("--predict", nargs=2, metavar=("batch=β", "tokens=T"), help="print the best rate there")
     parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
     parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
     options = parser.parse_args(arguments)
@@ -114,7 +115,8 @@ def prediction(law: Law, batch: float, tokens: float) -> str:
     lr = chosen.lr(batch, tokens)
     release = power(law).cap_release(batch)
     lines = [
-        f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and {tokens:g} tokens",
+        f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and "
+        f"{tokens:g} tokens",
         f"Power: a {chosen.a.value:.4g}, b {chosen.b.value:.4g}, batch_exponent {_exponent(law):.4g}; the cap "
         f"max_lr {max_lr(law):.4g} releases after {release:.3g} tokens",
     ]
@@ -128,13 +130,17 @@ def prediction(law: Law, batch: float, tokens: float) -> str:
 def report(law: Law) -> str:
     """Everything that the fit found, as text."""
     usable = sum(cell.usable for cell in law.cells)
+
+    def paper(name: str, reading: Reading) -> str:
+        return f"  {name:<18} b {reading.b}   {at} {reading.gamma}   residual {reading.residual:.2f}"
+
     at = f"γ at {law.paper.central_tokens:,.0f} tokens"
     lines = [
         f"{usable} of {len(law.cells)} (size, horizon, batch) have a best rate inside the grid",
         "",
         "The paper's reading, lr = a · batch · tokens^b: γ = lr / batch of the three best batches of each horizon",
-        *(f"  {_size(size):<18} b {line.b}   {at} {line.gamma}   residual {line.residual:.2f}" for size, line in law.sizes.items()),
-        f"  {'all':<18} b {law.paper.b}   {at} {law.paper.gamma}   residual {law.paper.residual:.2f}",
+        *(paper(_size(size), line) for size, line in law.sizes.items()),
+        paper("all", law.paper),
         f"  {'':<18} a {law.paper.a}",
         "",
         "Every batch, lr = a · batch^c · tokens^b",
@@ -190,22 +196,20 @@ def power(law: Law) -> Power:
     chosen = law.chosen
     if chosen.b.value >= 0:
         raise ConfigError(
-            f"The best rate does not fall with the horizon in this ledger (b = {chosen.b}): the Power schedule cannot express "
-            "that. Sweep longer horizons, or more seeds."
+            f"The best rate does not fall with the horizon in this ledger (b = {chosen.b}): the Power schedule cannot "
+            "express that. Sweep longer horizons, or more seeds."
         )
     return Power(a=chosen.a.value, b=chosen.b.value, max_lr=max_lr(law), warmup_tokens=0, batch_exponent=_exponent(law))
 
 
 def schedule(law: Law, ledger: list[dict[str, Any]], source: Path) -> str:
     """A file for configs/schedule/: the law, and the parametrisation that it belongs to."""
-    from train.config import belongs_to
-
     found = power(law)
     chosen = law.chosen
     batches, tokens = ([getattr(c, n) for c in law.cells if c.usable] for n in ("batch", "tokens"))
     text = f"""\
-# lr = min(max_lr, a · batch^batch_exponent · n^b), fitted to {source.name}: {sum(c.usable for c in law.cells)} best rates at
-# batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
+# lr = min(max_lr, a · batch^batch_exponent · n^b), fitted to {source.name}: {len(batches)} best rates
+# at batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
 # b {chosen.b}, a {chosen.a}, c {law.plane.c}; 95% intervals.
 name: power
 a: {found.a:.6g}
@@ -218,10 +222,21 @@ rewarmup: {{start: null, tokens: 0}}
 """
     configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
     if configs:
-        own = [belongs_to(config) for config in configs]
+        from train.model.mup import parametrisation
+
+        own = [
+            parametrisation(
+                Config(
+                    model=ModelConfig(**config["model"]),
+                    mup=MupConfig(**config["mup"]),
+                    optimizer=OptimizerConfig(**config["optimizer"]),
+                )
+            )
+            for config in {json.dumps(config): config for config in configs}.values()
+        ]
         common = {name: value for name, value in own[0].items() if all(other.get(name) == value for other in own)}
         text += "belongs_to:  # a run whose own differ is told so\n"
-        text += "".join(f"  {name}: {json.dumps(value)}\n" for name, value in common.items())
+        text += "".join(f"  {json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}\n" for k, v in common.items())
     return text
 
 
@@ -229,7 +244,7 @@ rewarmup: {{start: null, tokens: 0}}
 
 
 def plot(law: Law, folder: Path) -> list[Path]:
-    """The paper's figures 2, 3 and 4 for this ledger: losses over rates, best rates over batch and over tokens, γ over tokens."""
+    """The paper's figures 2 to 4 for this ledger: losses over rates, best rates over batch and tokens, γ."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -251,7 +266,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
             for cell in law.cells:
                 if (cell.size, cell.tokens) == (size, tokens):
                     _curve(axis, cell, hues[cell.batch])
-            axis.set(xscale="log", title=f"{tokens:,} tokens", xlabel="learning rate η", ylabel="validation loss (nats)")
+            axis.set(xscale="log", title=f"{tokens:,} tokens", xlabel="learning rate", ylabel="validation loss (nats)")
             axis.grid(alpha=0.3)
         axes.flat[0].legend(title="batch", fontsize=7)
         for axis in list(axes.flat)[len(own) :]:
@@ -302,7 +317,7 @@ def _line(axis: Any, reading: Reading, horizons: list[int], color: str, style: s
         axis.fill_between(tokens, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.15)
 
 
-def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 

@@ -45,14 +45,15 @@ from launch.trials import (
     Progress,
     SweepConfig,
     Trial,
-    belongs_to,
     check_trials,
     decay_tokens,
     overrides,
     plan,
     read_ledger,
+    same_for_all,
     sweep_config,
 )
+from schedulers.law import expected_error
 from train.cli import composed, composed_sweep, guard
 from train.config import Config, ConfigError, RunFailed, setting_values
 from train.environment import replace_text
@@ -60,6 +61,8 @@ from train.track import read_lines
 
 POLL_SECONDS = 0.5
 BAD_INPUT = 2
+
+Facts = dict[tuple[str, str], dict[str, Any]]  # what the trials of a (model, schedule) have in common in the ledger
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -136,7 +139,7 @@ def control(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"Another process is running the sweep in {sweep.folder}. Wait for it, or choose another sweep.name."
             )
-        facts = same_for_all(configs, console)
+        facts = facts_of(configs, console)
         _check_ledger(sweep, facts)
         for trial in sweep.trials:
             sweep.failed(trial).unlink(missing_ok=True)
@@ -149,6 +152,7 @@ def control(options: argparse.Namespace) -> int:
         progress = write_ledger(sweep, facts)
     console.print(table(sweep, progress), summary(sweep, progress))
     if options.pilot:
+        console.print(pilot(sweep, facts, progress))
         return 0
     failed = [trial for trial in sweep.trials if sweep.failed(trial).exists()]
     for trial in failed:
@@ -161,7 +165,7 @@ def control(options: argparse.Namespace) -> int:
     return 0
 
 
-def same_for_all(configs: dict[tuple[str, str], Config], console: Console) -> dict[tuple[str, str], dict[str, Any]]:
+def facts_of(configs: dict[tuple[str, str], Config], console: Console) -> Facts:
     """What the lines of the ledger say besides the results, by (model, schedule). Prepares the data, once."""
     facts = {}
     for key, config in configs.items():
@@ -172,7 +176,7 @@ def same_for_all(configs: dict[tuple[str, str], Config], console: Console) -> di
             "hidden_size": config.model.hidden_size,
             "warmup_tokens": config.make_schedule().warmup_tokens,
             "data_fingerprint": fingerprint.hexdigest()[:16],
-            "config": belongs_to(config),
+            "config": same_for_all(config),
         }
         if not prepared.validation:
             raise ConfigError(
@@ -187,7 +191,7 @@ def same_for_all(configs: dict[tuple[str, str], Config], console: Console) -> di
     return facts
 
 
-def _check_ledger(sweep: Sweep, facts: dict[tuple[str, str], dict[str, Any]]) -> None:
+def _check_ledger(sweep: Sweep, facts: Facts) -> None:
     """A ledger holds trials of one configuration."""
     known = read_ledger(sweep.ledger)
     for trial in sweep.trials:
@@ -213,9 +217,7 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
     return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
 
 
-def watch(
-    sweep: Sweep, facts: dict[tuple[str, str], dict[str, Any]], workers: list[subprocess.Popen[bytes]], console: Console
-) -> None:
+def watch(sweep: Sweep, facts: Facts, workers: list[subprocess.Popen[bytes]], console: Console) -> None:
     """Until the workers have ended: collect what they leave, and show it."""
     seen = set(sweep.progress().results)
     with (
@@ -232,10 +234,8 @@ def watch(
                     seen |= {trial.name for trial in new}
                     for trial in new:
                         loss = progress.results[trial.name]["loss"]
-                        print(
-                            f"{trial.name}: {'diverged' if loss is None else f'{loss:.4f}'}; {summary(sweep, progress)}",
-                            flush=True,
-                        )
+                        text = "diverged" if loss is None else f"{loss:.4f}"
+                        print(f"{trial.name}: {text}; {summary(sweep, progress)}", flush=True)
                 time.sleep(POLL_SECONDS)
         finally:
             for worker in workers:
@@ -246,7 +246,7 @@ def watch(
         raise ConfigError("A trial was refused, as the others would be; what is wrong stands above.")
 
 
-def write_ledger(sweep: Sweep, facts: dict[tuple[str, str], dict[str, Any]]) -> Progress:
+def write_ledger(sweep: Sweep, facts: Facts) -> Progress:
     """Put what is known now into the ledger, in the order of the plan; lines of trials outside the plan stay."""
     progress = sweep.progress()
     planned = {trial.name for trial in sweep.trials}
@@ -295,6 +295,20 @@ def summary(sweep: Sweep, progress: Progress) -> str:
         "" if not left else f", about {left / 3600:.1f} h left" if left > 5400 else f", about {left / 60:.0f} min left"
     )
     return f"{len(done)} of {len(sweep.trials)} trials done, {len(out)} left out{saved}{left_text}"
+
+
+def pilot(sweep: Sweep, facts: Facts, progress: Progress) -> str:
+    """How well the whole sweep will know b, from its shortest horizon."""
+    lines = [{**facts[t.model, t.schedule], **progress.results[t.name]} for t in sweep.trials if progress.done(t)]
+    planned = {(t.model, t.tokens, t.batch) for t in sweep.trials if t.schedule == "wsd"}
+    try:
+        noise, error, error_of_b = expected_error(lines, [(tokens, batch) for _, tokens, batch in planned])
+    except ValueError as reason:
+        return f"The error of b cannot be told yet: {reason}"
+    return (
+        f"Noise of a loss {noise:.4f} nats, of a log best rate {error:.2f}: the {len(planned)} best rates of the whole "
+        f"sweep will give b with a standard error of about {error_of_b:.3f}, or more where the law does not hold exactly."
+    )
 
 
 def seconds_left(sweep: Sweep, progress: Progress) -> float | None:

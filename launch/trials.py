@@ -148,7 +148,8 @@ def plan(sweep: SweepConfig) -> list[Trial]:
             if (repeat.model, repeat.schedule, repeat.batch) == (model, schedule, batch):
                 if sorted(repeat.fields) != sorted(names):
                     raise ConfigError(
-                        f"A repeat of sweep.repeats gives {sorted(repeat.fields)}; '{schedule}' is swept over {sorted(names)}."
+                        f"A repeat of sweep.repeats gives {sorted(repeat.fields)}; '{schedule}' is swept over "
+                        f"{sorted(names)}."
                     )
                 points.append((tuple((name, repeat.fields[name]) for name in names), repeat.seeds))
         trials += [Trial(model, schedule, fields, batch, seed, tokens) for fields, seeds in points for seed in seeds]
@@ -162,7 +163,7 @@ def plan(sweep: SweepConfig) -> list[Trial]:
             raise ConfigError(f"{repeat} of sweep.repeats belongs to no model, schedule and batch of the sweep.")
     if not trials:
         raise ConfigError(
-            f"No batch has between {sweep.min_steps} and {sweep.max_steps} steps at any horizon: the sweep has no trial. "
+            f"No batch has between {sweep.min_steps} and {sweep.max_steps} steps at any horizon: there is no trial. "
             "Change sweep.batch, sweep.tokens, sweep.min_steps or sweep.max_steps."
         )
     return list(dict.fromkeys(trials))
@@ -177,9 +178,9 @@ def _check_boundaries(sweep: SweepConfig, tokens: int, batch: float) -> None:
                 k for k in range(1, 10_000) if abs(k * sweep.decay_fraction - round(k * sweep.decay_fraction)) < 1e-9
             )
             raise ConfigError(
-                f"At a batch of {batch:g} (steps of {step:,.0f} tokens) the {what} of T = {tokens:,} lies at {count:,.0f} "
-                f"tokens, between two steps. Multiples of {unit:,} tokens fit every batch of this sweep, for example "
-                f"{max(1, round(tokens / unit)) * unit:,}."
+                f"At a batch of {batch:g} (steps of {step:,.0f} tokens) the {what} of T = {tokens:,} lies at "
+                f"{count:,.0f} tokens, between two steps. Multiples of {unit:,} tokens fit every batch of this sweep, "
+                f"for example {max(1, round(tokens / unit)) * unit:,}."
             )
 
 
@@ -190,7 +191,7 @@ def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple
         sequences = trial.batch * LAW_SEQUENCE_LENGTH / config.data.sequence_length
         if sequences != int(sequences):
             raise ConfigError(
-                f"A batch of {trial.batch:g} is {trial.batch * LAW_SEQUENCE_LENGTH:g} tokens, which is no whole number of "
+                f"A batch of {trial.batch:g} is {trial.batch * LAW_SEQUENCE_LENGTH:g} tokens, no whole number of "
                 f"sequences of {config.data.sequence_length}. sweep.batch counts in units of 4096 tokens."
             )
         decay = decay_tokens(sweep, trial)
@@ -201,7 +202,8 @@ def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple
             config.schedule["decay"] = {**(config.schedule.get("decay") or {}), "start": None, "tokens": decay}
         if config.run.tokens_seen or config.batch.ramp or config.data.stages or config.run.init_from:
             raise ConfigError(
-                "A sweep's trials start at nothing, with one batch size and one mixture: leave out run.tokens_seen, run.init_from, batch.ramp and data.stages."
+                "A sweep's trials start at nothing, with one batch size and one mixture: leave out run.tokens_seen, "
+                "run.init_from, batch.ramp and data.stages."
             )
         check(config)
 
@@ -238,8 +240,8 @@ def overrides(sweep: SweepConfig, trial: Trial, settings: DictConfig) -> list[st
     ]
 
 
-def belongs_to(config: Config) -> dict[str, Any]:
-    """The part of a configuration that a law belongs to: all but batch, rate and horizon."""
+def same_for_all(config: Config) -> dict[str, Any]:
+    """The part of a configuration that the trials of a model have in common."""
     plain = as_dict(config)
     schedule = {name: value for name, value in plain["schedule"].items() if name not in ("lr", "a", "b", "decay")}
     decay = plain["schedule"].get("decay")

@@ -1,8 +1,8 @@
 """The law of the best learning rate, fitted to a sweep: eta = a · batch^c · tokens^b.
 
-Two readings of one ledger. The paper's (arXiv 2408.13359, section 3) takes eta to be proportional to the batch, c = 1: of
-every horizon the three best batches, their gamma = eta / batch averaged, and a line through log gamma over log tokens.
-The other fits c together with a and b to all batches. Batches are in units of 4096 tokens, logarithms are natural.
+Two readings of one ledger. The paper's (arXiv 2408.13359, section 3) takes eta to be proportional to the batch, c = 1:
+of every horizon the three best batches, their gamma = eta / batch averaged, and a line through log gamma over log
+tokens. The other fits c together with a and b to all batches. Batches are in units of 4096 tokens.
 
 Intervals are 95% percentiles of replicates of the whole fit, choice of batches included. In a replicate each trunk, the
 run that all horizons of a (size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to
@@ -11,6 +11,7 @@ its horizons; and the best rates scatter around the law by as much as they do be
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Law:
     """What a ledger says.
 
     paper, sizes: the paper's reading, pooled and by size. plane: a, b and c through all batches. noise: standard
-    deviation of a loss, by (size, horizon). shared: the part of the noise's variance that the horizons of a trunk share.
+    deviation of a loss, by (size, horizon). shared: the part of its variance that the horizons of a trunk share.
     notes: what a reader has to know, in sentences.
     """
 
@@ -214,6 +215,37 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         shared,
         tuple(_notes(cells, plane, pooled)),
     )
+
+
+def expected_error(
+    ledger: Iterable[Mapping[str, Any]], planned: Iterable[tuple[int, float]]
+) -> tuple[float, float, float]:
+    """What a sweep will know, from the shortest horizon of it: (noise of a loss, error of a log rate, error of b).
+
+    Standard errors, by the curvature and the noise of what is there, as if they were the same at all horizons, and as
+    if the law held exactly.
+
+    Args:
+        ledger: the trials of a pilot.
+        planned: tokens and batch of each best rate that the whole sweep will give.
+
+    Raises:
+        ValueError: there is no best rate inside the grid of rates yet.
+    """
+    trials = _Trials(ledger)
+    fitted = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    usable = [(p, trials.log_rates(index)) for index, p in enumerate(fitted) if p.usable[0] and len(p.residuals) > 3]
+    if not usable:
+        raise ValueError("no batch has its best rate inside the grid, with two rates on one side and one on the other.")
+    sigma = math.sqrt(float(np.mean([s * s for s in _noise(trials, fitted)[0].values()])))
+    errors = []
+    for p, x in usable:
+        window = x[p.first : p.first + len(p.residuals)]
+        # d(minimum) / d(loss i) = u_i / (2 · curvature · Σ u²), to first order for a minimum in the middle
+        errors.append(sigma / (2 * p.curvature[0] * math.sqrt(float(((window - window.mean()) ** 2).sum()))))
+    error = float(np.median(errors))
+    points = np.array([(1.0, math.log(tokens), math.log(batch)) for tokens, batch in planned])
+    return sigma, error, error * math.sqrt(float(np.linalg.pinv(points.T @ points)[1, 1]))
 
 
 # ----------------------------------------------------------------------------------------------------- the ledger
@@ -367,9 +399,7 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> _Parabola:
     elif last[0] - first[0] + 1 < 4:
         flag = "three rates"
     usable = (best > 0) & (best < count - 1) & inside
-    return _Parabola(
-        log_lr, loss, curvature, cubic, usable, int(np.flatnonzero(finite)[first[0]]), residuals, flag
-    )
+    return _Parabola(log_lr, loss, curvature, cubic, usable, int(np.flatnonzero(finite)[first[0]]), residuals, flag)
 
 
 def _cell(trials: _Trials, index: int, fitted: _Parabola) -> Cell:
@@ -389,7 +419,7 @@ def _cell(trials: _Trials, index: int, fitted: _Parabola) -> Cell:
 
 
 def _noise(trials: _Trials, fitted: list[_Parabola]) -> tuple[dict[Any, float], float]:
-    """Standard deviation of a loss by (size, tokens), and the share of its variance that a trunk's horizons have in common.
+    """Standard deviation of a loss by (size, tokens), and the share of its variance that a trunk's horizons share.
 
     From what the parabolas leave over, and from trials that differ in their seed alone.
     """
@@ -417,7 +447,7 @@ def _noise(trials: _Trials, fitted: list[_Parabola]) -> tuple[dict[Any, float], 
     product = square = 0.0
     for by_tokens in left.values():
         horizons = sorted(by_tokens)
-        for one, next_one in zip(horizons, horizons[1:], strict=False):
+        for one, next_one in itertools.pairwise(horizons):
             u, v = by_tokens[one] / (scale[one] or 1.0), by_tokens[next_one] / (scale[next_one] or 1.0)
             product += u * v
             square += (u * u + v * v) / 2
@@ -438,7 +468,7 @@ def _least_squares(design: Array, values: Array, weights: npt.NDArray[np.bool_])
 def _best_batches(
     cells: tuple[Cell, ...], log_gamma: Array, best_loss: Array, usable: npt.NDArray[np.bool_]
 ) -> tuple[Array, list[tuple[tuple[str, int], int]], tuple[Cell, ...]]:
-    """Log of the mean gamma of the three best batches of each (size, horizon): (R, points), NaN where fewer than two."""
+    """Log of the mean gamma of the three best batches of each (size, horizon): (R, points), NaN with fewer than two."""
     points = list(dict.fromkeys((cell.size, cell.tokens) for cell in cells))
     columns, best = [], []
     for point in points:
@@ -485,8 +515,8 @@ def _missing(cells: tuple[Cell, ...]) -> str:
     usable = [cell for cell in cells if cell.usable]
     batches, horizons = sorted({c.batch for c in usable}), sorted({c.tokens for c in usable})
     said = (
-        f"A law needs a best rate, inside the grid of rates, for two batches or more at {MIN_HORIZONS} horizons or more; "
-        f"this ledger has one for {len(usable)} of its {len(cells)} (size, horizon, batch), with "
+        f"A law needs a best rate, inside the grid of rates, for two batches or more at {MIN_HORIZONS} horizons or "
+        f"more; this ledger has one for {len(usable)} of its {len(cells)} (size, horizon, batch), with "
         f"{len(batches)} batches ({', '.join(f'{b:g}' for b in batches) or 'none'}) and "
         f"{len(horizons)} horizons ({', '.join(f'{t:,}' for t in horizons) or 'none'})."
     )
@@ -515,8 +545,8 @@ def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]
     else:
         notes.append(
             f"The rate is not proportional to the batch here: it grows as batch^{c.value:.2f}, and the interval of c, "
-            f"{c.low:.2f} to {c.high:.2f}, excludes 1. The paper's reading, b = {paper.b.value:.3f}, then mixes how the best "
-            f"batch grows with how the rate falls; at a fixed batch it falls as tokens^{plane.b.value:.3f}."
+            f"{c.low:.2f} to {c.high:.2f}, excludes 1. The paper's reading, b = {paper.b.value:.3f}, then mixes how "
+            f"the best batch grows with how the rate falls; at a fixed batch it falls as tokens^{plane.b.value:.3f}."
         )
     for flag, meaning in (
         ("edge high", "the best rate is the highest of the grid"),

@@ -119,8 +119,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
-                "Hydra's multirun would start all trials in one process, which accelerate refuses. `python -m launch.sweep "
-                "+sweep=NAME` trains a grid, each trial in a process of its own."
+                "Hydra's multirun would start all trials in one process, which accelerate refuses. `python -m "
+                "launch.sweep +sweep=NAME` trains a grid, each trial in a process of its own."
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
@@ -217,5 +217,7 @@ def _options(group: str) -> list[str]:
 
 
 def _groups() -> str:
-    names = [f"{group} ({', '.join(_options(group))})" for group in _group_names() if group not in ("experiment", "sweep")]
+    names = [
+        f"{group} ({', '.join(_options(group))})" for group in _group_names() if group not in ("experiment", "sweep")
+    ]
     return ", ".join(names)

@@ -232,6 +232,7 @@ class Config:
         fields = dict(self.schedule or {})
         name = fields.pop("name", None)
         rewarmup = fields.pop("rewarmup", None)
+        fields.pop("belongs_to", None)  # of a fitted law; see train.model.mup
         if name in ("cosine", "constant"):
             fields.pop("decay", None)  # an experiment's, for the schedules that have one
         try:

@@ -188,6 +188,11 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         config.model.num_local_experts if moe else 0,
         engine.reduce,
     )
+    if unlike := mup.unlike_the_law(config):
+        say(
+            f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "
+            "rate may be another one here."
+        )
     counts = count_parameters(model.named_parameters(), config)
     say(
         f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the embedding, "

@@ -93,6 +93,44 @@ def multipliers(config: Config) -> dict[str, float]:
     }
 
 
+def parametrisation(config: Config) -> dict[str, float | str | bool]:
+    """What a law of the best rate belongs to: two runs that agree on it are comparable, whatever their size.
+
+    The residual multiplier times the square root of the layers, and the others over what the table gives, so that
+    models of other depth, head count or width that follow the same rules have the same values.
+    """
+    model, optimizer, forward = config.model, config.optimizer, multipliers(config)
+    head_size = model.hidden_size // model.num_attention_heads
+    return {
+        "base_hidden_size": config.mup.base_hidden_size,
+        "rule": config.mup.rule,
+        "initializer_range": model.initializer_range,
+        "embedding_multiplier": model.embedding_multiplier,
+        "residual_multiplier × √num_hidden_layers": round(
+            forward["residual_multiplier"] * math.sqrt(model.num_hidden_layers), 1
+        ),
+        "attention_multiplier × head size": round(forward["attention_multiplier"] * head_size, 6),
+        "logits_scaling / m_width": round(forward["logits_scaling"] / width_multiplier(config), 6),
+        "head size": head_size,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "betas": ", ".join(f"{beta:g}" for beta in optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "weight_decay_mode": optimizer.weight_decay_mode,
+        "max_grad_norm": optimizer.max_grad_norm,
+    }
+
+
+def unlike_the_law(config: Config) -> list[str]:
+    """Where this run's parametrisation differs from the one that its schedule's law was fitted to."""
+    own = parametrisation(config)
+    return [
+        f"{name} is {own[name]}, the law's {value}"
+        for name, value in ((config.schedule or {}).get("belongs_to") or {}).items()
+        if name in own and own[name] != value
+    ]
+
+
 def table(config: Config) -> dict[str, Row]:
     """The muP table of this configuration, by role."""
     std, m_width = config.model.initializer_range, width_multiplier(config)
