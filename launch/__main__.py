@@ -12,6 +12,7 @@ VERBS = {
     "check": "mup | coordinates | batch | run: see that a configuration, or a run, does what it should",
     "sweep": "train a grid of small models: batch × rate × horizon × model",
     "fit": "fit the law of the best rate to a sweep, and make a schedule of it",
+    "report": "one HTML page of runs, or of a sweep",
     "decay": "branch a decay off a checkpoint of a run",
     "export": "write a checkpoint as a Hugging Face folder",
     "generate": "continue a prompt with an exported model",

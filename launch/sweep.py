@@ -61,6 +61,7 @@ from train.track import read_lines
 
 POLL_SECONDS = 0.5
 BAD_INPUT = 2
+MOST_COLUMNS = 8  # of losses side by side; of more there is the best
 
 Facts = dict[tuple[str, str], dict[str, Any]]  # what the trials of a (model, schedule) have in common in the ledger
 
@@ -132,7 +133,7 @@ def control(options: argparse.Namespace) -> int:
     configs = sweep.configs()
     console = Console()
     if options.dry_run:
-        console.print(table(sweep, sweep.progress()), summary(sweep, sweep.progress()))
+        console.print(tables(sweep, sweep.progress()), summary(sweep, sweep.progress()))
         return 0
     with claim(sweep.folder) as claimed:
         if claimed is None:
@@ -150,7 +151,7 @@ def control(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             stopped = True
         progress = write_ledger(sweep, facts)
-    console.print(table(sweep, progress), summary(sweep, progress))
+    console.print(tables(sweep, progress), summary(sweep, progress))
     if options.pilot:
         console.print(pilot(sweep, facts, progress))
         return 0
@@ -229,7 +230,7 @@ def watch(sweep: Sweep, facts: Facts, workers: list[subprocess.Popen[bytes]], co
             while any(worker.poll() is None for worker in workers):
                 progress = write_ledger(sweep, facts)
                 if live is not None:
-                    live.update(Group(table(sweep, progress), summary(sweep, progress)), refresh=True)
+                    live.update(Group(tables(sweep, progress), summary(sweep, progress)), refresh=True)
                 elif new := [trial for trial in sweep.trials if progress.done(trial) and trial.name not in seen]:
                     seen |= {trial.name for trial in new}
                     for trial in new:
@@ -259,29 +260,47 @@ def write_ledger(sweep: Sweep, facts: Facts) -> Progress:
     return progress
 
 
-def table(sweep: Sweep, progress: Progress) -> Table:
+def tables(sweep: Sweep, progress: Progress) -> Group:
     """Losses at the longest horizon that each row has reached: rows model × batch, columns the schedule's values."""
-    columns = list(dict.fromkeys((trial.schedule, trial.fields) for trial in sweep.trials))
-    grid = Table("model", "batch", "tokens", *(" ".join(f"{n} {v:g}" for n, v in fields) for _, fields in columns))
-    for model in sweep.sweep.models:
-        for batch in sorted(sweep.sweep.batch):
-            row = [t for t in sweep.trials if (t.model, t.batch) == (model, batch) and t.seed == sweep.sweep.seeds[0]]
-            reached = [t.tokens for t in row if progress.done(t)] or [t.tokens for t in row][:1]
-            if not reached:
-                continue
-            here = {(t.schedule, t.fields): t for t in row if t.tokens == max(reached)}
-            losses = {key: progress.results[t.name]["loss"] for key, t in here.items() if progress.done(t)}
-            best = min((loss for loss in losses.values() if loss is not None), default=None)
-            cells = []
-            for key in columns:
-                if key in losses:
-                    loss = losses[key]
-                    text = "diverged" if loss is None else f"{loss:.4f}"
-                    cells.append(f"[bold green]{text}[/]" if loss is not None and loss == best else text)
-                else:
-                    cells.append((progress.left_out(here[key]) or "…") if key in here else "")
-            grid.add_row(model, f"{batch:g}", f"{max(reached):,}", *cells)
-    return grid
+    grids = []
+    for schedule in sweep.sweep.schedules:
+        own = [t for t in sweep.trials if t.schedule == schedule and t.seed == sweep.sweep.seeds[0]]
+        columns = sorted({trial.fields for trial in own})
+        wide = len(columns) > MOST_COLUMNS
+        names = ["best loss", "at"] if wide else ["\n".join(f"{n} {v:g}" for n, v in fields) for fields in columns]
+        grid = Table("batch", "tokens", *names)
+        for model in sweep.sweep.models:
+            grid.add_section()
+            grid.add_row(f"[italic]{model}[/]")
+            for batch in sorted(sweep.sweep.batch):
+                row = [t for t in own if (t.model, t.batch) == (model, batch)]
+                if reached := [t.tokens for t in row if progress.done(t)] or [t.tokens for t in row][:1]:
+                    here = {t.fields: t for t in row if t.tokens == max(reached)}
+                    cells = _best_cell(progress, here) if wide else _cells(progress, here, columns)
+                    grid.add_row(f"{batch:g}", f"{max(reached):,}", *cells)
+        grid.title = schedule
+        grids.append(grid)
+    return Group(*grids)
+
+
+def _best_cell(progress: Progress, here: dict[Any, Trial]) -> list[str]:
+    losses = {fields: progress.results[t.name]["loss"] or math.inf for fields, t in here.items() if progress.done(t)}
+    best = min(losses, key=lambda fields: losses[fields], default=())
+    return [f"{losses[best]:.4f}", ", ".join(f"{n} {v:g}" for n, v in best)] if losses else ["…", ""]
+
+
+def _cells(progress: Progress, here: dict[Any, Trial], columns: list[Any]) -> list[str]:
+    losses = {fields: progress.results[t.name]["loss"] for fields, t in here.items() if progress.done(t)}
+    best = min((loss for loss in losses.values() if loss is not None), default=None)
+    cells = []
+    for fields in columns:
+        if fields in losses:
+            loss = losses[fields]
+            text = "diverged" if loss is None else f"{loss:.4f}"
+            cells.append(f"[bold green]{text}[/]" if loss is not None and loss == best else text)
+        else:
+            cells.append((progress.left_out(here[fields]) or "…") if fields in here else "")
+    return cells
 
 
 def summary(sweep: Sweep, progress: Progress) -> str:
@@ -307,7 +326,7 @@ def pilot(sweep: Sweep, facts: Facts, progress: Progress) -> str:
         return f"The error of b cannot be told yet: {reason}"
     return (
         f"Noise of a loss {noise:.4f} nats, of a log best rate {error:.2f}: the {len(planned)} best rates of the whole "
-        f"sweep will give b with a standard error of about {error_of_b:.3f}, or more where the law does not hold exactly."
+        f"sweep will give b with a standard error of about {error_of_b:.3f}, or more where the law is not exact."
     )
 
 

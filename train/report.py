@@ -1,46 +1,210 @@
-"""A picture of a run."""
+"""One self-contained HTML page of runs: tables, and pictures as SVG inside it. It needs no network and no script."""
 
 from __future__ import annotations
 
+import html
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from train.config import LAW_SEQUENCE_LENGTH
+import numpy as np
+
+from train.config import LAW_SEQUENCE_LENGTH, Config, load
 from train.track import read_lines
 
+POINTS = 600  # of a curve at most: more of them are averaged
 
-def plot(folder: Path) -> Path:
-    """Draw loss and rate over tokens from metrics.jsonl and evals.jsonl; returns the picture's path."""
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
+td, th { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+svg { max-width: 100%; height: auto } h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+p.note { color: #555 } b { color: #0a6b2d }
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """The whole page around its parts, which are HTML."""
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    return f"<!doctype html>\n{head}<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Rows of text; a cell given as a one-element tuple stands out."""
+
+    def cell(value: Any) -> str:
+        return (
+            f"<td><b>{html.escape(str(value[0]))}</b></td>"
+            if isinstance(value, tuple)
+            else f"<td>{html.escape(str(value))}</td>"
+        )
+
+    lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr>"]
+    lines += ["<tr>" + "".join(cell(value) for value in row) + "</tr>" for row in rows]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def picture(figure: Any) -> str:
+    """A matplotlib figure as SVG, and closed."""
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.tight_layout()
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "powertrain"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return buffer.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
+
+
+class Run:
+    """What a run's folder tells."""
+
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.folder, self.name = folder, name or folder.name
+        self.config: Config = load(folder / "config.yaml")
+        lines = [line for line in read_lines(folder / "metrics.jsonl") if line["lm_loss"] is not None]
+        self.lines = lines
+        self.tokens = np.array([line["tokens"] + line["batch"] * LAW_SEQUENCE_LENGTH for line in lines])
+        evaluations = read_lines(folder / "evals.jsonl")
+        self.overall = [line for line in evaluations if line["corpus"] == "overall"]
+        self.record = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+        ended = folder / "exit.json"
+        self.ended = json.loads(ended.read_text())["reason"] if ended.exists() else "running"
+
+    def curve(self, name: str, smooth: bool = True) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Tokens and a metric over them, as means over stretches that are equal on a logarithmic scale."""
+        values = np.array([np.nan if line[name] is None else line[name] for line in self.lines], dtype=float)
+        if not smooth or len(values) <= POINTS:
+            return self.tokens, values
+        bins = np.unique(np.geomspace(1, len(values), POINTS).astype(int))
+        starts = np.concatenate([[0], bins[:-1]])
+        return self.tokens[bins - 1], np.array([np.nanmean(values[a:b]) for a, b in zip(starts, bins, strict=True)])
+
+
+def runs_page(folders: Sequence[Path], title: str | None = None) -> str:
+    """A page of one run, or of several over each other.
+
+    Raises:
+        ConfigError: a folder that is not a run's.
+    """
+    runs = [Run(folder) for folder in folders]
+    title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    return page(title, [summary(runs), *overlays(runs), *(part for run in runs for part in _experts(run))])
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """A row for each run."""
+    rows = []
+    for run in runs:
+        last = run.overall[-1] if run.overall else {}
+        skipped = sum(bool(line["skipped"]) for line in run.lines)
+        rate = np.median([line["tokens_per_second"] for line in run.lines]) if run.lines else float("nan")
+        rows.append(
+            (
+                run.name,
+                f"{run.record.get('parameters', {}).get('total', 0):,}" if run.record.get("parameters") else "",
+                run.config.schedule["name"],
+                f"{run.tokens[-1] if len(run.tokens) else 0:,.0f}",
+                f"{run.lines[-1]['step'] if run.lines else 0:,}" + (f" ({skipped} skipped)" if skipped else ""),
+                f"{last['loss']:.4f}" if last else "",
+                f"{last['bits_per_byte']:.4f}" if last else "",
+                f"{rate:,.0f}",
+                run.ended,
+            )
+        )
+    names = (
+        "run",
+        "parameters",
+        "schedule",
+        "tokens",
+        "steps",
+        "validation loss",
+        "bits a byte",
+        "tokens/s, median",
+        "ended",
+    )
+    return table(names, rows)
+
+
+def overlays(runs: Sequence[Run]) -> list[str]:
+    """Loss over the logarithm of tokens, rate with its phases, gradient norm and throughput, all runs in each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for line in read_lines(folder / "metrics.jsonl") if line["lm_loss"] is not None]
-    tokens = [line["tokens"] + line["batch"] * LAW_SEQUENCE_LENGTH for line in lines]
-    evaluations = [line for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
-
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[2, 1])
-    top.plot(tokens, [line["lm_loss"] for line in lines], color="tab:blue", linewidth=0.8, label="training")
-    top.plot(
-        [line["tokens"] for line in evaluations],
-        [line["loss"] for line in evaluations],
-        "o-",
-        color="tab:orange",
-        markersize=4,
-        label="validation",
-    )
-    top.set_ylabel("cross-entropy (nats a token)")
-    top.set_title(folder.name)
-    top.legend()
-    bottom.plot(tokens, [line["lr"] for line in lines], color="tab:green")
-    bottom.set_ylabel("learning rate η")
-    bottom.set_xlabel("tokens")
-    for axis in (top, bottom):
+    parts = []
+    runs = [run for run in runs if run.lines]
+    if not runs:
+        return ["<p>No step has been taken.</p>"]
+    for heading, metric, unit in (
+        ("Loss", "lm_loss", "cross-entropy (nats a token)"),
+        ("Learning rate", "lr", "learning rate"),
+        ("Gradient norm", "grad_norm", "gradient norm before clipping"),
+        ("Throughput", "tokens_per_second", "tokens a second"),
+    ):
+        figure, axis = pyplot.subplots(figsize=(9, 4.2 if metric == "lm_loss" else 3))
+        for number, run in enumerate(runs):
+            color = f"C{number % 10}"
+            tokens, values = run.curve(metric, smooth=metric != "lr")
+            axis.plot(tokens, values, color=color, linewidth=1, label=run.name)
+            if metric == "lm_loss" and run.overall:
+                evaluated = [(line["tokens"], line["loss"]) for line in run.overall]
+                axis.plot(
+                    *zip(*evaluated, strict=True),
+                    "o",
+                    color=color,
+                    markersize=4,
+                    label="validation" if len(runs) == 1 else None,
+                )
+            if metric == "lr" and len(runs) == 1:
+                _phases(axis, run)
+        axis.set(xlabel="tokens", ylabel=unit)
+        if metric == "lm_loss":
+            axis.set_xscale("log")
+        if len(runs) > 1 or metric == "lm_loss":
+            axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-        for earlier, line, token in zip(lines, lines[1:], tokens[1:], strict=False):
-            if line["phase"] != earlier["phase"]:
-                axis.axvline(token, color="grey", linestyle=":")
-    path = folder / "loss_and_rate.png"
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    return path
+        parts.append(f"<h2>{heading}</h2>\n{picture(figure)}")
+    return parts
+
+
+def _phases(axis: Any, run: Run) -> None:
+    shades = {"warmup": "tab:orange", "trunk": "tab:blue", "decay": "tab:green", "rewarmup": "tab:orange"}
+    begin = 0
+    for index in range(1, len(run.lines) + 1):
+        if index == len(run.lines) or run.lines[index]["phase"] != run.lines[begin]["phase"]:
+            phase = run.lines[begin]["phase"]
+            axis.axvspan(run.lines[begin]["tokens"], run.tokens[index - 1], color=shades.get(phase, "grey"), alpha=0.1)
+            axis.text(run.lines[begin]["tokens"], 0.02, f" {phase}", transform=axis.get_xaxis_transform(), fontsize=8)
+            begin = index
+
+
+def _experts(run: Run) -> list[str]:
+    """Load of the experts: the worst layer over tokens, and every expert at the newest checkpoint."""
+    if not run.lines or "expert_load" not in run.lines[-1]:
+        return []
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
+    every = max(1, len(run.lines) // POINTS)
+    for axis, name, best in zip(axes, ("max_over_mean", "entropy"), ("1 is balanced", "1 is uniform"), strict=True):
+        axis.plot(run.tokens[::every], [line["expert_load"][name] for line in run.lines[::every]], linewidth=1)
+        axis.set(xlabel="tokens", ylabel=f"{name} of the worst layer ({best})")
+        axis.grid(alpha=0.3)
+    parts = [f"<h2>Experts of {html.escape(run.name)}</h2>\n{picture(figure)}"]
+    states = sorted((run.folder / "checkpoints").glob("step-*/state.json"))
+    if states:
+        load = np.array(json.loads(states[-1].read_text())["assignments"], dtype=float)
+        load /= np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
+        figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.18 * len(load)))
+        image = axis.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+        axis.set(xlabel="expert", ylabel="layer", title=f"load over the mean, {states[-1].parent.name}")
+        figure.colorbar(image)
+        parts.append(picture(figure))
+    return parts

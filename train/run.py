@@ -125,7 +125,8 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
 
     # ---- what is left to the user
     if engine.is_main:
-        picture = report.plot(folder)
+        picture = folder / "report.html"
+        environment.replace_text(picture, report.runs_page([folder]))
         facts: dict[str, Any] = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
         if lines:
             facts |= {
@@ -316,7 +317,7 @@ def say_result(
         f"checkpoint  {checkpoints[-1]}\n"
         f"model       {folder / 'model'} (logits within {difference:.1e} of the trainer's)\n"
         f"metrics     {folder / 'metrics.jsonl'}\n"
-        f"picture     {picture}"
+        f"report      {picture}"
     )
 
 

@@ -18,7 +18,7 @@ from train.track import read_lines
 
 def test_a_run_leaves_everything_and_learns(run: Callable[..., Path]) -> None:
     folder = run("run.tokens=15360", "schedule.decay.tokens=1536", "evaluation.every=20", "sample_prompt=ab")
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "loss_and_rate.png", "model/config.json"):
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "evals.jsonl", "report.html", "model/config.json"):
         assert (folder / name).is_file(), name
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 61))

@@ -1,0 +1,233 @@
+"""One self-contained HTML page of runs laid over each other, or of a sweep with the schedules that it compares.
+
+usage: python -m launch.report RUN [RUN …] [--out FILE]
+       python -m launch.report SWEEP [--out FILE]
+
+examples:
+  python -m launch.report runs/quickstart                         # runs/quickstart/report.html
+  python -m launch.report runs/power runs/wsd --out compared.html
+  python -m launch.report runs/compare                            # the folder of a sweep, with its ledger.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.fit import read
+from train.cli import guard
+from train.config import ConfigError
+from train.environment import replace_text
+from train.report import Run, overlays, page, picture, runs_page, table
+
+Line = dict[str, Any]
+Cell = tuple[str, float, int]  # model, batch, tokens
+Fields = tuple[tuple[str, float], ...]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page and say where it is."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="powertrain report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
+    options = parser.parse_args(arguments)
+    sys.exit(guard(lambda: _report(options.folders, options.out)))
+
+
+def _report(folders: list[Path], out: Path | None) -> int:
+    out = out or folders[0] / "report.html"
+    if (folders[0] / "ledger.jsonl").exists() and len(folders) == 1:
+        text = sweep_page(folders[0])
+    else:
+        for folder in folders:
+            if not (folder / "config.yaml").exists():
+                raise ConfigError(f"{folder} is no folder of a run (no config.yaml) nor of a sweep (no ledger.jsonl).")
+        text = runs_page(folders)
+    replace_text(out, text)
+    print(out)
+    return 0
+
+
+def sweep_page(folder: Path) -> str:
+    """Final losses, what each schedule reaches with one set of numbers, and the curves of the best trials."""
+    ledger = read(folder / "ledger.jsonl")
+    parts = [*compared(ledger), *_grids(ledger)]
+    cells = sorted({_cell(line) for line in ledger}, key=lambda cell: (cell[0], cell[1], cell[2]))
+    longest = {(model, batch): (model, batch, tokens) for model, batch, tokens in cells}  # the last one stays
+    for cell in longest.values():
+        runs = []
+        for schedule in _schedules(ledger):
+            best = _best([line for line in ledger if (line["schedule"], _cell(line)) == (schedule, cell)])
+            if best and (folder / best["trial"] / "config.yaml").exists():
+                runs.append(Run(folder / best["trial"], f"{schedule} {_text(_fields(best))}"))
+        if len(runs) > 1:
+            parts += [f"<h2>{html.escape(_where(cell))}: the best trial of each schedule</h2>", *overlays(runs)[:2]]
+    return page(folder.resolve().name, parts)
+
+
+def compared(ledger: Sequence[Line]) -> list[str]:
+    """Each schedule tuned at every horizon and batch, against each with one set of numbers for all of them."""
+    schedules = _schedules(ledger)
+    if len(schedules) < 2:
+        return []
+    parts = []
+    for model in dict.fromkeys(line["model_name"] for line in ledger):
+        own = [line for line in ledger if line["model_name"] == model and line["loss"] is not None]
+        trained = [{_cell(line) for line in own if line["schedule"] == schedule} for schedule in schedules]
+        cells = sorted(set.intersection(*trained), key=lambda cell: (cell[1], cell[2]))
+        if not cells:
+            continue
+        tuned = {
+            (schedule, cell): _best([line for line in own if (line["schedule"], _cell(line)) == (schedule, cell)])
+            for schedule in schedules
+            for cell in cells
+        }
+        least = {cell: min(tuned[schedule, cell]["loss"] for schedule in schedules) for cell in cells}
+        fixed = {schedule: one_for_all(own, schedule, cells) for schedule in schedules}
+        above = {
+            schedule: {cell: by[cell] - least[cell] for cell in cells} for schedule, (_, by) in fixed.items() if by
+        }
+        rows = []
+        for cell in cells:
+            row: list[Any] = [f"{cell[1]:g}", f"{cell[2]:,}"]
+            for schedule in schedules:
+                best = tuned[schedule, cell]
+                text = f"{best['loss']:.4f} ({_text(_fields(best))})"
+                row.append((text,) if best["loss"] == least[cell] else text)
+            rows.append([*row, *(f"{above[s][cell]:+.4f}" if s in above else "" for s in schedules)])
+        means = [f"{np.mean(list(above[s].values())):+.4f}" if s in above else "" for s in schedules]
+        rows.append(["mean", *[""] * (1 + len(schedules)), *means])
+        header = ["batch", "tokens", *(f"{s}, tuned here" for s in schedules)]
+        header += [f"{s}, {_text(fixed[s][0]) or 'no numbers ran everywhere'}" for s in schedules]
+        parts += [
+            f"<h2>{html.escape(model)}: final validation losses</h2>",
+            "<p class=note>Left, each schedule with the numbers that are best at that very batch and horizon. Right, "
+            "with the one set of numbers whose mean loss over all rows is least: nats above the best of the row.</p>",
+            table(header, rows),
+            _over_tokens({s: {c: tuned[s, c]["loss"] - least[c] for c in cells} for s in schedules}, above),
+        ]
+    return parts
+
+
+def one_for_all(ledger: Sequence[Line], schedule: str, cells: Sequence[Cell]) -> tuple[Fields, dict[Cell, float]]:
+    """The numbers that were trained in every cell and have the least mean loss, and their losses; or nothing."""
+    losses: dict[Fields, dict[Cell, float]] = {}
+    for line in ledger:
+        if line["schedule"] == schedule:
+            losses.setdefault(_fields(line), {})[_cell(line)] = line["loss"]
+    everywhere = {fields: by for fields, by in losses.items() if set(cells) <= set(by)}
+    best = min(everywhere, key=lambda fields: sum(everywhere[fields][cell] for cell in cells), default=())
+    return best, everywhere.get(best, {})
+
+
+def _over_tokens(tuned: dict[str, dict[Cell, float]], above: dict[str, dict[Cell, float]]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    batches = sorted({cell[1] for by in tuned.values() for cell in by})
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(max(5, 3.6 * len(batches)), 3.4), squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for number, schedule in enumerate(tuned):
+            for by, style, label in ((tuned[schedule], "o--", "tuned"), (above.get(schedule, {}), "s-", "one set")):
+                points = [(cell[2], value) for cell, value in by.items() if cell[1] == batch]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}", ms=4, label=f"{schedule}, {label}")
+        axis.set(xscale="log", xlabel="tokens", title=f"batch {batch:g}", ylabel="nats above the best")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    return picture(figure)
+
+
+def _grids(ledger: Sequence[Line]) -> list[str]:
+    """All losses, and the pictures of a two-dimensional grid: the mean over b of each a, and over a of each b."""
+    parts = []
+    for schedule in _schedules(ledger):
+        own = [line for line in ledger if line["schedule"] == schedule]
+        columns = sorted({_fields(line) for line in own})
+        rows = []
+        for cell in sorted({_cell(line) for line in own}):
+            here = {_fields(line): line for line in own if _cell(line) == cell and line["seed"] == _first_seed(own)}
+            best = _best(list(here.values()))
+            row: list[Any] = [cell[0], f"{cell[1]:g}", f"{cell[2]:,}"]
+            for fields in columns:
+                line = here.get(fields)
+                text = "" if line is None else "diverged" if line["loss"] is None else f"{line['loss']:.4f}"
+                row.append((text,) if line is not None and line is best else text)
+            rows.append(row)
+        parts += [
+            f"<h2>All trials: {html.escape(schedule)}</h2>",
+            table(["model", "batch", "tokens", *(_text(fields) for fields in columns)], rows),
+        ]
+        if [name for name, _ in columns[0]] == ["a", "b"]:
+            parts.append(over_a_and_b(own))
+    return parts
+
+
+def over_a_and_b(ledger: Sequence[Line]) -> str:
+    """The paper's section 4: loss over a at the best b, and over b at the best a, a line each batch and horizon."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4))
+    for number, cell in enumerate(sorted({_cell(line) for line in ledger})):
+        here = [line for line in ledger if _cell(line) == cell and line["loss"] is not None]
+        for axis, name in zip(axes, ("a", "b"), strict=True):
+            values = sorted({line[name] for line in here})
+            least = [min(line["loss"] for line in here if line[name] == value) for value in values]
+            axis.plot(
+                values, np.array(least) - min(least), "o-", markersize=3, color=f"C{number % 10}", label=_where(cell)
+            )
+    for axis, name, other in zip(axes, "ab", "ba", strict=True):
+        axis.set(xlabel=name, ylabel=f"nats above the least, at the best {other}")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=6)
+    return picture(figure)
+
+
+def _best(lines: Sequence[Line]) -> Line:
+    finished = [line for line in lines if line["loss"] is not None]
+    return min(finished, key=lambda line: line["loss"]) if finished else {}
+
+
+def _schedules(ledger: Sequence[Line]) -> list[str]:
+    return list(dict.fromkeys(line["schedule"] for line in ledger))
+
+
+def _first_seed(ledger: Sequence[Line]) -> int:
+    return min(line["seed"] for line in ledger)
+
+
+def _cell(line: Line) -> Cell:
+    return line["model_name"], line["batch"], line["tokens"]
+
+
+def _fields(line: Line) -> Fields:
+    return tuple((name, line[name]) for name in ("lr", "a", "b") if name in line)
+
+
+def _text(fields: Fields) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in fields)
+
+
+def _where(cell: Cell) -> str:
+    return f"{cell[0]}, batch {cell[1]:g}, {cell[2]:,} tokens"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""A sweep: which trials there are, that a shared trunk changes nothing, and that nothing is lost or done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONFIGS, ROOT, without_timing
+from safetensors.torch import load_file
+
+from launch.sweep import Sweep, begin_from, main
+from launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
+from train.config import ConfigError
+from train.track import read_lines
+
+SWEEP: dict[str, Any] = {
+    "name": "s",
+    "models": {"small": {"hidden_size": 32}},
+    "schedules": {"wsd": {"lr": [0.01, 0.02, 0.04, 0.08, 0.16]}},
+    "batch": [0.25, 1],
+    "tokens": [409_600, 819_200, 1_638_400],
+}
+
+
+def swept(**changes: Any) -> SweepConfig:
+    return sweep_config({**SWEEP, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def test_every_combination_is_a_trial_and_the_shortest_horizon_comes_first() -> None:
+    trials = plan(swept())
+    assert len(trials) == 5 * 2 * 3 == len({trial.name for trial in trials})
+    assert [trial.tokens for trial in trials] == sorted(trial.tokens for trial in trials)
+
+
+def test_a_batch_is_trained_where_its_steps_are_neither_too_few_nor_too_many() -> None:
+    trials = plan(swept(min_steps=150, max_steps=1000))
+    # 409,600 tokens are 400 steps of 1024 and 100 of 4096; 1,638,400 are 1600 and 400.
+    assert {(trial.batch, trial.tokens) for trial in trials} == {
+        (0.25, 409_600), (0.25, 819_200), (1, 819_200), (1, 1_638_400),
+    }  # fmt: skip
+
+
+def test_repeats_have_their_own_seeds_at_every_horizon() -> None:
+    repeat = {"model": "small", "batch": 1, "fields": {"lr": 0.02}, "seeds": [3, 4]}
+    trials = [trial for trial in plan(swept(repeats=[repeat])) if trial.seed]
+    assert {(t.seed, t.tokens) for t in trials} == {(s, t) for s in (3, 4) for t in SWEEP["tokens"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": [409_600, 1_000_000]}, "between two steps. Multiples of 40,960"),
+        ({"tokens": [45_056], "min_steps": 10}, "start of the decay"),
+        ({"batch": [1, -2]}, "-2"),
+        ({"min_steps": 10**6}, "there is no trial"),
+        ({"tokens": ["1e6"]}, "whole numbers"),
+        ({"schedules": {"wsd": {"lr": 0.1}}}, "list of values"),
+        ({"decay_fraction": 1.5}, "1.5"),
+        ({"models": {}}, "nothing to train"),
+        ({"batches": [1]}, "batches"),
+        ({"repeats": [{"model": "big", "batch": 1, "fields": {"lr": 1}, "seeds": [1]}]}, "belongs to no model"),
+        ({"repeats": [{"model": "small", "batch": 1, "fields": {"a": 1}, "seeds": [1]}]}, "swept over"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan(swept(**changes))
+
+
+# ---------------------------------------------------------------------------------------------------- what is run
+
+
+def finish(trials: list[Trial], losses: Callable[[Trial], float | None]) -> tuple[list[Trial], Progress]:
+    """Take ready trials until there is none; `losses` gives each one's result."""
+    results: dict[str, dict[str, Any]] = {}
+    order = []
+    while ready := Progress(trials, results).ready():
+        order.append(ready[0])
+        loss = losses(ready[0])
+        results[ready[0].name] = {"loss": loss, "status": "diverged" if loss is None else "finished"}
+    return order, Progress(trials, results)
+
+
+def test_two_rates_above_the_best_go_on_and_no_rate_below_is_given_up() -> None:
+    # The best rate is the second of five: 0.01 0.02* 0.04 0.08 | 0.16 is given up after the first horizon.
+    order, progress = finish(plan(swept(batch=[1])), lambda trial: abs(dict(trial.fields)["lr"] - 0.02))
+    given_up = [(dict(t.fields)["lr"], t.tokens) for t in progress.trials if progress.left_out(t)]
+    assert given_up == [(0.16, 819_200), (0.16, 1_638_400)]
+    assert len(order) == 5 + 4 + 4
+    assert not progress.open()
+
+
+def test_a_diverged_rate_is_recorded_once_and_not_trained_further() -> None:
+    order, progress = finish(plan(swept(batch=[1])), lambda t: None if dict(t.fields)["lr"] > 0.05 else 1.0)
+    assert sum(dict(t.fields)["lr"] > 0.05 for t in order) == 2
+    assert {progress.left_out(t) for t in progress.trials if dict(t.fields)["lr"] > 0.05 and t.tokens > 409_600} == {
+        "diverged"
+    }
+
+
+def test_what_is_given_up_does_not_depend_on_the_order_of_work() -> None:
+    trials = plan(swept())
+    losses = {t.name: float(hash((t.batch, t.tokens, t.fields)) % 1000) for t in trials}
+    done = {name: {"loss": loss, "status": "finished"} for name, loss in losses.items()}
+    forward, _ = finish(trials, lambda t: losses[t.name])
+    backward, _ = finish(list(reversed(trials)), lambda t: losses[t.name])
+    assert {t.name for t in forward} == {t.name for t in backward}
+    assert {t.name for t in trials if not Progress(trials, done).left_out(t)} == {t.name for t in forward}
+
+
+def test_a_horizon_waits_for_the_whole_group_before_it() -> None:
+    trials = plan(swept(batch=[1]))
+    results = {t.name: {"loss": 1.0, "status": "finished"} for t in trials if t.tokens == 409_600}
+    last = results.popitem()
+    assert {t.tokens for t in Progress(trials, results).ready()} == {409_600}
+    assert {t.tokens for t in Progress(trials, dict([*results.items(), last])).ready()} == {819_200}
+
+
+def test_tokens_trained_are_those_behind_the_decay_of_the_horizon_before() -> None:
+    sweep = swept(batch=[1])
+    progress = Progress(plan(sweep), {})
+    by_tokens = {t.tokens: progress.trained_tokens(sweep, t) for t in progress.trials}
+    assert by_tokens == {409_600: 409_600, 819_200: 819_200 - 368_640, 1_638_400: 1_638_400 - 737_280}
+
+
+# --------------------------------------------------------------------------------------------------------- trials
+
+
+@pytest.fixture
+def words_sweep(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def arguments(*more: str) -> list[str]:
+        return [
+            f"--config-dir={CONFIGS}",
+            "+sweep=words",
+            f"data.corpora.words.path={words}/*.txt",
+            f"data.cache_dir={cache}",
+            f"run.folder={tmp_path}",
+            *more,
+        ]
+
+    return arguments
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "power"])
+def test_a_trial_on_a_shared_trunk_equals_a_separate_run(
+    words_sweep: Callable[..., list[str]], tmp_path: Path, schedule: str
+) -> None:
+    from train.cli import composed
+    from train.run import train
+
+    arguments = words_sweep()
+    if schedule == "power":
+        arguments += ["++sweep.schedules.power={a: [0.5], b: [-0.3]}"]
+    sweep = Sweep(arguments)
+    trunk = [
+        t for t in sweep.trials if t.schedule == schedule and t.batch == 0.03125 and t.fields[0][1] in (0.016, 0.5)
+    ]
+    assert [t.tokens for t in trunk] == [1280, 2560, 5120]
+    results: dict[str, dict[str, Any]] = {}
+    for trial in trunk:
+        start = begin_from(sweep, Progress(sweep.trials, results), trial)
+        assert len(start) == (trial.tokens > 1280)
+        train(composed([*arguments, *overrides(sweep.sweep, trial, sweep.settings), *start]), ["test"])
+        results[trial.name] = {"loss": 1.0, "status": "finished"}
+    apart = composed([*arguments, *overrides(sweep.sweep, trunk[-1], sweep.settings), "run.name=apart"])
+    train(apart, ["test"])
+
+    shared, alone = tmp_path / "words" / trunk[-1].name, tmp_path / "words" / "apart"
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        ours, theirs = (load_file(f / "checkpoints" / "step-00000040" / f"{name}.safetensors") for f in (shared, alone))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert read_lines(shared / "evals.jsonl") == read_lines(alone / "evals.jsonl")
+    steps = without_timing(read_lines(shared / "metrics.jsonl"))
+    assert steps == without_timing(read_lines(alone / "metrics.jsonl"))[-len(steps) :]
+    assert len(steps) == 40 - 18  # it began where the decay of 2560 tokens did
+
+
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "words" / "ledger.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def sweep_process(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.sweep", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_sweep(arguments: list[str], **environment: str) -> str:
+    process = sweep_process(arguments, **environment)
+    said, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_a_job_array_gives_the_same_ledger(
+    words_sweep: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    undisturbed = run_sweep(words_sweep(f"run.folder={tmp_path / 'whole'}"))
+    whole = ledger(tmp_path / "whole")
+    assert {line["status"] for line in whole} == {"finished"}
+    assert {"family", "hidden_size", "parameters", "warmup_tokens", "data_fingerprint", "config"} <= whole[0].keys()
+    assert "tokens trained where separate runs take" in undisturbed
+
+    # ---- SIGKILL to everything, again and again, at moments that also fall inside trials
+    arguments = words_sweep(f"run.folder={tmp_path / 'killed'}", "sweep.jobs=1", "checkpoint.every=2")
+    for delay in (9.0, 9.7, 10.4):
+        process = sweep_process(arguments)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    run_sweep(arguments)
+    assert ledger(tmp_path / "killed") == whole
+
+    # ---- SIGKILL to the controller alone: its workers and trials must not run on
+    arguments = words_sweep(f"run.folder={tmp_path / 'orphaned'}")
+    process = sweep_process(arguments)
+    time.sleep(9.0)
+    process.kill()
+    process.wait()
+    time.sleep(4.0)
+    alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "orphaned") not in alive
+    run_sweep(arguments)
+    assert ledger(tmp_path / "orphaned") == whole
+
+    # ---- the same workers as an array of jobs: a stand-in that runs the tasks side by side, as sbatch --wait would
+    stand_in = tmp_path / "bin" / "sbatch"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "$@" >> "$(dirname "$0")/calls"\n'
+        "[[ $1 == --wait && $2 == --array=0-1 ]] || exit 9\n"
+        "shift 2; script=$1; shift\n"
+        'for task in 0 1; do SLURM_ARRAY_TASK_ID=$task bash "$script" "$@" & done; wait\n'
+    )
+    stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
+    python = f"{stand_in.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run_sweep([*words_sweep(f"run.folder={tmp_path / 'array'}"), "--slurm"], PATH=python)
+    assert (stand_in.parent / "calls").exists()
+    assert ledger(tmp_path / "array") == whole
+
+    # ---- from the ledger alone nothing is trained again; a longer horizon begins from scratch and gives what it would
+    again = tmp_path / "again"
+    (again / "words").mkdir(parents=True)
+    kept = [line for line in whole if line["tokens"] < 5120]
+    text = "".join(json.dumps({**line, "seconds": 1.0}) + "\n" for line in kept)
+    (again / "words" / "ledger.jsonl").write_text(text)
+    run_sweep(words_sweep(f"run.folder={again}"))
+    assert ledger(again) == whole
+    assert not (again / "words" / kept[0]["trial"]).exists()
+
+
+def test_mistakes_are_told_before_anything_is_trained(
+    words_sweep: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("powertrain: ") and "Traceback" not in said
+        return said
+
+    assert "+sweep=NAME" in refused(*words_sweep()[:1], "+experiment=tiny")
+    assert "There is no 'nothing'" in refused(*words_sweep()[:1], "+sweep=nothing")
+    assert "between two steps" in refused(*words_sweep("sweep.tokens=[1300]"))
+    assert "no whole number of sequences" in refused(*words_sweep("sweep.batch=[0.0009765625]", "sweep.min_steps=1"))
+    assert "warmup" in refused(*words_sweep("schedule.warmup_tokens=1200"))
+    assert "hidden_sise" in refused(*words_sweep("++sweep.models.dense={hidden_sise: 32}"))
+    assert "start at nothing" in refused(*words_sweep("run.tokens_seen=10"))
+    assert not (tmp_path / "words").exists()
+
+
+def test_a_ledger_of_another_configuration_is_refused(
+    words_sweep: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = Sweep(words_sweep())
+    from rich.console import Console
+
+    from launch.sweep import facts_of, write_ledger
+
+    facts = facts_of(sweep.configs(), Console())
+    trial = sweep.trials[0]
+    (sweep.folder / trial.name).mkdir(parents=True)
+    line = {"trial": trial.name, "loss": 1.0, "status": "finished", "tokens": trial.tokens, "seconds": 1.0}
+    (sweep.folder / trial.name / "result.json").write_text(json.dumps(line))
+    write_ledger(sweep, facts)
+    with pytest.raises(SystemExit) as ended:
+        main(words_sweep("optimizer.weight_decay=0.2"))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "0.1" in said and "0.2" in said and "weight_decay" in said
+
+
+def test_train_takes_the_settings_of_a_sweep(words_sweep: Callable[..., list[str]]) -> None:
+    """A trial's own command, which its output and run.json show, can be given again by hand."""
+    from train.cli import composed
+
+    sweep = Sweep(words_sweep())
+    config = composed([*words_sweep(), *overrides(sweep.sweep, sweep.trials[0], sweep.settings)])
+    assert config.schedule["lr"] == 0.004 and config.run.tokens == 1280
+    assert dataclasses.is_dataclass(config)
