@@ -4,7 +4,7 @@ Two readings of one ledger. The paper's (arXiv 2408.13359, section 3) takes eta 
 of every horizon the three best batches, their gamma = eta / batch averaged, and a line through log gamma over log
 tokens. The other fits c together with a and b to all batches. Batches are in units of 4096 tokens.
 
-Intervals are 95% percentiles of replicates of the whole fit, choice of batches included. In a replicate each trunk, the
+Intervals are 95% ones from replicates of the whole fit, choice of batches included. In a replicate each trunk, the
 run that all horizons of a (size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to
 its horizons; and the best rates scatter around the law by as much as they do beyond that noise.
 """
@@ -74,8 +74,9 @@ class Estimate:
 class Reading:
     """eta = a · batch^c · tokens^b, as one way of fitting gives it.
 
-    replicates: (R, 3) of (log gamma at `central_tokens`, b, c), the point estimate first. residual: standard deviation
-    of the log rates (of log gamma in the paper's reading) around the law.
+    replicates: (1 + R, 3) of (log gamma at `central_tokens`, b, c), the estimate first and the others reflected at it:
+    by as much as noise moves a replicate off the estimate, it may have moved the estimate off the truth. residual:
+    standard deviation of the log rates (of log gamma in the paper's reading) around the law.
     """
 
     central_tokens: float
@@ -194,7 +195,7 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     log_lr = log_lr + scatter
     plane = Reading(
         math.exp(center),
-        _least_squares(design, log_lr, usable),
+        _reflected(_least_squares(design, log_lr, usable)),
         float(np.sqrt(residuals @ residuals / freedom)),
         len(residuals),
     )
@@ -465,6 +466,10 @@ def _least_squares(design: Array, values: Array, weights: npt.NDArray[np.bool_])
     return np.asarray(np.einsum("rpq,rq->rp", np.linalg.pinv(normal, hermitian=True), right))
 
 
+def _reflected(coefficients: Array) -> Array:
+    return np.vstack([coefficients[:1], 2 * coefficients[0] - coefficients[1:]])
+
+
 def _best_batches(
     cells: tuple[Cell, ...], log_gamma: Array, best_loss: Array, usable: npt.NDArray[np.bool_]
 ) -> tuple[Array, list[tuple[tuple[str, int], int]], tuple[Cell, ...]]:
@@ -496,7 +501,8 @@ def _line(
     coefficients = _least_squares(design, gammas[:, own], there)
     residuals = gammas[0, own] - design @ coefficients[0]
     residual = math.sqrt(float(residuals @ residuals) / max(1, len(own) - 2))
-    return Reading(math.exp(center), np.column_stack([coefficients, np.ones(len(coefficients))]), residual, len(own))
+    coefficients = np.column_stack([_reflected(coefficients), np.ones(len(coefficients))])
+    return Reading(math.exp(center), coefficients, residual, len(own))
 
 
 # ----------------------------------------------------------------------------------------------------- in words
