@@ -6,7 +6,8 @@ tokens. The other fits c together with a and b to all batches. Batches are in un
 
 Intervals are 95% ones from replicates of the whole fit, choice of batches included. In a replicate each trunk, the
 run that all horizons of a (size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to
-its horizons; and the best rates scatter around the law by as much as they do beyond that noise.
+its horizons; the best rates scatter around the law by as much as they do beyond that noise; and all of them may be off
+by half of what the shape of the losses has moved them.
 """
 
 from __future__ import annotations
@@ -170,13 +171,13 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     trials = _Trials(ledger)
     draws = np.random.default_rng(seed)
 
-    fitted = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    fitted, moved = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
     cells = tuple(_cell(trials, index, fit) for index, fit in enumerate(fitted))
     _refuse(cells)
     sigma, shared = _noise(trials, fitted)
 
     # ---- replicates: everything again, with each trunk's noise drawn anew; row 0 is the ledger as it is
-    repeated = _parabolas(trials, trials.noise(sigma, shared, replicates, draws))
+    repeated, _ = _parabolas(trials, trials.noise(sigma, shared, replicates, draws))
     log_lr = np.stack([p.log_lr for p in repeated], axis=1)  # (R, cells)
     best_loss = np.stack([p.loss for p in repeated], axis=1)
     usable = np.stack([p.usable for p in repeated], axis=1)
@@ -191,8 +192,9 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     kept = usable[0]
     by_noise = np.nanvar(np.where(usable, log_lr, np.nan)[:, kept], axis=0).mean()
     misfit = math.sqrt(max(0.0, float(residuals @ residuals) / freedom - float(by_noise)))
-    scatter = np.vstack([np.zeros((1, len(cells))), draws.normal(0, misfit, (replicates, len(cells)))])
-    log_lr = log_lr + scatter
+    # How lopsided losses are is known roughly: half of what it moved the best rates by is an error of all of them.
+    scatter = draws.normal(0, misfit, (replicates, len(cells))) + draws.normal(0, abs(moved) / 2, (replicates, 1))
+    log_lr = log_lr + np.vstack([np.zeros((1, len(cells))), scatter])
     plane = Reading(
         math.exp(center),
         _reflected(_least_squares(design, log_lr, usable)),
@@ -234,7 +236,7 @@ def expected_error(
         ValueError: there is no best rate inside the grid of rates yet.
     """
     trials = _Trials(ledger)
-    fitted = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    fitted, _ = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
     usable = [(p, trials.log_rates(index)) for index, p in enumerate(fitted) if p.usable[0] and len(p.residuals) > 3]
     if not usable:
         raise ValueError("no batch has its best rate inside the grid, with two rates on one side and one on the other.")
@@ -326,12 +328,15 @@ class _Parabola:
     flag: str
 
 
-def _parabolas(trials: _Trials, noise: Array) -> list[_Parabola]:
+def _parabolas(trials: _Trials, noise: Array) -> tuple[list[_Parabola], float]:
     """One for each cell, with noise (R, groups, trunks) on the losses.
 
     Losses rise faster above the best rate than below it, and a parabola's minimum then lies beside theirs. How
     lopsided they are, the cubic term over the quadratic one, is taken to be the same in all cells, since a single one
     cannot tell it from noise.
+
+    Returns:
+        The parabolas, and by how much the lopsidedness moved the log of the best rates, on average.
     """
     losses = [trials.cell_losses(cell) + trials.in_cell(noise, cell) for cell in range(len(trials.cells))]
     plain = [_parabola(trials.log_rates(cell), y, np.zeros(len(y))) for cell, y in enumerate(losses)]
@@ -341,7 +346,9 @@ def _parabolas(trials: _Trials, noise: Array) -> list[_Parabola]:
         product = product + np.where(there, p.cubic * p.curvature, 0.0)
         square = square + np.where(there, p.curvature**2, 0.0)
     lopsided = np.clip(product / np.where(square > 0, square, 1.0), -MOST_LOPSIDED, MOST_LOPSIDED)
-    return [_parabola(trials.log_rates(cell), y, lopsided) for cell, y in enumerate(losses)]
+    bent = [_parabola(trials.log_rates(cell), y, lopsided) for cell, y in enumerate(losses)]
+    moves = [b.log_lr[0] - p.log_lr[0] for b, p in zip(bent, plain, strict=True) if b.usable[0] and p.usable[0]]
+    return bent, float(np.mean(moves)) if moves else 0.0
 
 
 def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> _Parabola:

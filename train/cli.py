@@ -115,7 +115,8 @@ def composed_data(overrides: list[str]) -> DataConfig:
 
 
 def _compose(overrides: list[str]) -> DictConfig:
-    overrides = _take_config_dir(overrides)
+    # A sweep's settings are its own to check: those that its file leaves at their defaults can be given, too.
+    overrides = [f"++{o}" if o.startswith("sweep.") else o for o in _take_config_dir(overrides)]
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
