@@ -248,7 +248,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import lines, pyplot, ticker
 
     paths = []
     sizes = list(dict.fromkeys(cell.size for cell in law.cells))
@@ -261,19 +261,23 @@ def plot(law: Law, folder: Path) -> list[Path]:
         own = [tokens for tokens in horizons if any((c.size, c.tokens) == (size, tokens) for c in law.cells)]
         columns = min(3, len(own))
         rows = math.ceil(len(own) / columns)
-        figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+        size_in = (4.2 * columns + 0.8, 3.2 * rows)
+        figure, axes = pyplot.subplots(rows, columns, figsize=size_in, squeeze=False, layout="constrained")
         for axis, tokens in zip(axes.flat, own, strict=False):
             for cell in law.cells:
                 if (cell.size, cell.tokens) == (size, tokens):
                     _curve(axis, cell, hues[cell.batch])
             axis.set(xscale="log", title=f"{tokens:,} tokens", xlabel="learning rate", ylabel="validation loss (nats)")
-            axis.grid(alpha=0.3)
-        axes.flat[0].legend(title="batch", fontsize=7)
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.grid(alpha=0.3, which="both")
+        handles = [lines.Line2D([], [], color=hues[batch], label=f"{batch:g}") for batch in batches]
+        figure.legend(handles=handles, title="batch", fontsize=7, loc="outside right upper")
         for axis in list(axes.flat)[len(own) :]:
             axis.set_visible(False)
         paths.append(_save(figure, folder / f"losses_{_size(size).replace(' ', '_')}.png"))
 
-    figure, axes = pyplot.subplots(len(sizes), 2, figsize=(10, 3.6 * len(sizes)), squeeze=False)
+    size_in = (10, 3.6 * len(sizes))
+    figure, axes = pyplot.subplots(len(sizes), 2, figsize=size_in, squeeze=False, layout="constrained")
     for (left, right), size in zip(axes, sizes, strict=True):
         usable = [cell for cell in law.cells if cell.usable and cell.size == size]
         for tokens in horizons:
@@ -288,7 +292,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
             axis.grid(alpha=0.3, which="both")
     paths.append(_save(figure, folder / "best_rates.png"))
 
-    figure, axis = pyplot.subplots(figsize=(7, 5))
+    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for number, size in enumerate(sizes):
         points = [(c.tokens, c.lr / c.batch) for c in law.best if c.size == size]
         axis.plot(*_columns(points), "osD^v"[number % 5], color=f"C{number}", label=_size(size), alpha=0.7)
@@ -324,7 +328,6 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

@@ -487,7 +487,7 @@ def _best_batches(
         here = [i for i, cell in enumerate(cells) if (cell.size, cell.tokens) == point]
         ranked = np.argsort(np.where(usable[:, here], best_loss[:, here], np.inf), axis=1)[:, :BEST_BATCHES]
         kept = np.take_along_axis(usable[:, here], ranked, axis=1)
-        gamma = np.where(kept, np.exp(np.take_along_axis(log_gamma[:, here], ranked, axis=1)), 0.0)
+        gamma = np.exp(np.where(kept, np.take_along_axis(log_gamma[:, here], ranked, axis=1), -np.inf))
         with np.errstate(divide="ignore", invalid="ignore"):
             columns.append(np.where(kept.sum(1) >= 2, np.log(gamma.sum(1) / kept.sum(1)), np.nan))
         if kept[0].sum() >= 2:

@@ -257,7 +257,8 @@ def test_a_killed_sweep_goes_on_and_a_job_array_gives_the_same_ledger(
     )
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     python = f"{stand_in.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run_sweep([*words_sweep(f"run.folder={tmp_path / 'array'}"), "--slurm"], PATH=python)
+    launcher = f"sweep.launcher={sys.executable}"  # trials by a launcher, not forked from the worker
+    run_sweep([*words_sweep(f"run.folder={tmp_path / 'array'}", launcher), "--slurm"], PATH=python)
     assert (stand_in.parent / "calls").exists()
     assert ledger(tmp_path / "array") == whole
 
