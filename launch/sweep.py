@@ -115,8 +115,10 @@ class Sweep:
         """What is known now: the ledger's lines, and results that are not in it yet."""
         results = read_ledger(self.ledger)
         for trial in self.trials:
-            if trial.name not in results and (path := self.folder / trial.name / "result.json").exists():
-                results[trial.name] = json.loads(path.read_text())
+            if trial.name not in results:
+                # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
+                with contextlib.suppress(OSError, ValueError):
+                    results[trial.name] = json.loads((self.folder / trial.name / "result.json").read_text())
         return Progress(self.trials, results)
 
     def failed(self, trial: Trial) -> Path:
@@ -140,7 +142,7 @@ def control(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"Another process is running the sweep in {sweep.folder}. Wait for it, or choose another sweep.name."
             )
-        facts = facts_of(configs, console)
+        facts = facts_of(sweep, configs, console)
         _check_ledger(sweep, facts)
         for trial in sweep.trials:
             sweep.failed(trial).unlink(missing_ok=True)
@@ -166,7 +168,7 @@ def control(options: argparse.Namespace) -> int:
     return 0
 
 
-def facts_of(configs: dict[tuple[str, str], Config], console: Console) -> Facts:
+def facts_of(sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console) -> Facts:
     """What the lines of the ledger say besides the results, by (model, schedule). Prepares the data, once."""
     facts = {}
     for key, config in configs.items():
@@ -183,10 +185,7 @@ def facts_of(configs: dict[tuple[str, str], Config], console: Console) -> Facts:
             raise ConfigError(
                 "No corpus has validation documents, so no trial would have a loss: set its validation_fraction."
             )
-    there, longest = (
-        sum(file.num_tokens for file in prepared.train.values()),
-        max(c.run.tokens for c in configs.values()),
-    )
+    there, longest = sum(file.num_tokens for file in prepared.train.values()), max(sweep.sweep.tokens)
     if longest > there:
         console.print(f"The longest horizon is {longest:,} tokens and the corpora hold {there:,}: tokens repeat.")
     return facts
@@ -197,9 +196,9 @@ def _check_ledger(sweep: Sweep, facts: Facts) -> None:
     known = read_ledger(sweep.ledger)
     for trial in sweep.trials:
         for name, value in facts[trial.model, trial.schedule].items():
-            if trial.name in known and known[trial.name][name] != value:
-                was, now = known[trial.name][name], value
-                if isinstance(value, dict):
+            if trial.name in known and known[trial.name].get(name) != value:
+                was, now = known[trial.name].get(name), value
+                if isinstance(was, dict) and isinstance(now, dict):
                     flat = [dict(setting_values(side)) for side in (was, now)]
                     was, now = ({k: v for k, v in side.items() if flat[0].get(k) != flat[1].get(k)} for side in flat)
                 raise ConfigError(
@@ -221,11 +220,8 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
 def watch(sweep: Sweep, facts: Facts, workers: list[subprocess.Popen[bytes]], console: Console) -> None:
     """Until the workers have ended: collect what they leave, and show it."""
     seen = set(sweep.progress().results)
-    with (
-        Live(console=console, auto_refresh=False, transient=True)
-        if console.is_terminal
-        else contextlib.nullcontext() as live
-    ):
+    terminal = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    with terminal or contextlib.nullcontext() as live:
         try:
             while any(worker.poll() is None for worker in workers):
                 progress = write_ledger(sweep, facts)
@@ -306,14 +302,14 @@ def _cells(progress: Progress, here: dict[Any, Trial], columns: list[Any]) -> li
 def summary(sweep: Sweep, progress: Progress) -> str:
     """How much is done, what the shared trunks saved, and how long the rest may take."""
     done = [t for t in sweep.trials if progress.done(t)]
-    out = [t for t in sweep.trials if progress.left_out(t)]
+    out = [t for t in sweep.trials if progress.left_out(t) and not progress.done(t)]
     trained, apart = sum(progress.trained_tokens(sweep.sweep, t) for t in done), sum(t.tokens for t in done)
     saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if done else ""
-    left = seconds_left(sweep, progress)
-    left_text = (
-        "" if not left else f", about {left / 3600:.1f} h left" if left > 5400 else f", about {left / 60:.0f} min left"
+    seconds = seconds_left(sweep, progress)
+    left = (
+        f", about {f'{seconds / 3600:.1f} h' if seconds > 5400 else f'{seconds / 60:.0f} min'} left" if seconds else ""
     )
-    return f"{len(done)} of {len(sweep.trials)} trials done, {len(out)} left out{saved}{left_text}"
+    return f"{len(done)} of {len(sweep.trials)} trials done, {len(out)} left out{saved}{left}"
 
 
 def pilot(sweep: Sweep, facts: Facts, progress: Progress) -> str:

@@ -335,5 +335,6 @@ def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            lines[entry["trial"]] = entry
+            if isinstance(entry, dict) and "trial" in entry:
+                lines[entry["trial"]] = entry
     return lines

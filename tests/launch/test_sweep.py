@@ -302,7 +302,7 @@ def test_a_ledger_of_another_configuration_is_refused(
 
     from launch.sweep import facts_of, write_ledger
 
-    facts = facts_of(sweep.configs(), Console())
+    facts = facts_of(sweep, sweep.configs(), Console())
     trial = sweep.trials[0]
     (sweep.folder / trial.name).mkdir(parents=True)
     line = {"trial": trial.name, "loss": 1.0, "status": "finished", "tokens": trial.tokens, "seconds": 1.0}
