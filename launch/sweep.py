@@ -86,7 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.config_dir:
         options.overrides = [f"--config-dir={options.config_dir}", *options.overrides]
-    sys.exit(guard(lambda: work(options) if options.worker else control(options)))
+    if options.worker:
+        with contextlib.suppress(KeyboardInterrupt):  # the controller says what there is to say
+            sys.exit(guard(lambda: work(options)))
+        sys.exit(130)
+    sys.exit(guard(lambda: control(options)))
 
 
 class Sweep:
@@ -135,8 +139,10 @@ def control(options: argparse.Namespace) -> int:
     configs = sweep.configs()
     console = Console()
     if options.dry_run:
-        console.print(tables(sweep, sweep.progress()), summary(sweep, sweep.progress()))
+        console.print(planned(sweep), summary(sweep, sweep.progress()))
         return 0
+    if (sweep.folder / "config.yaml").exists():
+        raise ConfigError(f"{sweep.folder} is the folder of a run: choose another sweep.name.")
     with claim(sweep.folder) as claimed:
         if claimed is None:
             raise ConfigError(
@@ -154,17 +160,18 @@ def control(options: argparse.Namespace) -> int:
             stopped = True
         progress = write_ledger(sweep, facts)
     console.print(tables(sweep, progress), summary(sweep, progress))
-    if options.pilot:
+    asked = [trial for trial in progress.open() if not options.pilot or progress.before(trial) is None]
+    if options.pilot and not asked:
         console.print(pilot(sweep, facts, progress))
-        return 0
     failed = [trial for trial in sweep.trials if sweep.failed(trial).exists()]
     for trial in failed:
         console.print(
             f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
         )
         console.print(sweep.failed(trial).read_text().strip()[-400:], markup=False)
-    if left := len(progress.open()):
-        raise RunFailed(f"{left} trials are left{' (stopped)' if stopped else ''}; the same command goes on with them.")
+    if asked:
+        how = " (stopped)" if stopped else ""
+        raise RunFailed(f"{len(asked)} trials are left{how}; the same command goes on with them.")
     return 0
 
 
@@ -231,8 +238,8 @@ def watch(sweep: Sweep, facts: Facts, workers: list[subprocess.Popen[bytes]], co
                     seen |= {trial.name for trial in new}
                     for trial in new:
                         loss = progress.results[trial.name]["loss"]
-                        text = "diverged" if loss is None else f"{loss:.4f}"
-                        print(f"{trial.name}: {text}; {summary(sweep, progress)}", flush=True)
+                        print(f"{trial.name}: {'diverged' if loss is None else f'{loss:.4f}'}")
+                    print(f"  {summary(sweep, progress)}", flush=True)
                 time.sleep(POLL_SECONDS)
         finally:
             for worker in workers:
@@ -254,6 +261,22 @@ def write_ledger(sweep: Sweep, facts: Facts) -> Progress:
         sweep.ledger.parent.mkdir(parents=True, exist_ok=True)
         replace_text(sweep.ledger, text)
     return progress
+
+
+def planned(sweep: Sweep) -> Group:
+    """Steps of every batch at every horizon, and how many trials and tokens that is at most."""
+    progress, horizons = Progress(sweep.trials, {}), sorted(sweep.sweep.tokens)
+    grid = Table("batch", *(f"{tokens:,} tokens" for tokens in horizons), title="steps")
+    for batch in sorted(sweep.sweep.batch):
+        trained = {t.tokens: f"{t.steps:,}" for t in sweep.trials if t.batch == batch}
+        grid.add_row(f"{batch:g}", *(trained.get(tokens, "–") for tokens in horizons))
+    limits = f"sweep.min_steps {sweep.sweep.min_steps}, sweep.max_steps {sweep.sweep.max_steps or 'none'}"
+    tokens = sum(progress.trained_tokens(sweep.sweep, trial) for trial in sweep.trials)
+    return Group(
+        grid,
+        f"–: not trained ({limits}). {len(sweep.trials)} trials of {', '.join(sweep.sweep.models)}, at most {tokens:,} "
+        f"tokens; separate runs would take {sum(trial.tokens for trial in sweep.trials):,}.",
+    )
 
 
 def tables(sweep: Sweep, progress: Progress) -> Group:
@@ -304,12 +327,13 @@ def summary(sweep: Sweep, progress: Progress) -> str:
     done = [t for t in sweep.trials if progress.done(t)]
     out = [t for t in sweep.trials if progress.left_out(t) and not progress.done(t)]
     trained, apart = sum(progress.trained_tokens(sweep.sweep, t) for t in done), sum(t.tokens for t in done)
-    saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if done else ""
+    saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if trained < apart else ""
+    pruned = f", {len(out)} not worth a longer horizon" if out else ""
     seconds = seconds_left(sweep, progress)
     left = (
         f", about {f'{seconds / 3600:.1f} h' if seconds > 5400 else f'{seconds / 60:.0f} min'} left" if seconds else ""
     )
-    return f"{len(done)} of {len(sweep.trials)} trials done, {len(out)} left out{saved}{left}"
+    return f"{len(done)} of {len(sweep.trials)} trials done{pruned}{saved}{left}"
 
 
 def pilot(sweep: Sweep, facts: Facts, progress: Progress) -> str:
@@ -354,15 +378,13 @@ def seconds_left(sweep: Sweep, progress: Progress) -> float | None:
 def work(options: argparse.Namespace) -> int:
     """Run trials until none is left that could be run."""
     sweep = Sweep(options.overrides)
-    shortest = min(sweep.sweep.tokens)
     if not sweep.sweep.launcher:
         import train.run  # noqa: F401  # once, for the processes that are forked from this one
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     while True:
         progress = sweep.progress()
-        ready = [
-            t for t in progress.ready() if not sweep.failed(t).exists() and (not options.pilot or t.tokens == shortest)
-        ]
+        wanted = [t for t in progress.ready() if not options.pilot or progress.before(t) is None]
+        ready = [t for t in wanted if not sweep.failed(t).exists()]
         for trial in ready:
             with claim(sweep.folder / trial.name) as claimed:
                 if claimed is not None and not sweep.progress().done(trial):

@@ -162,8 +162,9 @@ def plan(sweep: SweepConfig) -> list[Trial]:
         ):
             raise ConfigError(f"{repeat} of sweep.repeats belongs to no model, schedule and batch of the sweep.")
     if not trials:
+        limit = f" and at most {sweep.max_steps}" if sweep.max_steps else ""
         raise ConfigError(
-            f"No batch has between {sweep.min_steps} and {sweep.max_steps} steps at any horizon: there is no trial. "
+            f"No batch has {sweep.min_steps} steps or more at any horizon{limit}: there is no trial. "
             "Change sweep.batch, sweep.tokens, sweep.min_steps or sweep.max_steps."
         )
     return list(dict.fromkeys(trials))

@@ -536,7 +536,7 @@ def _missing(cells: tuple[Cell, ...]) -> str:
     if len({cell.batch for cell in cells}) == 1:
         said += " With a single batch size nothing can tell how the rate grows with the batch: sweep three or more."
     if len({cell.tokens for cell in cells}) < MIN_HORIZONS:
-        said += f" It was swept at {len({cell.tokens for cell in cells})} horizons: sweep more of them."
+        said += f" It was swept at {len({cell.tokens for cell in cells})} of them: sweep more horizons."
     for flag, remedy in (
         ("edge high", "add higher rates"),
         ("edge low", "add lower rates"),
@@ -582,6 +582,7 @@ def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]
             edges.append(f"{size[0]} {size[1]} T={tokens:,} batch {best.batch:g}".strip())
     if edges:
         notes.append(
-            f"The best batch is at the edge of the batches swept at {len(edges)} horizons ({', '.join(edges[:6])})."
+            f"The best batch is the smallest or the largest one swept at {len(edges)} (size, horizon): "
+            f"{', '.join(edges[:6])}{', …' if len(edges) > 6 else ''}."
         )
     return notes

@@ -242,6 +242,11 @@ class Config:
                     decay = None
                 elif decay.get("start") is None:
                     decay["start"] = self.end_tokens - decay["tokens"]
+                    if decay["start"] < 0:
+                        raise ConfigError(
+                            f"schedule.decay.tokens {decay['tokens']:,} is more than the whole run, which ends at "
+                            f"{self.end_tokens:,} tokens. Shorten it, or set it to 0 for no decay."
+                        )
                 fields["decay"] = decay
             if name == "cosine" and fields.get("total_tokens") is None:
                 fields["total_tokens"] = self.end_tokens
@@ -251,6 +256,8 @@ class Config:
                 assert start is not None
                 schedule = schedulers.Rewarmup(schedule=schedule, start=start, tokens=rewarmup["tokens"])
             return schedule
+        except ConfigError:
+            raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"schedule: {error}") from error
 

@@ -72,6 +72,8 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
     lock: list[IO[str]] = []
 
     def claim() -> None:
+        if (folder / "ledger.jsonl").exists():
+            raise ConfigError(f"{folder} is the folder of a sweep: choose another run.name.")
         if folder.is_symlink():
             raise ConfigError(f"{folder} is a link; name the folder that it leads to with run.folder and run.name.")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -255,7 +255,7 @@ def without(condition: Callable[[Line], bool]) -> list[Line]:
     [
         ([], "nothing to fit"),
         (without(lambda line: line["batch"] != 1.0), "single batch size"),
-        (without(lambda line: line["tokens"] not in TOKENS[:2]), "2 horizons: sweep more"),
+        (without(lambda line: line["tokens"] not in TOKENS[:2]), "2 of them: sweep more horizons"),
         (without(lambda line: line["lr"] > 0.002), "add higher rates"),
         (without(lambda line: line["lr"] < 0.05), "add lower rates"),
         (without(lambda line: line["lr"] not in RATES[4:6]), "parabola takes three"),
