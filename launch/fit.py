@@ -19,6 +19,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from schedulers import Power
-from schedulers.law import Cell, Law, Reading, fit
+from schedulers.law import Cell, Law, Reading, fit, name_of
 from train.cli import guard
 from train.config import Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
 from train.environment import replace_text
@@ -50,11 +51,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    if options.name and not re.fullmatch(r"\w[\w.-]*", options.name):
+        raise ConfigError(f"--name '{options.name}' cannot name a schedule: letters, digits, '_', '-' and '.'.")
     ledger = read(options.ledger)
     try:
         law = fit(ledger)
     except ValueError as error:
         raise ConfigError(f"{options.ledger}: {error}") from error
+    text = schedule(law, ledger, options.ledger) if options.name else ""
     if options.predict:
         print(prediction(law, *_predict_arguments(options.predict)))
         return 0
@@ -64,11 +68,9 @@ def _fit(options: argparse.Namespace) -> int:
     for path in plot(law, out / "law"):
         print(path)
     if options.name:
-        if not re.fullmatch(r"\w[\w.-]*", options.name):
-            raise ConfigError(f"--name '{options.name}' cannot name a schedule: letters, digits, '_', '-' and '.'.")
         path = out / "schedule" / f"{options.name}.yaml"
         path.parent.mkdir(exist_ok=True)
-        replace_text(path, schedule(law, ledger, options.ledger))
+        replace_text(path, text)
         print(f"{path}: train with --config-dir {out} schedule={options.name}")
     return 0
 
@@ -82,7 +84,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ConfigError(f"There is no ledger {path}. A sweep leaves one in RUN.FOLDER/NAME/ledger.jsonl.")
     lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if not text.strip():
             continue
         try:
@@ -110,21 +112,25 @@ def _predict_arguments(given: list[str]) -> tuple[float, float]:
 
 
 def prediction(law: Law, batch: float, tokens: float) -> str:
-    """The best rate for a batch and a horizon, its interval, where the cap releases, and what is extrapolated."""
-    chosen = law.chosen
-    lr = chosen.lr(batch, tokens)
-    release = power(law).cap_release(batch)
+    """The best rate for a batch and a horizon, its interval, what the Power schedule makes of it, and what to doubt."""
+    lr = law.chosen.lr(batch, tokens)
     lines = [
         f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and "
         f"{tokens:g} tokens",
-        f"Power: a {chosen.a.value:.4g}, b {chosen.b.value:.4g}, batch_exponent {_exponent(law):.4g}; the cap "
-        f"max_lr {max_lr(law):.4g} releases after {release:.3g} tokens",
     ]
+    if law.chosen.b.value < 0:
+        schedule = power(law)
+        release = schedule.cap_release(batch)
+        lines.append(
+            f"Power: a {schedule.a:.4g}, b {schedule.b:.4g}, batch_exponent {schedule.batch_exponent:.4g}; the cap "
+            f"max_lr {schedule.max_lr:.4g} releases after {release:.3g} tokens"
+            + (": this run would be at the cap to its end" if release >= tokens else "")
+        )
     if outside := law.outside(batch, tokens):
         lines.append(
             f"Warning: {'; '.join(outside)}. The interval takes the law to hold there, which no trial has shown."
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *law.notes])
 
 
 def report(law: Law) -> str:
@@ -139,7 +145,7 @@ def report(law: Law) -> str:
         f"{usable} of {len(law.cells)} (size, horizon, batch) have a best rate inside the grid",
         "",
         "The paper's reading, lr = a · batch · tokens^b: γ = lr / batch of the three best batches of each horizon",
-        *(paper(_size(size), line) for size, line in law.sizes.items()),
+        *(paper(name_of(size), line) for size, line in law.sizes.items()),
         paper("all", law.paper),
         f"  {'':<18} a {law.paper.a}",
         "",
@@ -148,35 +154,14 @@ def report(law: Law) -> str:
         "",
         f"residual: standard deviation of the log rate around the law. Noise of a loss: {_noise(law)} nats, of whose "
         f"variance the horizons of a trunk share {law.shared:.0%}.",
-        *_agreement(law),
         *law.notes,
     ]
     return "\n".join(lines)
 
 
-def _agreement(law: Law) -> list[str]:
-    """Whether the sizes tell the same law."""
-    if len(law.sizes) < 2:
-        return []
-    apart = [
-        f"{_size(one)} and {_size(other)} ({name} {getattr(a, name)} and {getattr(b, name)})"
-        for i, (one, a) in enumerate(law.sizes.items())
-        for other, b in list(law.sizes.items())[i + 1 :]
-        for name in ("b", "gamma")
-        if getattr(a, name).low > getattr(b, name).high or getattr(b, name).low > getattr(a, name).high
-    ]
-    if apart:
-        return [f"Sizes whose intervals do not overlap: {'; '.join(apart)}."]
-    return ["The sizes agree: the intervals of b and of γ overlap for every pair."]
-
-
 def _noise(law: Law) -> str:
     values = sorted(law.noise.values())
     return f"{values[0]:.4f} to {values[-1]:.4f}"
-
-
-def _size(size: tuple[str, int]) -> str:
-    return f"{size[0]} {size[1]}".strip()
 
 
 # --------------------------------------------------------------------------------------------------- the schedule
@@ -211,6 +196,7 @@ def schedule(law: Law, ledger: list[dict[str, Any]], source: Path) -> str:
 # lr = min(max_lr, a · batch^batch_exponent · n^b), fitted to {source.name}: {len(batches)} best rates
 # at batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
 # b {chosen.b}, a {chosen.a}, c {law.plane.c}; 95% intervals.
+{"".join(f"# {line}{chr(10)}" for note in law.notes for line in textwrap.wrap(note, 116))}\
 name: power
 a: {found.a:.6g}
 b: {found.b:.6g}
@@ -224,16 +210,22 @@ rewarmup: {{start: null, tokens: 0}}
     if configs:
         from train.model.mup import parametrisation
 
-        own = [
-            parametrisation(
-                Config(
-                    model=ModelConfig(**config["model"]),
-                    mup=MupConfig(**config["mup"]),
-                    optimizer=OptimizerConfig(**config["optimizer"]),
+        try:
+            own = [
+                parametrisation(
+                    Config(
+                        model=ModelConfig(**config["model"]),
+                        mup=MupConfig(**config["mup"]),
+                        optimizer=OptimizerConfig(**config["optimizer"]),
+                    )
                 )
-            )
-            for config in {json.dumps(config): config for config in configs}.values()
-        ]
+                for config in {json.dumps(config): config for config in configs}.values()
+            ]
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{source}: a trial's `config` is not one of this version ({error}). Without `config` on its lines the "
+                "ledger makes a schedule that does not say which parametrisation it belongs to."
+            ) from error
         common = {name: value for name, value in own[0].items() if all(other.get(name) == value for other in own)}
         text += "belongs_to:  # a run whose own differ is told so\n"
         text += "".join(f"  {json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}\n" for k, v in common.items())
@@ -274,7 +266,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
         figure.legend(handles=handles, title="batch", fontsize=7, loc="outside right upper")
         for axis in list(axes.flat)[len(own) :]:
             axis.set_visible(False)
-        paths.append(_save(figure, folder / f"losses_{_size(size).replace(' ', '_')}.png"))
+        paths.append(_save(figure, folder / f"losses_{re.sub(r'[^a-zA-Z0-9]+', '_', name_of(size))}.png"))
 
     size_in = (10, 3.6 * len(sizes))
     figure, axes = pyplot.subplots(len(sizes), 2, figsize=size_in, squeeze=False, layout="constrained")
@@ -287,7 +279,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
             line = [(c.tokens, c.lr) for c in usable if c.batch == batch]
             right.plot(*_columns(line), "o-", color=hues[batch], label=f"{batch:g}")
         for axis, name, legend in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=_size(size))
+            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=name_of(size))
             axis.legend(title=legend, fontsize=7)
             axis.grid(alpha=0.3, which="both")
     paths.append(_save(figure, folder / "best_rates.png"))
@@ -295,7 +287,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
     figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for number, size in enumerate(sizes):
         points = [(c.tokens, c.lr / c.batch) for c in law.best if c.size == size]
-        axis.plot(*_columns(points), "osD^v"[number % 5], color=f"C{number}", label=_size(size), alpha=0.7)
+        axis.plot(*_columns(points), "osD^v"[number % 5], color=f"C{number}", label=name_of(size), alpha=0.7)
         if size in law.sizes:
             _line(axis, law.sizes[size], horizons, f"C{number}", "--", None)
     _line(axis, law.paper, horizons, "black", "-", f"all: γ ∝ tokens^{law.paper.b.value:.3f}")

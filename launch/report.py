@@ -62,8 +62,9 @@ def _report(folders: list[Path], out: Path | None) -> int:
 
 def sweep_page(folder: Path) -> str:
     """Final losses, what each schedule reaches with one set of numbers, and the curves of the best trials."""
-    ledger = read(folder / "ledger.jsonl")
-    parts = [*compared(ledger), *_grids(ledger)]
+    ledger = [_complete(line) for line in read(folder / "ledger.jsonl")]
+    ledger = [line for line in ledger if line["seed"] == _first_seed(ledger)]  # repeats are there for the noise
+    parts = [about(ledger), *compared(ledger), *_grids(ledger)]
     cells = sorted({_cell(line) for line in ledger}, key=lambda cell: (cell[0], cell[1], cell[2]))
     longest = {(model, batch): (model, batch, tokens) for model, batch, tokens in cells}  # the last one stays
     for cell in longest.values():
@@ -75,6 +76,28 @@ def sweep_page(folder: Path) -> str:
         if len(runs) > 1:
             parts += [f"<h2>{html.escape(_where(cell))}: the best trial of each schedule</h2>", *overlays(runs)[:2]]
     return page(folder.resolve().name, parts)
+
+
+def _complete(line: Line) -> Line:
+    """With what a ledger made elsewhere may leave out."""
+    if lacking := [name for name in ("batch", "tokens", "loss") if name not in line]:
+        raise ConfigError(f"A line of the ledger has no {', '.join(lacking)}: {str(line)[:100]}")
+    name = f"{line.get('family', '')} {line.get('hidden_size', '')}".strip()
+    return {"model_name": name, "schedule": "wsd", "seed": 0, "trial": "", **line}
+
+
+def about(ledger: Sequence[Line]) -> str:
+    """What was trained, in a sentence or two."""
+    models = {line["model_name"]: line for line in ledger}
+    named = "; ".join(
+        f"{name}, {line['parameters']:,} parameters" if "parameters" in line else name for name, line in models.items()
+    )
+    decays = sorted({line["decay_fraction"] for line in ledger if line.get("decay_fraction")})
+    decay = f" The last {decays[0]:.0%} of the tokens of a trial with a decay are its decay." if decays else ""
+    text = (
+        f"{len(ledger)} trials on one data order: {named}. Batches are in units of 4096 tokens, losses in nats.{decay}"
+    )
+    return f"<p>{html.escape(text)}</p>"
 
 
 def compared(ledger: Sequence[Line]) -> list[str]:
@@ -104,7 +127,7 @@ def compared(ledger: Sequence[Line]) -> list[str]:
             row: list[Any] = [f"{cell[1]:g}", f"{cell[2]:,}"]
             for schedule in schedules:
                 best = tuned[schedule, cell]
-                text = f"{best['loss']:.4f} ({_text(_fields(best))})"
+                text = f"{best['loss']:.4f} ({_text(_fields(best))}{_at_edge(own, best)})"
                 row.append((text,) if best["loss"] == least[cell] else text)
             rows.append([*row, *(f"{above[s][cell]:+.4f}" if s in above else "" for s in schedules)])
         means = [f"{np.mean(list(above[s].values())):+.4f}" if s in above else "" for s in schedules]
@@ -114,11 +137,21 @@ def compared(ledger: Sequence[Line]) -> list[str]:
         parts += [
             f"<h2>{html.escape(model)}: final validation losses</h2>",
             "<p class=note>Left, each schedule with the numbers that are best at that very batch and horizon. Right, "
-            "with the one set of numbers whose mean loss over all rows is least: nats above the best of the row.</p>",
+            "with the one set of numbers whose mean loss over all rows is least: nats above the best of the row. "
+            "(edge) is the lowest or highest value that was tried: a better one may lie beyond.</p>",
             table(header, rows),
             _over_tokens({s: {c: tuned[s, c]["loss"] - least[c] for c in cells} for s in schedules}, above),
         ]
     return parts
+
+
+def _at_edge(ledger: Sequence[Line], best: Line) -> str:
+    """Says when a value is the lowest or highest that was tried in this cell."""
+    here = [x for x in ledger if (x["schedule"], _cell(x)) == (best["schedule"], _cell(best))]
+    for name, value in _fields(best):
+        if value in (min(x[name] for x in here), max(x[name] for x in here)):
+            return ", edge"
+    return ""
 
 
 def one_for_all(ledger: Sequence[Line], schedule: str, cells: Sequence[Cell]) -> tuple[Fields, dict[Cell, float]]:
@@ -160,7 +193,7 @@ def _grids(ledger: Sequence[Line]) -> list[str]:
         columns = sorted({_fields(line) for line in own})
         rows = []
         for cell in sorted({_cell(line) for line in own}):
-            here = {_fields(line): line for line in own if _cell(line) == cell and line["seed"] == _first_seed(own)}
+            here = {_fields(line): line for line in own if _cell(line) == cell}
             best = _best(list(here.values()))
             row: list[Any] = [cell[0], f"{cell[1]:g}", f"{cell[2]:,}"]
             for fields in columns:
@@ -189,6 +222,8 @@ def over_a_and_b(ledger: Sequence[Line]) -> str:
         here = [line for line in ledger if _cell(line) == cell and line["loss"] is not None]
         for axis, name in zip(axes, ("a", "b"), strict=True):
             values = sorted({line[name] for line in here})
+            if not values:
+                continue
             least = [min(line["loss"] for line in here if line[name] == value) for value in values]
             axis.plot(
                 values, np.array(least) - min(least), "o-", markersize=3, color=f"C{number % 10}", label=_where(cell)

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import multiprocessing.process
@@ -47,23 +46,23 @@ from launch.trials import (
     Trial,
     check_trials,
     decay_tokens,
+    fingerprint,
+    in_common,
     overrides,
     plan,
+    quoted,
     read_ledger,
-    same_for_all,
     sweep_config,
 )
 from schedulers.law import expected_error
 from train.cli import composed, composed_sweep, guard
-from train.config import Config, ConfigError, RunFailed, setting_values
+from train.config import Config, ConfigError, RunFailed, load, setting_values
 from train.environment import replace_text
 from train.track import read_lines
 
 POLL_SECONDS = 0.5
 BAD_INPUT = 2
 MOST_COLUMNS = 8  # of losses side by side; of more there is the best
-
-Facts = dict[tuple[str, str], dict[str, Any]]  # what the trials of a (model, schedule) have in common in the ledger
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,13 +79,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--slurm", action="store_true", help="let `sbatch --array` run sweep.jobs workers")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # one of the processes that train
+    # One of the processes that train: of the controller with this process number, or 0 for one of a job array.
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--config-dir", help="look for configs there too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
     if options.config_dir:
         options.overrides = [f"--config-dir={options.config_dir}", *options.overrides]
-    if options.worker:
+    if options.worker is not None:
         with contextlib.suppress(KeyboardInterrupt):  # the controller says what there is to say
             sys.exit(guard(lambda: work(options)))
         sys.exit(130)
@@ -116,16 +116,20 @@ class Sweep:
         return configs
 
     def progress(self) -> Progress:
-        """What is known now: the ledger's lines, and results that are not in it yet."""
-        results = read_ledger(self.ledger)
+        """What is known now: the ledger's lines, results that are not in it yet, and what failed in this start."""
+        results, failed = read_ledger(self.ledger), set()
         for trial in self.trials:
-            if trial.name not in results:
-                # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
-                with contextlib.suppress(OSError, ValueError):
-                    results[trial.name] = json.loads((self.folder / trial.name / "result.json").read_text())
-        return Progress(self.trials, results)
+            if trial.name in results:
+                continue
+            # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
+            with contextlib.suppress(OSError, ValueError):
+                results[trial.name] = json.loads((self.folder / trial.name / "result.json").read_text())
+                continue
+            if self.failed_file(trial).exists():
+                failed.add(trial.name)
+        return Progress(self.trials, results, failed)
 
-    def failed(self, trial: Trial) -> Path:
+    def failed_file(self, trial: Trial) -> Path:
         """Exists when the trial broke in this start of the sweep, and says how."""
         return self.folder / trial.name / "failed.txt"
 
@@ -148,46 +152,38 @@ def control(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"Another process is running the sweep in {sweep.folder}. Wait for it, or choose another sweep.name."
             )
-        facts = facts_of(sweep, configs, console)
-        _check_ledger(sweep, facts)
+        check_ledger(sweep, configs, prepare_data(sweep, configs, console))
         for trial in sweep.trials:
-            sweep.failed(trial).unlink(missing_ok=True)
+            sweep.failed_file(trial).unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        stopped = False
+        stopped = ""
         try:
-            watch(sweep, facts, start_workers(sweep, options), console)
+            killed = watch(sweep, start_workers(sweep, options), console)
+            stopped = f" ({killed} workers were killed)" if killed else ""
         except KeyboardInterrupt:
-            stopped = True
-        progress = write_ledger(sweep, facts)
+            stopped = " (stopped)"
+        progress = write_ledger(sweep)
     console.print(tables(sweep, progress), summary(sweep, progress))
     asked = [trial for trial in progress.open() if not options.pilot or progress.before(trial) is None]
     if options.pilot and not asked:
-        console.print(pilot(sweep, facts, progress))
-    failed = [trial for trial in sweep.trials if sweep.failed(trial).exists()]
-    for trial in failed:
-        console.print(
-            f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
-        )
-        console.print(sweep.failed(trial).read_text().strip()[-400:], markup=False)
+        console.print(pilot(sweep, progress))
+    for trial in sweep.trials:
+        if trial.name in progress.failed:
+            console.print(
+                f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
+            )
+            console.print(sweep.failed_file(trial).read_text().strip()[-400:], markup=False)
     if asked:
-        how = " (stopped)" if stopped else ""
-        raise RunFailed(f"{len(asked)} trials are left{how}; the same command goes on with them.")
+        raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command goes on with them.")
     return 0
 
 
-def facts_of(sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console) -> Facts:
-    """What the lines of the ledger say besides the results, by (model, schedule). Prepares the data, once."""
-    facts = {}
+def prepare_data(sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console) -> dict[tuple[str, str], str]:
+    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule)."""
+    fingerprints = {}
     for key, config in configs.items():
         prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir)
-        fingerprint = hashlib.sha256("".join(file.fingerprint() for _, file in sorted(prepared.train.items())).encode())
-        facts[key] = {
-            "family": config.model.model_type,
-            "hidden_size": config.model.hidden_size,
-            "warmup_tokens": config.make_schedule().warmup_tokens,
-            "data_fingerprint": fingerprint.hexdigest()[:16],
-            "config": same_for_all(config),
-        }
+        fingerprints[key] = fingerprint({name: file.fingerprint() for name, file in prepared.train.items()})
         if not prepared.validation:
             raise ConfigError(
                 "No corpus has validation documents, so no trial would have a loss: set its validation_fraction."
@@ -195,22 +191,32 @@ def facts_of(sweep: Sweep, configs: dict[tuple[str, str], Config], console: Cons
     there, longest = sum(file.num_tokens for file in prepared.train.values()), max(sweep.sweep.tokens)
     if longest > there:
         console.print(f"The longest horizon is {longest:,} tokens and the corpora hold {there:,}: tokens repeat.")
-    return facts
+    return fingerprints
 
 
-def _check_ledger(sweep: Sweep, facts: Facts) -> None:
-    """A ledger holds trials of one configuration."""
-    known = read_ledger(sweep.ledger)
+def check_ledger(
+    sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], str]
+) -> None:
+    """Raises ConfigError when what is known of a trial is not of this sweep's configuration, or of other tokens."""
+    results = sweep.progress().results
     for trial in sweep.trials:
-        for name, value in facts[trial.model, trial.schedule].items():
-            if trial.name in known and known[trial.name].get(name) != value:
-                was, now = known[trial.name].get(name), value
-                if isinstance(was, dict) and isinstance(now, dict):
-                    flat = [dict(setting_values(side)) for side in (was, now)]
-                    was, now = ({k: v for k, v in side.items() if flat[0].get(k) != flat[1].get(k)} for side in flat)
+        if trial.name not in results:
+            continue
+        key = trial.model, trial.schedule
+        asked = {
+            **in_common(configs[key]),
+            "data_fingerprint": fingerprints[key],
+            "decay_fraction": sweep.sweep.decay_fraction if trial.schedule in WITH_DECAY else 0.0,
+        }
+        for name, now in asked.items():
+            was = results[trial.name].get(name)
+            if isinstance(was, dict) and isinstance(now, dict):
+                flat = [dict(setting_values(side)) for side in (was, now)]
+                was, now = ({k: v for k, v in side.items() if flat[0].get(k) != flat[1].get(k)} for side in flat)
+            if was != now:
                 raise ConfigError(
-                    f"{sweep.ledger} holds the trial {trial.name}, trained with another {name}: {was}, and now {now}. "
-                    "Trials of two configurations make no law: choose another sweep.name."
+                    f"{trial.name} was trained with another {name}: {was}, and now {now}. Trials of two configurations "
+                    f"make no law: choose another sweep.name. (Known from {sweep.ledger} or the trial's result.json.)"
                 )
 
 
@@ -220,18 +226,18 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
     if options.slurm:
         script = Path(__file__).parent / "slurm" / "sweep.sbatch"
         return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
-    worker = [sys.executable, "-m", "launch.sweep", "--worker", *arguments]
+    worker = [sys.executable, "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
     return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
 
 
-def watch(sweep: Sweep, facts: Facts, workers: list[subprocess.Popen[bytes]], console: Console) -> None:
-    """Until the workers have ended: collect what they leave, and show it."""
+def watch(sweep: Sweep, workers: list[subprocess.Popen[bytes]], console: Console) -> int:
+    """Until the workers have ended: collect what they leave, and show it. Returns how many of them were killed."""
     seen = set(sweep.progress().results)
     terminal = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
     with terminal or contextlib.nullcontext() as live:
         try:
             while any(worker.poll() is None for worker in workers):
-                progress = write_ledger(sweep, facts)
+                progress = write_ledger(sweep)
                 if live is not None:
                     live.update(Group(tables(sweep, progress), summary(sweep, progress)), refresh=True)
                 elif new := [trial for trial in sweep.trials if progress.done(trial) and trial.name not in seen]:
@@ -248,14 +254,15 @@ def watch(sweep: Sweep, facts: Facts, workers: list[subprocess.Popen[bytes]], co
                 worker.wait()
     if any(worker.returncode == BAD_INPUT for worker in workers):
         raise ConfigError("A trial was refused, as the others would be; what is wrong stands above.")
+    return sum(worker.returncode < 0 for worker in workers)
 
 
-def write_ledger(sweep: Sweep, facts: Facts) -> Progress:
+def write_ledger(sweep: Sweep) -> Progress:
     """Put what is known now into the ledger, in the order of the plan; lines of trials outside the plan stay."""
     progress = sweep.progress()
     planned = {trial.name for trial in sweep.trials}
     lines = [entry for name, entry in progress.results.items() if name not in planned]
-    lines += [{**facts[t.model, t.schedule], **progress.results[t.name]} for t in sweep.trials if progress.done(t)]
+    lines += [progress.results[trial.name] for trial in sweep.trials if progress.done(trial)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     if not sweep.ledger.exists() or sweep.ledger.read_text() != text:
         sweep.ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -336,9 +343,9 @@ def summary(sweep: Sweep, progress: Progress) -> str:
     return f"{len(done)} of {len(sweep.trials)} trials done{pruned}{saved}{left}"
 
 
-def pilot(sweep: Sweep, facts: Facts, progress: Progress) -> str:
+def pilot(sweep: Sweep, progress: Progress) -> str:
     """How well the whole sweep will know b, from its shortest horizon."""
-    lines = [{**facts[t.model, t.schedule], **progress.results[t.name]} for t in sweep.trials if progress.done(t)]
+    lines = [progress.results[trial.name] for trial in sweep.trials if progress.done(trial)]
     planned = {(t.model, t.tokens, t.batch) for t in sweep.trials if t.schedule == "wsd"}
     try:
         noise, error, error_of_b = expected_error(lines, [(tokens, batch) for _, tokens, batch in planned])
@@ -381,19 +388,24 @@ def work(options: argparse.Namespace) -> int:
     if not sweep.sweep.launcher:
         import train.run  # noqa: F401  # once, for the processes that are forked from this one
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    while True:
+    while not orphaned(options.worker):
         progress = sweep.progress()
-        wanted = [t for t in progress.ready() if not options.pilot or progress.before(t) is None]
-        ready = [t for t in wanted if not sweep.failed(t).exists()]
+        ready = [trial for trial in progress.ready() if not options.pilot or progress.before(trial) is None]
         for trial in ready:
             with claim(sweep.folder / trial.name) as claimed:
-                if claimed is not None and not sweep.progress().done(trial):
-                    run_trial(sweep, progress, trial, claimed)
+                if claimed is not None and trial in sweep.progress().ready():
+                    run_trial(sweep, progress, trial, claimed, options.worker)
                     break
         else:
             if not ready:
                 return 0
             time.sleep(POLL_SECONDS)  # others have them all, and what stands on them may become ready
+    return 1
+
+
+def orphaned(controller: int) -> bool:
+    """Whether the controller was killed: what it started must not run on unseen."""
+    return controller != 0 and os.getppid() != controller
 
 
 @contextlib.contextmanager
@@ -438,47 +450,48 @@ def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[
 
 def begin_from(sweep: Sweep, progress: Progress, trial: Trial) -> list[str]:
     """The override that lets a trial begin where the decay of the one before it began."""
+    from train import checkpoint
+
     before = progress.before(trial)
     own = sweep.folder / trial.name / "checkpoints"
     while before is not None and trial.schedule in WITH_DECAY and not any(own.glob("step-*")):
         step = round((before.tokens - decay_tokens(sweep.sweep, before)) * before.steps / before.tokens)
-        checkpoint = sweep.folder / before.name / "checkpoints" / f"step-{step:08d}"
-        if (checkpoint / "manifest.json").exists():
-            return [f"run.resume={checkpoint}"]
-        before = progress.before(before)  # trained elsewhere: from further back the losses are the same
+        start = sweep.folder / before.name / "checkpoints" / f"step-{step:08d}"
+        if start.exists() and not checkpoint.faults(start):
+            return [f"run.resume={quoted(start)}"]
+        before = progress.before(before)  # trained elsewhere, or damaged: from further back the losses are the same
     return []
 
 
-def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> None:
+def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], controller: int) -> None:
     """Train, and leave result.json, or failed.txt when the trial broke.
 
     Raises:
         ConfigError: the trial refused its configuration, as the others would.
     """
     folder = sweep.folder / trial.name
-    began, controller = time.perf_counter(), os.getppid()
+    began = time.perf_counter()
+    (folder / "exit.json").unlink(missing_ok=True)
     process = start(sweep, progress, trial, claimed)
     try:
-        while process.is_alive():
-            if os.getppid() != controller:  # killed: what it started must not run on unseen
-                sys.exit(1)
+        while process.is_alive() and not orphaned(controller):
             process.join(POLL_SECONDS / 5)
     finally:
         if process.is_alive():
             process.terminate()  # it saves a checkpoint and goes
         process.join()
-    ended = json.loads((folder / "exit.json").read_text()) if (folder / "exit.json").exists() else {}
-    reason = str(ended.get("reason"))
     said = (folder / "output.txt").read_text(errors="replace")
-    if process.exitcode != 0 and (ended.get("code") == BAD_INPUT or process.exitcode == BAD_INPUT):
-        raise ConfigError(f"The trial {trial.name} was refused. {reason if ended else said[-2000:]}")
-    if reason == "finished" or reason.startswith("RunFailed"):
-        line = result(sweep, trial, reason, time.perf_counter() - began, progress.trained_tokens(sweep.sweep, trial))
+    ended = json.loads((folder / "exit.json").read_text()) if (folder / "exit.json").exists() else {}
+    reason = str(ended.get("reason", said[-2000:]))
+    if process.exitcode != 0 and ended.get("code", process.exitcode) == BAD_INPUT:
+        raise ConfigError(f"The trial {trial.name} was refused. {reason}")
+    if reason == "finished" or reason.startswith("Diverged"):
+        line = result(sweep, trial, reason, time.perf_counter() - began)
         replace_text(folder / "result.json", json.dumps(line) + "\n")
         for older in _no_longer_needed(sweep, trial):
             shutil.rmtree(older, ignore_errors=True)
     elif process.exitcode != 0:
-        replace_text(folder / "failed.txt", f"{reason if ended else said[-2000:]}\n")
+        replace_text(folder / "failed.txt", f"{reason}\n")
     else:
         sys.exit(1)  # stopped by a signal or by the file `stop`: it is to go on later
 
@@ -489,14 +502,19 @@ def _no_longer_needed(sweep: Sweep, trial: Trial) -> list[Path]:
     return [sweep.folder / other.name / "checkpoints" for other in earlier]
 
 
-def result(sweep: Sweep, trial: Trial, reason: str, seconds: float, trained_tokens: int) -> dict[str, Any]:
-    """The trial's line of the ledger, without what is the same for all trials of its model."""
+def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str, Any]:
+    """The trial's line of the ledger, from what its run has left."""
+    from train.resume import TOKENIZER
+
     folder = sweep.folder / trial.name
     losses = [line["loss"] for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
     loss = losses[-1] if losses and reason == "finished" and math.isfinite(losses[-1] or math.nan) else None
+    newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
+    corpora = json.loads(newest.read_text())["data_fingerprint"] if newest else {}
     return {
         "trial": trial.name,
         "model_name": trial.model,
+        **in_common(load(folder / "config.yaml")),
         "parameters": json.loads((folder / "run.json").read_text())["parameters"]["total"],
         "schedule": trial.schedule,
         "batch": trial.batch,
@@ -506,7 +524,7 @@ def result(sweep: Sweep, trial: Trial, reason: str, seconds: float, trained_toke
         "status": "diverged" if loss is None else "finished",
         "seed": trial.seed,
         "decay_fraction": sweep.sweep.decay_fraction if decay_tokens(sweep.sweep, trial) else 0.0,
-        "trained_tokens": trained_tokens,
+        "data_fingerprint": fingerprint({name: value for name, value in corpora.items() if name != TOKENIZER}),
         "seconds": round(seconds, 1),
     }
 

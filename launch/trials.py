@@ -8,18 +8,20 @@ on the trunk depends on T, so a trial's losses are those of a separate run, bit 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
-from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check
+from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
 WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
@@ -29,10 +31,10 @@ WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
 class Repeat:
     """One point of the grid, trained again at every horizon with these seeds: what noise there is."""
 
-    model: str
-    batch: float
-    fields: dict[str, float]  # of the schedule: lr, or a and b
-    seeds: list[int]
+    model: str = MISSING
+    batch: float = MISSING
+    fields: dict[str, float] = MISSING  # of the schedule: lr, or a and b
+    seeds: list[int] = MISSING
     schedule: str = "wsd"
 
 
@@ -44,11 +46,11 @@ class SweepConfig:
     4096 tokens. tokens: horizons. A batch is trained at the horizons that give it min_steps to max_steps.
     """
 
-    name: str
-    models: dict[str, dict[str, Any]]
-    schedules: dict[str, dict[str, list[float]]]
-    batch: list[float]
-    tokens: list[int]
+    name: str = MISSING
+    models: dict[str, dict[str, Any]] = MISSING
+    schedules: dict[str, dict[str, list[float]]] = MISSING
+    batch: list[float] = MISSING
+    tokens: list[int] = MISSING
     decay_fraction: float = 0.1
     seeds: list[int] = field(default_factory=lambda: [0])
     repeats: list[Repeat] = field(default_factory=list)
@@ -87,7 +89,7 @@ class Trial:
 
 
 def sweep_config(node: Any) -> SweepConfig:
-    """The checked `sweep` part of a composed configuration, as plain containers.
+    """The checked `sweep` part of a composed configuration.
 
     Raises:
         ConfigError: a key that is missing or unknown, or values that make no sweep.
@@ -95,34 +97,40 @@ def sweep_config(node: Any) -> SweepConfig:
     if not node:
         raise ConfigError("There is no sweep in this configuration. One is chosen with +sweep=NAME.")
     try:
-        repeats = [Repeat(**repeat) for repeat in node.get("repeats") or []]
-        sweep = SweepConfig(**{**node, "repeats": repeats})
-    except TypeError as error:
+        sweep = typed(OmegaConf.create(node), SweepConfig)
+    except ConfigError as error:
         known = ", ".join(entry.name for entry in dataclasses.fields(SweepConfig))
-        raise ConfigError(f"sweep: {str(error).partition(') ')[2] or error}. Its settings are {known}.") from error
-    for name, value in vars(sweep).items():
-        if name in ("models", "schedules", "batch", "tokens", "seeds") and not value:
+        raise ConfigError(f"sweep: {error} The settings of a sweep are {known}.") from error
+    for name in ("models", "schedules", "batch", "tokens", "seeds"):
+        if not getattr(sweep, name):
             raise ConfigError(f"sweep.{name} is empty: there is nothing to train.")
+    for schedule, grid in sweep.schedules.items():
+        if not grid or not all(grid.values()):
+            raise ConfigError(f"sweep.schedules.{schedule} is {grid}; it gives values for each field, as lr: [0.01].")
+        for values in grid.values():
+            _finite(f"sweep.schedules.{schedule}", values)
+    _finite("sweep.batch", sweep.batch, above=0)
+    _finite("sweep.tokens", sweep.tokens, above=0)
+    _finite("sweep.jobs", [sweep.jobs], above=0)
+    _finite("sweep.min_steps", [sweep.min_steps], above=0)
+    if sweep.max_steps is not None:
+        _finite("sweep.max_steps", [sweep.max_steps], above=0)
     if not re.fullmatch(r"\w[\w.-]*", sweep.name):
         raise ConfigError(f"sweep.name is '{sweep.name}'; it names a folder.")
     if not 0 < sweep.decay_fraction < 1:
         raise ConfigError(f"sweep.decay_fraction is {sweep.decay_fraction}; it is a share between 0 and 1.")
-    if sweep.jobs < 1:
-        raise ConfigError(f"sweep.jobs is {sweep.jobs}; at least one trial runs at a time.")
-    for batch in sweep.batch:
-        if not (isinstance(batch, (int, float)) and 0 < batch < math.inf):
-            raise ConfigError(f"sweep.batch holds {batch!r}; batches are numbers above 0, in units of 4096 tokens.")
-    for tokens in sweep.tokens:
-        if not (isinstance(tokens, int) and tokens > 0):
-            raise ConfigError(
-                f"sweep.tokens holds {tokens!r}; horizons are whole numbers of tokens, such as 1_000_000."
-            )
-    for schedule, grid in sweep.schedules.items():
-        if not grid or not all(isinstance(values, list) and values for values in grid.values()):
-            raise ConfigError(
-                f"sweep.schedules.{schedule} is {grid}; it gives a list of values for each field, as lr: […]."
-            )
+    try:
+        shlex.split(sweep.launcher or "")
+    except ValueError as error:
+        raise ConfigError(f"sweep.launcher is {sweep.launcher!r}, which no shell could read: {error}.") from error
     return sweep
+
+
+def _finite(name: str, values: Sequence[float], above: float = -math.inf) -> None:
+    for value in values:
+        if not (value is not None and math.isfinite(value) and value > above):
+            limit = f" above {above:g}" if above > -math.inf else ""
+            raise ConfigError(f"{name} holds {value}; it takes finite numbers{limit}.")
 
 
 def plan(sweep: SweepConfig) -> list[Trial]:
@@ -167,7 +175,15 @@ def plan(sweep: SweepConfig) -> list[Trial]:
             f"No batch has {sweep.min_steps} steps or more at any horizon{limit}: there is no trial. "
             "Change sweep.batch, sweep.tokens, sweep.min_steps or sweep.max_steps."
         )
-    return list(dict.fromkeys(trials))
+    trials = list(dict.fromkeys(trials))
+    names = [trial.name for trial in trials]
+    if len(set(names)) < len(names) or max(map(len, names)) > 200:
+        wrong = max(names, key=len) if max(map(len, names)) > 200 else next(n for n in names if names.count(n) > 1)
+        raise ConfigError(
+            f"A trial's folder would be named {wrong}: too long, or two trials would share it. Give models shorter "
+            "names, and values that differ in six digits."
+        )
+    return trials
 
 
 def _check_boundaries(sweep: SweepConfig, tokens: int, batch: float) -> None:
@@ -228,40 +244,63 @@ def overrides(sweep: SweepConfig, trial: Trial, settings: DictConfig) -> list[st
         *(f"model.{name}={'null' if value is None else value}" for name, value in sweep.models[trial.model].items()),
         f"schedule={trial.schedule}",
         *(f"schedule.{name}={value!r}" for name, value in trial.fields),
-        *([f"schedule.decay.tokens={decay}"] if decay else []),
+        *([f"schedule.decay.tokens={decay}", "schedule.decay.start=null"] if decay else []),
         f"batch.sequences={sequences}",
         f"batch.micro_sequences={math.gcd(sequences, settings.batch.micro_sequences)}",
         f"run.tokens={trial.tokens}",
         f"run.seed={trial.seed}",
         f"run.name={trial.name}",
-        f"run.folder={Path(settings.run.folder) / sweep.name}",
+        f"run.folder={quoted(Path(settings.run.folder) / sweep.name)}",
         f"checkpoint.every={every}",
         f"checkpoint.keep={kept}",
         "evaluation.every=0",
     ]
 
 
-def same_for_all(config: Config) -> dict[str, Any]:
-    """The part of a configuration that the trials of a model have in common."""
+def quoted(value: object) -> str:
+    """As Hydra's grammar takes any text."""
+    text = str(value).replace("'", r"\'")
+    return f"'{text}'"
+
+
+def in_common(config: Config) -> dict[str, Any]:
+    """What lines of the ledger say of a trial's configuration, all but its batch, rate, horizon and seed."""
     plain = as_dict(config)
     schedule = {name: value for name, value in plain["schedule"].items() if name not in ("lr", "a", "b", "decay")}
     decay = plain["schedule"].get("decay")
     return {
-        "model": plain["model"],
-        "mup": plain["mup"],
-        "optimizer": plain["optimizer"],
-        "balance": plain["balance"],
-        "schedule": {**schedule, **({"decay_shape": decay["shape"], "decay_floor": decay["floor"]} if decay else {})},
-        "sequence_length": plain["data"]["sequence_length"],
-        "precision": plain["precision"],
+        "family": config.model.model_type,
+        "hidden_size": config.model.hidden_size,
+        "warmup_tokens": config.make_schedule().warmup_tokens,
+        "config": {
+            "model": plain["model"],
+            "mup": plain["mup"],
+            "optimizer": plain["optimizer"],
+            "balance": plain["balance"],
+            "schedule": {
+                **schedule,
+                **({"decay_shape": decay["shape"], "decay_floor": decay["floor"]} if decay else {}),
+            },
+            "sequence_length": plain["data"]["sequence_length"],
+            "mixture": plain["data"]["mixture"],
+            "evaluation_sequences": plain["evaluation"]["sequences"],
+            "precision": plain["precision"],
+        },
     }
+
+
+def fingerprint(corpora: Mapping[str, str]) -> str:
+    """One for the tokens of all corpora, from each one's own."""
+    return hashlib.sha256("".join(corpora[name] for name in sorted(corpora)).encode()).hexdigest()[:16]
 
 
 class Progress:
     """Which trials are done and what may be run next; `results` is name → line of the ledger."""
 
-    def __init__(self, trials: list[Trial], results: Mapping[str, dict[str, Any]]) -> None:
-        self.trials, self.results = trials, results
+    def __init__(
+        self, trials: list[Trial], results: Mapping[str, dict[str, Any]], failed: Collection[str] = ()
+    ) -> None:
+        self.trials, self.results, self.failed = trials, results, failed
         self._groups: dict[tuple[Any, ...], dict[int, list[Trial]]] = {}
         self._left_out: dict[Trial, str | None] = {}
         for trial in trials:
@@ -296,8 +335,8 @@ class Progress:
         if [name for name, _ in trial.fields] != ["lr"]:
             return None
         group = self._groups[trial.group][before.tokens]
-        if not all(self.done(other) or self.left_out(other) for other in group):
-            return None  # not known yet
+        if not all(map(self._is_known, group)):
+            return None
         losses = [self.results[other.name]["loss"] if self.done(other) else None for other in group]
         finished = [loss for loss in losses if loss is not None]
         if not finished:
@@ -310,14 +349,17 @@ class Progress:
         return [trial for trial in self.trials if not self.done(trial) and not self.left_out(trial)]
 
     def ready(self) -> list[Trial]:
-        """Open trials of which everything that they stand on is known."""
-        return [trial for trial in self.open() if self._before_is_known(trial)]
+        """Open trials that have not failed and of which everything that they stand on is known."""
+        return [trial for trial in self.open() if trial.name not in self.failed and self._before_is_known(trial)]
 
     def _before_is_known(self, trial: Trial) -> bool:
         before = self.before(trial)
-        return before is None or all(
-            self.done(other) or self.left_out(other) for other in self._groups[trial.group][before.tokens]
+        return before is None or (
+            self.done(before) and all(map(self._is_known, self._groups[trial.group][before.tokens]))
         )
+
+    def _is_known(self, trial: Trial) -> bool:
+        return self.done(trial) or bool(self.left_out(trial)) or trial.name in self.failed
 
     def trained_tokens(self, sweep: SweepConfig, trial: Trial) -> int:
         """Tokens that the trial's own process trains: behind the decay start of the one before."""
@@ -331,7 +373,7 @@ def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
     """Name → line of a sweep's own ledger; a last line cut short is left out."""
     lines: dict[str, dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:

@@ -22,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Size = tuple[str, int]  # family, hidden_size
 
+SAME_HORIZON = 1.03  # horizons within this factor are one, rounded to whole steps of several batches
 NEEDED = ("hidden_size", "batch", "lr", "tokens", "loss")
 WINDOW = math.log(8) / 2  # rates within this factor of the best one, or the four nearest, make the parabola
 MOST_LOPSIDED = 0.3  # beyond it the losses would turn down again within the window
@@ -40,14 +42,13 @@ class Cell:
     "no minimum", "too few rates") or, for "three rates", why it should be trusted less.
     """
 
-    size: tuple[str, int]  # family, hidden_size
+    size: Size
     tokens: int
     batch: float
     rates: tuple[float, ...]
     losses: tuple[float, ...]  # inf where it diverged
     lr: float  # nan when there is no minimum
     loss: float  # at `lr`, by the parabola
-    curvature: float  # of the parabola: loss − minimum = curvature · (log lr − log of the best)²
     flag: str
 
     @property
@@ -75,19 +76,19 @@ class Estimate:
 class Reading:
     """eta = a · batch^c · tokens^b, as one way of fitting gives it.
 
-    replicates: (1 + R, 3) of (log gamma at `central_tokens`, b, c), the estimate first and the others reflected at it:
-    by as much as noise moves a replicate off the estimate, it may have moved the estimate off the truth. residual:
-    standard deviation of the log rates (of log gamma in the paper's reading) around the law.
+    replicates: (1 + 2R, 3) of (log gamma at `central_tokens`, b, c): the estimate, R replicates, and these reflected at
+    the estimate, since by as much as noise moves a replicate off the estimate it may have moved the estimate off the
+    truth. An interval holds both. residual: standard deviation of the log rates (of log gamma in the paper's reading)
+    around the law.
     """
 
     central_tokens: float
     replicates: Array
     residual: float
-    points: int
 
     def _estimate(self, values: Array) -> Estimate:
-        low, high = np.nanpercentile(values[1:], PERCENTILES) if len(values) > 1 else (math.nan, math.nan)
-        return Estimate(float(values[0]), float(low), float(high))
+        low, high = np.nanpercentile(values[1:].reshape(2, -1), PERCENTILES, axis=1)
+        return Estimate(float(values[0]), float(low.min()), float(high.max()))
 
     @property
     def a(self) -> Estimate:
@@ -125,9 +126,9 @@ class Law:
     cells: tuple[Cell, ...]
     best: tuple[Cell, ...]  # those in the paper's reading
     paper: Reading
-    sizes: Mapping[tuple[str, int], Reading]
+    sizes: Mapping[Size, Reading]
     plane: Reading
-    noise: Mapping[tuple[tuple[str, int], int], float]
+    noise: Mapping[tuple[Size, int], float]
     shared: float
     notes: tuple[str, ...]
 
@@ -163,7 +164,7 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     Args:
         ledger: hidden_size, batch, lr, tokens and loss (None when it diverged) of each trial; family, seed and
             schedule are used when they are there.
-        replicates: how many times the fit is repeated for the intervals.
+        replicates: how many times the fit is repeated for the intervals, one or more.
 
     Raises:
         ValueError: too little to fit, with what is missing.
@@ -171,8 +172,13 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     trials = _Trials(ledger)
     draws = np.random.default_rng(seed)
 
+    if not trials.cells:
+        others = f" (its schedules: {', '.join(trials.others)})" if trials.others else ""
+        raise ValueError(
+            f"There is no trial of the schedule 'wsd' with a rate `lr`{others}, so there is nothing to fit."
+        )
     fitted, moved = _parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
-    cells = tuple(_cell(trials, index, fit) for index, fit in enumerate(fitted))
+    cells = tuple(_cell(trials, index, parabola) for index, parabola in enumerate(fitted))
     _refuse(cells)
     sigma, shared = _noise(trials, fitted)
 
@@ -199,7 +205,6 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         math.exp(center),
         _reflected(_least_squares(design, log_lr, usable)),
         float(np.sqrt(residuals @ residuals / freedom)),
-        len(residuals),
     )
 
     # ---- the paper's reading
@@ -208,15 +213,16 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     pooled = _line(gammas, points, center, set(sizes))
     if pooled is None:
         raise ValueError(_missing(cells))
+    readings = {size: line for size, line in sizes.items() if line is not None}
     return Law(
         cells,
         best,
         pooled,
-        {size: line for size, line in sizes.items() if line is not None},
+        readings,
         plane,
         sigma,
         shared,
-        tuple(_notes(cells, plane, pooled)),
+        (*_agreement(readings), *_notes(cells, plane, pooled)),
     )
 
 
@@ -254,31 +260,52 @@ def expected_error(
 # ----------------------------------------------------------------------------------------------------- the ledger
 
 
+def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float, str, float]:
+    """(size, tokens, batch, rate, seed, loss) of a line of the ledger; the loss is inf where it diverged."""
+    if lacking := [name for name in NEEDED if name not in line]:
+        raise ValueError(f"Line {number} of the ledger has no {', '.join(lacking)}; a fit needs {', '.join(NEEDED)}.")
+    for name in ("hidden_size", "batch", "lr", "tokens", "loss"):
+        value = line[name]
+        if name == "loss" and (value is None or value in (math.inf, math.nan) or value != value):
+            continue
+        number_given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number_given or (name != "loss" and value <= 0):
+            above = "a finite number" if name == "loss" else "a finite number above 0"
+            raise ValueError(f"Line {number} of the ledger has {name} {value!r}; it has to be {above}.")
+    loss = line["loss"]
+    return (
+        (str(line.get("family", "")), int(line["hidden_size"])),
+        int(line["tokens"]),
+        float(line["batch"]),
+        float(line["lr"]),
+        str(line.get("seed", 0)),
+        float(loss) if loss is not None and math.isfinite(loss) else math.inf,
+    )
+
+
+def _horizons(tokens: set[int]) -> dict[int, int]:
+    """Each number of tokens → the least one that is the same horizon."""
+    same: dict[int, int] = {}
+    for value in sorted(tokens):
+        last = next(reversed(same.values()), 0)
+        same[value] = last if last and value <= SAME_HORIZON * last else value
+    return same
+
+
 class _Trials:
     """A ledger as arrays: a trunk is (size, batch, rate, seed), a cell (size, tokens, batch)."""
 
     def __init__(self, ledger: Iterable[Mapping[str, Any]]) -> None:
-        self.losses: dict[tuple[tuple[str, int], int, float], dict[float, list[tuple[int, float]]]] = {}
+        self.losses: dict[tuple[Size, int, float], dict[float, list[tuple[int, float]]]] = {}
         trunks: dict[tuple[Any, ...], int] = {}
-        for number, line in enumerate(ledger, 1):
-            if line.get("lr") is None or line.get("schedule", "wsd") != "wsd":
-                continue
-            if lacking := [name for name in NEEDED if name not in line]:
-                raise ValueError(
-                    f"Line {number} of the ledger has no {', '.join(lacking)}; a fit needs {', '.join(NEEDED)}."
-                )
-            size = (str(line.get("family", "")), int(line["hidden_size"]))
-            batch, rate, tokens = float(line["batch"]), float(line["lr"]), int(line["tokens"])
-            if not (batch > 0 and rate > 0 and tokens > 0):
-                raise ValueError(
-                    f"Line {number} of the ledger: batch {batch:g}, lr {rate:g} and tokens {tokens} have to be above 0."
-                )
-            loss = line["loss"]
-            value = float(loss) if loss is not None and math.isfinite(loss) else math.inf
-            trunk = trunks.setdefault((size, batch, rate, line.get("seed", 0)), len(trunks))
-            cell = self.losses.setdefault((size, tokens, batch), {})
-            seen = dict(cell.setdefault(rate, []))
-            cell[rate] = [*({**seen, trunk: value}.items())]  # a trial that is there twice: the later line
+        lines = [(number, line) for number, line in enumerate(ledger, 1) if line.get("lr") is not None]
+        self.others = sorted({str(line["schedule"]) for _, line in lines if line.get("schedule", "wsd") != "wsd"})
+        read = [_read(number, line) for number, line in lines if line.get("schedule", "wsd") == "wsd"]
+        horizon = _horizons({tokens for _, tokens, _, _, _, _ in read})
+        for size, own_tokens, batch, rate, seed, loss in read:
+            trunk = trunks.setdefault((size, batch, rate, seed), len(trunks))
+            cell = self.losses.setdefault((size, horizon[own_tokens], batch), {})
+            cell[rate] = [*{**dict(cell.get(rate, [])), trunk: loss}.items()]  # of a trial given twice, the later line
         self.trunks = len(trunks)
         self.cells = sorted(self.losses)
         self.groups = list(dict.fromkeys((size, tokens) for size, tokens, _ in self.cells))
@@ -421,7 +448,6 @@ def _cell(trials: _Trials, index: int, fitted: _Parabola) -> Cell:
         tuple(losses.tolist()),
         float(np.exp(fitted.log_lr[0])),
         float(fitted.loss[0]),
-        float(fitted.curvature[0]),
         fitted.flag,
     )
 
@@ -474,12 +500,12 @@ def _least_squares(design: Array, values: Array, weights: npt.NDArray[np.bool_])
 
 
 def _reflected(coefficients: Array) -> Array:
-    return np.vstack([coefficients[:1], 2 * coefficients[0] - coefficients[1:]])
+    return np.vstack([coefficients, 2 * coefficients[0] - coefficients[1:]])
 
 
 def _best_batches(
     cells: tuple[Cell, ...], log_gamma: Array, best_loss: Array, usable: npt.NDArray[np.bool_]
-) -> tuple[Array, list[tuple[tuple[str, int], int]], tuple[Cell, ...]]:
+) -> tuple[Array, list[tuple[Size, int]], tuple[Cell, ...]]:
     """Log of the mean gamma of the three best batches of each (size, horizon): (R, points), NaN with fewer than two."""
     points = list(dict.fromkeys((cell.size, cell.tokens) for cell in cells))
     columns, best = [], []
@@ -495,9 +521,7 @@ def _best_batches(
     return np.stack(columns, axis=1), points, tuple(best)
 
 
-def _line(
-    gammas: Array, points: list[tuple[tuple[str, int], int]], center: float, sizes: set[tuple[str, int]]
-) -> Reading | None:
+def _line(gammas: Array, points: list[tuple[Size, int]], center: float, sizes: set[Size]) -> Reading | None:
     """The paper's line through the points of these sizes, or None when they have too few horizons."""
     own = [i for i, (size, _) in enumerate(points) if size in sizes and np.isfinite(gammas[0, i])]
     if len({points[i][1] for i in own}) < MIN_HORIZONS:
@@ -508,8 +532,8 @@ def _line(
     coefficients = _least_squares(design, gammas[:, own], there)
     residuals = gammas[0, own] - design @ coefficients[0]
     residual = math.sqrt(float(residuals @ residuals) / max(1, len(own) - 2))
-    coefficients = np.column_stack([_reflected(coefficients), np.ones(len(coefficients))])
-    return Reading(math.exp(center), coefficients, residual, len(own))
+    coefficients = np.column_stack([coefficients, np.ones(len(coefficients))])  # c = 1
+    return Reading(math.exp(center), _reflected(coefficients), residual)
 
 
 # ----------------------------------------------------------------------------------------------------- in words
@@ -523,8 +547,6 @@ def _refuse(cells: tuple[Cell, ...]) -> None:
 
 def _missing(cells: tuple[Cell, ...]) -> str:
     """Why there is no law in these cells, and what would give one."""
-    if not cells:
-        return "The ledger has no trial with a constant rate `lr` before its decay: there is nothing to fit."
     usable = [cell for cell in cells if cell.usable]
     batches, horizons = sorted({c.batch for c in usable}), sorted({c.tokens for c in usable})
     said = (
@@ -550,6 +572,24 @@ def _missing(cells: tuple[Cell, ...]) -> str:
     return said
 
 
+def name_of(size: Size) -> str:
+    """Family and width in words."""
+    return f"{size[0]} {size[1]}".strip()
+
+
+def _agreement(sizes: Mapping[Size, Reading]) -> list[str]:
+    """Whether the sizes tell the same law."""
+    apart = [
+        f"{name_of(one)} and {name_of(other)}, {symbol} {getattr(a, name)} and {getattr(b, name)}"
+        for (one, a), (other, b) in itertools.combinations(sizes.items(), 2)
+        for name, symbol in (("b", "b"), ("gamma", "γ"))
+        if getattr(a, name).low > getattr(b, name).high or getattr(b, name).low > getattr(a, name).high
+    ]
+    if apart:
+        return [f"The sizes disagree, and one law for all of them is none: {'; '.join(apart)}."]
+    return ["The sizes agree: the intervals of b and of γ overlap for every pair."] if len(sizes) > 1 else []
+
+
 def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]:
     notes = []
     c = plane.c
@@ -570,7 +610,7 @@ def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]
         ("three rates", "the parabola goes through three rates only (used)"),
     ):
         if flagged := [cell for cell in cells if cell.flag == flag]:
-            where = ", ".join(f"{c.size[0]} {c.size[1]} T={c.tokens:,} batch {c.batch:g}".strip() for c in flagged[:4])
+            where = ", ".join(f"{name_of(cell.size)} T={cell.tokens:,} batch {cell.batch:g}" for cell in flagged[:4])
             notes.append(
                 f"{len(flagged)} of {len(cells)} cells: {meaning} ({where}{', …' if len(flagged) > 4 else ''})."
             )
@@ -579,7 +619,7 @@ def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]
         here = sorted((c for c in cells if (c.size, c.tokens) == (size, tokens)), key=lambda c: c.batch)
         best = min(here, key=lambda c: min(c.losses))
         if best in (here[0], here[-1]):
-            edges.append(f"{size[0]} {size[1]} T={tokens:,} batch {best.batch:g}".strip())
+            edges.append(f"{name_of(size)} T={tokens:,} batch {best.batch:g}")
     if edges:
         notes.append(
             f"The best batch is the smallest or the largest one swept at {len(edges)} (size, horizon): "

@@ -272,7 +272,8 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(0, str(error)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from error
     _sync_file(path)
 
 

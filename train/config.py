@@ -41,6 +41,10 @@ class RunFailed(RuntimeError):
     """The run broke for a reason that is known; the message is one paragraph."""
 
 
+class Diverged(RunFailed):
+    """The gradients are no longer finite."""
+
+
 @dataclass
 class RunConfig:
     """What to do, for how long, and where."""
@@ -268,7 +272,7 @@ def from_hydra(composed: DictConfig) -> Config:
     Raises:
         ConfigError: a value that is missing, or values that cannot work together.
     """
-    config = _typed(composed, Config)
+    config = typed(composed, Config)
     if config.run.init_from is not None:
         from train.init_from import adopt  # imports Transformers
 
@@ -289,7 +293,7 @@ def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[
         saved = DictConfig(OmegaConf.load(path))
         for name, value in (changed or {}).items():
             OmegaConf.update(saved, name, value, merge=False)
-        config = _typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
+        config = typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -304,12 +308,12 @@ def data_from_hydra(composed: DictConfig) -> DataConfig:
     Raises:
         ConfigError: a value that is missing.
     """
-    data = _typed(composed.data, DataConfig)
+    data = typed(composed.data, DataConfig)
     _check_mixtures(data)
     return data
 
 
-def _typed(composed: DictConfig, kind: type[T]) -> T:
+def typed(composed: DictConfig, kind: type[T]) -> T:
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
             names = ", ".join(missing)

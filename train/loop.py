@@ -16,7 +16,7 @@ from data.loader import IGNORE_INDEX, Batches
 from schedulers import Power, Rewarmup
 from train import metrics
 from train.balance import Balance
-from train.config import BalanceConfig, Config, RunFailed
+from train.config import BalanceConfig, Config, Diverged
 from train.engine import Engine
 from train.loss import Outputs
 from train.state import State
@@ -154,12 +154,12 @@ def train_loop(
         None at the end of the budget, else the reason for stopping before it.
 
     Raises:
-        RunFailed: MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
+        Diverged: MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
     """
     while state.tokens < config.end_tokens:
         on_step(train_step(config, engine, batches, balance, state))
         if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RunFailed(
+            raise Diverged(
                 f"{state.skipped_in_a_row} steps in a row, up to step {state.step}, had a gradient that is not finite; "
                 "the weights are as they were before the first of them. Lower the rate, or look at the data there."
             )

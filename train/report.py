@@ -66,6 +66,7 @@ class Run:
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder, self.name = folder, name or folder.name
+        self.label = self.name.replace("$", r"\$")  # which matplotlib would take for mathematics
         self.config: Config = load(folder / "config.yaml")
         lines = [line for line in read_lines(folder / "metrics.jsonl") if line["lm_loss"] is not None]
         self.lines = lines
@@ -152,7 +153,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
         for number, run in enumerate(runs):
             color = f"C{number % 10}"
             tokens, values = run.curve(metric, smooth=metric != "lr")
-            axis.plot(tokens, values, color=color, linewidth=1, label=run.name)
+            axis.plot(tokens, values, color=color, linewidth=1, label=run.label)
             if metric == "lm_loss" and run.overall:
                 evaluated = [(line["tokens"], line["loss"]) for line in run.overall]
                 axis.plot(

@@ -174,8 +174,8 @@ def compare_ledger() -> list[dict[str, Any]]:
 def test_one_set_of_numbers_is_held_against_the_best_of_each_row(tmp_path: Path) -> None:
     (text,) = [part for part in report.compared(compare_ledger()) if part.startswith("<table")]
     rows = [re.findall(r"<td>(?:<b>)?(.*?)(?:</b>)?</td>", row) for row in re.findall(r"<tr>.*?</tr>", text)][1:]
-    assert rows[0] == ["1", "100", "2.0200 (a 1, b -0.5)", "2.0000 (lr 0.1)", "+0.1000", "+0.0000"]
-    assert rows[1] == ["1", "200", "1.4000 (a 2, b -0.5)", "1.4500 (lr 0.2)", "+0.0000", "+0.2000"]
+    assert rows[0] == ["1", "100", "2.0200 (a 1, b -0.5, edge)", "2.0000 (lr 0.1, edge)", "+0.1000", "+0.0000"]
+    assert rows[1] == ["1", "200", "1.4000 (a 2, b -0.5, edge)", "1.4500 (lr 0.2, edge)", "+0.0000", "+0.2000"]
     # power with a = 2 has a mean of 1.75 against 1.765 for a = 1; wsd with 0.1 one of 1.8 against 1.875
     assert rows[2] == ["mean", "", "", "", "+0.0500", "+0.1000"]
 

@@ -19,7 +19,7 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from launch.sweep import Sweep, begin_from, main
+from launch.sweep import Sweep, begin_from, main, result, write_ledger
 from launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
 from train.config import ConfigError
 from train.track import read_lines
@@ -66,9 +66,19 @@ def test_repeats_have_their_own_seeds_at_every_horizon() -> None:
         ({"tokens": [409_600, 1_000_000]}, "between two steps. Multiples of 40,960"),
         ({"tokens": [45_056], "min_steps": 10}, "start of the decay"),
         ({"batch": [1, -2]}, "-2"),
+        ({"batch": 1}, "batch"),
+        ({"schedules": {"wsd": {"lr": ["high"]}}}, "high"),
+        ({"schedules": {"wsd": {"lr": [0.01, 0.0100000001]}}}, "two trials would share it"),
+        ({"schedules": {"wsd": {"lr": [float("nan")]}}}, "finite"),
+        ({"jobs": "two"}, "jobs"),
+        ({"jobs": 0}, "jobs"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"launcher": "torchrun 'x"}, "launcher"),
+        ({"models": {"small" * 60: {"hidden_size": 32}}}, "too long"),
         ({"min_steps": 10**6}, "there is no trial"),
-        ({"tokens": ["1e6"]}, "whole numbers"),
-        ({"schedules": {"wsd": {"lr": 0.1}}}, "list of values"),
+        ({"tokens": [1e6]}, "tokens"),
+        ({"schedules": {"wsd": {"lr": 0.1}}}, "schedules.wsd"),
+        ({"schedules": {"wsd": {"lr": []}}}, "gives values"),
         ({"decay_fraction": 1.5}, "1.5"),
         ({"models": {}}, "nothing to train"),
         ({"batches": [1]}, "batches"),
@@ -294,24 +304,72 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert not (tmp_path / "words").exists()
 
 
-def test_a_ledger_of_another_configuration_is_refused(
-    words_sweep: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def train_trial(arguments: list[str], trial: Trial, *more: str) -> Sweep:
+    """One trial as a worker does it, in this process."""
+    from train.cli import composed
+    from train.run import train
+
+    sweep = Sweep(arguments)
+    start = begin_from(sweep, sweep.progress(), trial)
+    train(composed([*arguments, *overrides(sweep.sweep, trial, sweep.settings), *start, *more]), ["test"])
+    (sweep.folder / trial.name / "result.json").write_text(json.dumps(result(sweep, trial, "finished", 1.0)))
+    return sweep
+
+
+def test_a_trial_of_another_configuration_is_refused(
+    words_sweep: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep = Sweep(words_sweep())
-    from rich.console import Console
+    sweep = train_trial(words_sweep(), Sweep(words_sweep()).trials[0])
+    by_itself = sweep.folder / sweep.trials[0].name / "result.json"
+    for known_from in ("result", "ledger"):
+        if known_from == "ledger":
+            write_ledger(sweep)
+            by_itself.unlink()
+        for change, said in (
+            ("optimizer.weight_decay=0.2", "weight_decay': 0.1}, and now {'optimizer.weight_decay': 0.2"),
+            ("sweep.decay_fraction=0.2", "another decay_fraction: 0.1, and now 0.2"),
+            ("evaluation.sequences=4", "evaluation_sequences"),
+            ("schedule.warmup_tokens=600", "another warmup_tokens: 700, and now 600"),
+            ("data.corpora.words.validation_fraction=0.3", "another data_fingerprint"),
+        ):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                main(words_sweep(change))
+            told = capsys.readouterr().err
+            assert ended.value.code == 2 and said in told, (known_from, change, told)
 
-    from launch.sweep import facts_of, write_ledger
 
-    facts = facts_of(sweep, sweep.configs(), Console())
-    trial = sweep.trials[0]
-    (sweep.folder / trial.name).mkdir(parents=True)
-    line = {"trial": trial.name, "loss": 1.0, "status": "finished", "tokens": trial.tokens, "seconds": 1.0}
-    (sweep.folder / trial.name / "result.json").write_text(json.dumps(line))
-    write_ledger(sweep, facts)
-    with pytest.raises(SystemExit) as ended:
-        main(words_sweep("optimizer.weight_decay=0.2"))
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and "0.1" in said and "0.2" in said and "weight_decay" in said
+def test_a_trial_begins_further_back_when_the_trunk_is_damaged(words_sweep: Callable[..., list[str]]) -> None:
+    arguments = words_sweep()
+    first, second, third = (t for t in Sweep(arguments).trials if t.batch == 0.03125 and t.fields[0][1] == 0.016)
+    train_trial(arguments, first)
+    sweep = train_trial(arguments, second)
+    (start,) = begin_from(sweep, sweep.progress(), third)
+    assert second.name in start
+    weights = sweep.folder / second.name / "checkpoints" / "step-00000018" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (start,) = begin_from(sweep, sweep.progress(), third)
+    assert first.name in start and "step-00000009" in start
+
+
+def test_the_users_own_start_of_a_decay_does_not_beat_the_sweeps(words_sweep: Callable[..., list[str]]) -> None:
+    from train.cli import composed
+
+    arguments = words_sweep("+schedule.decay.start=1024")
+    sweep = Sweep(arguments)
+    trial = next(t for t in sweep.trials if t.tokens == 2560)
+    schedule = composed([*arguments, *overrides(sweep.sweep, trial, sweep.settings)]).make_schedule()
+    assert getattr(schedule, "decay").start == 2304  # noqa: B009
+
+
+def test_a_failed_trial_keeps_nobody_else_from_going_on() -> None:
+    trials = plan(swept(batch=[1]))
+    broken = trials[2]
+    shortest = [t for t in trials if t.tokens == 409_600 and t != broken]
+    results = {t.name: {"loss": -dict(t.fields)["lr"], "status": "finished"} for t in shortest}
+    ready = Progress(trials, results, {broken.name}).ready()
+    assert {t.fields for t in ready} == {t.fields for t in trials} - {broken.fields}
+    assert broken in Progress(trials, results).ready()  # the next start asks it again
 
 
 def test_train_takes_the_settings_of_a_sweep(words_sweep: Callable[..., list[str]]) -> None:
