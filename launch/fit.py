@@ -280,7 +280,8 @@ def plot(law: Law, folder: Path) -> list[Path]:
             right.plot(*_columns(line), "o-", color=hues[batch], label=f"{batch:g}")
         for axis, name, legend in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
             axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=name_of(size))
-            axis.legend(title=legend, fontsize=7)
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.legend(title=legend, fontsize=6, ncols=2)
             axis.grid(alpha=0.3, which="both")
     paths.append(_save(figure, folder / "best_rates.png"))
 
