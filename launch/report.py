@@ -74,7 +74,7 @@ def sweep_page(folder: Path) -> str:
             if best and (folder / best["trial"] / "config.yaml").exists():
                 runs.append(Run(folder / best["trial"], f"{schedule} {_text(_fields(best))}"))
         if len(runs) > 1:
-            parts += [f"<h2>{html.escape(_where(cell))}: the best trial of each schedule</h2>", *overlays(runs)[:2]]
+            parts += [f"<h2>{html.escape(_where(cell))}: the best trial of each schedule</h2>", *overlays(runs)]
     return page(folder.resolve().name, parts)
 
 
@@ -172,7 +172,9 @@ def _over_tokens(tuned: dict[str, dict[Cell, float]], above: dict[str, dict[Cell
     from matplotlib import pyplot
 
     batches = sorted({cell[1] for by in tuned.values() for cell in by})
-    figure, axes = pyplot.subplots(1, len(batches), figsize=(max(5, 3.6 * len(batches)), 3.4), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(batches), figsize=(max(5, 3.6 * len(batches)), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, batch in zip(axes[0], batches, strict=True):
         for number, schedule in enumerate(tuned):
             for by, style, label in ((tuned[schedule], "o--", "tuned"), (above.get(schedule, {}), "s-", "one set")):
@@ -217,7 +219,7 @@ def over_a_and_b(ledger: Sequence[Line]) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for number, cell in enumerate(sorted({_cell(line) for line in ledger})):
         here = [line for line in ledger if _cell(line) == cell and line["loss"] is not None]
         for axis, name in zip(axes, ("a", "b"), strict=True):

@@ -54,7 +54,6 @@ def picture(figure: Any) -> str:
     from matplotlib import pyplot
 
     buffer = io.StringIO()
-    figure.tight_layout()
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "powertrain"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
@@ -133,46 +132,48 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def overlays(runs: Sequence[Run]) -> list[str]:
-    """Loss over the logarithm of tokens, rate with its phases, gradient norm and throughput, all runs in each."""
+    """Loss over the logarithm of tokens; rate with its phases, gradient norm and throughput over tokens; all runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = []
     runs = [run for run in runs if run.lines]
     if not runs:
         return ["<p>No step has been taken.</p>"]
-    for heading, metric, unit in (
-        ("Loss", "lm_loss", "cross-entropy (nats a token)"),
-        ("Learning rate", "lr", "learning rate"),
-        ("Gradient norm", "grad_norm", "gradient norm before clipping"),
-        ("Throughput", "tokens_per_second", "tokens a second"),
-    ):
-        figure, axis = pyplot.subplots(figsize=(9, 4.2 if metric == "lm_loss" else 3))
+    # Fixed margins: fitting them to the labels would take longer than drawing.
+    figure, axis = pyplot.subplots(figsize=(9, 4.2))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.97)
+    for number, run in enumerate(runs):
+        axis.plot(*run.curve("lm_loss"), color=f"C{number % 10}", linewidth=1, label=run.label)
+        if run.overall:
+            evaluated = [(line["tokens"], line["loss"]) for line in run.overall]
+            label = "validation" if len(runs) == 1 else None
+            axis.plot(*zip(*evaluated, strict=True), "o", color=f"C{number % 10}", markersize=4, label=label)
+    axis.set(xlabel="tokens", ylabel="cross-entropy (nats a token)", xscale="log")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+    panels = (
+        ("lr", "learning rate"),
+        ("grad_norm", "gradient norm, unclipped"),
+        ("tokens_per_second", "tokens a second"),
+    )
+    below, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(9, 7.5))
+    below.subplots_adjust(left=0.11, right=0.98, bottom=0.07, top=0.98, hspace=0.08)
+    for axis, (metric, unit) in zip(axes, panels, strict=True):
         for number, run in enumerate(runs):
-            color = f"C{number % 10}"
             tokens, values = run.curve(metric, smooth=metric != "lr")
-            axis.plot(tokens, values, color=color, linewidth=1, label=run.label)
-            if metric == "lm_loss" and run.overall:
-                evaluated = [(line["tokens"], line["loss"]) for line in run.overall]
-                axis.plot(
-                    *zip(*evaluated, strict=True),
-                    "o",
-                    color=color,
-                    markersize=4,
-                    label="validation" if len(runs) == 1 else None,
-                )
-            if metric == "lr" and len(runs) == 1:
-                _phases(axis, run)
-        axis.set(xlabel="tokens", ylabel=unit)
-        if metric == "lm_loss":
-            axis.set_xscale("log")
-        if len(runs) > 1 or metric == "lm_loss":
-            axis.legend(fontsize=8)
+            axis.plot(tokens, values, color=f"C{number % 10}", linewidth=1)
+        axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
-        parts.append(f"<h2>{heading}</h2>\n{picture(figure)}")
-    return parts
+    if len(runs) == 1:
+        _phases(axes[0], runs[0])
+    axes[-1].set_xlabel("tokens")
+    return [
+        f"<h2>Loss</h2>\n{picture(figure)}",
+        f"<h2>Learning rate, gradient norm, throughput</h2>\n{picture(below)}",
+    ]
 
 
 def _phases(axis: Any, run: Run) -> None:
@@ -193,6 +194,7 @@ def _experts(run: Run) -> list[str]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.17, top=0.97)
     every = max(1, len(run.lines) // POINTS)
     for axis, name, best in zip(axes, ("max_over_mean", "entropy"), ("1 is balanced", "1 is uniform"), strict=True):
         axis.plot(run.tokens[::every], [line["expert_load"][name] for line in run.lines[::every]], linewidth=1)
@@ -203,7 +205,7 @@ def _experts(run: Run) -> list[str]:
     if states:
         load = np.array(json.loads(states[-1].read_text())["assignments"], dtype=float)
         load /= np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
-        figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.18 * len(load)))
+        figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.18 * len(load)), layout="constrained")
         image = axis.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
         axis.set(xlabel="expert", ylabel="layer", title=f"load over the mean, {states[-1].parent.name}")
         figure.colorbar(image)

@@ -188,7 +188,7 @@ def test_a_page_needs_nothing_but_itself(tmp_path: Path, run: Callable[..., Path
         text = page.read_text()
         assert all(f"<td>{name}</td>" in text for name in names)
         assert not re.search(r"<script|<link|<img|@import|src=|href=\"http", text)
-        assert text.count("<svg") == text.count("</svg>") == 4 + 2 * len(names)
+        assert text.count("<svg") == text.count("</svg>") == 2 + 2 * len(names)
     for phase in ("warmup", "trunk", "decay"):
         assert f" {phase}</text>" in (one / "report.html").read_text()
 

@@ -166,7 +166,7 @@ def words_sweep(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[
     return arguments
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "power"])
+@pytest.mark.parametrize("schedule", ["wsd", pytest.param("power", marks=pytest.mark.slow)])
 def test_a_trial_on_a_shared_trunk_equals_a_separate_run(
     words_sweep: Callable[..., list[str]], tmp_path: Path, schedule: str
 ) -> None:

@@ -22,6 +22,7 @@ EXPERIMENTS = [
     "moe_1b",
     "powerlm_3b",
     "powermoe_3b",
+    "proxy_tiny",
 ]
 
 
@@ -195,7 +196,7 @@ def test_a_setting_at_its_limit_is_accepted(quickstart: Config, settings: dict[s
         ([], ["batch.sequences", "run.tokens", "experiment"]),
         ([QUICK, "run.tokens=???"], ["run.tokens", "no value"]),
         ([QUICK, "batch.ramp=[{from_tokens: 5}]"], ["batch.ramp[0].sequences", "no value"]),
-        ([QUICK, "-m", "run.seed=1,2"], ["multirun", "run.name"]),
+        ([QUICK, "-m", "run.seed=1,2"], ["multirun", "launch.sweep"]),
         ([QUICK, "--sed=1"], ["'--sed=1'", "--help"]),
         ([QUICK, "--config-dir", "does/not/exist"], ["'does/not/exist'", "not a folder"]),
         ([QUICK, "just_a_word"], ["just_a_word"]),
