@@ -155,6 +155,7 @@ def report(law: Law) -> str:
         f"residual: standard deviation of the log rate around the law. Noise of a loss: {_noise(law)} nats, of whose "
         f"variance the horizons of a trunk share {law.shared:.0%}.",
         *law.notes,
+        *law.flags,
     ]
     return "\n".join(lines)
 
@@ -293,6 +294,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
             _line(axis, law.sizes[size], horizons, f"C{number}", "--", None)
     _line(axis, law.paper, horizons, "black", "-", f"all: γ ∝ tokens^{law.paper.b.value:.3f}")
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="γ = η / batch of the three best batches")
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     paths.append(_save(figure, folder / "gamma.png"))

@@ -120,7 +120,7 @@ class Law:
 
     paper, sizes: the paper's reading, pooled and by size. plane: a, b and c through all batches. noise: standard
     deviation of a loss, by (size, horizon). shared: the part of its variance that the horizons of a trunk share.
-    notes: what a reader has to know, in sentences.
+    notes: what a reader has to know of the law, in sentences; flags: of the best rates that it comes from.
     """
 
     cells: tuple[Cell, ...]
@@ -131,6 +131,7 @@ class Law:
     noise: Mapping[tuple[Size, int], float]
     shared: float
     notes: tuple[str, ...]
+    flags: tuple[str, ...]
 
     @property
     def proportional(self) -> bool:
@@ -222,7 +223,8 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         plane,
         sigma,
         shared,
-        (*_agreement(readings), *_notes(cells, plane, pooled)),
+        (*_agreement(readings), _proportionality(plane, pooled)),
+        tuple(_flags(cells)),
     )
 
 
@@ -590,17 +592,21 @@ def _agreement(sizes: Mapping[Size, Reading]) -> list[str]:
     return ["The sizes agree: the intervals of b and of γ overlap for every pair."] if len(sizes) > 1 else []
 
 
-def _notes(cells: tuple[Cell, ...], plane: Reading, paper: Reading) -> list[str]:
-    notes = []
+def _proportionality(plane: Reading, paper: Reading) -> str:
+    """Whether the rate is proportional to the batch, in plain words."""
     c = plane.c
     if c.contains(1.0):
-        notes.append(f"The rate is proportional to the batch as far as this sweep can tell: c = {c}.")
-    else:
-        notes.append(
-            f"The rate is not proportional to the batch here: it grows as batch^{c.value:.2f}, and the interval of c, "
-            f"{c.low:.2f} to {c.high:.2f}, excludes 1. The paper's reading, b = {paper.b.value:.3f}, then mixes how "
-            f"the best batch grows with how the rate falls; at a fixed batch it falls as tokens^{plane.b.value:.3f}."
-        )
+        return f"The rate is proportional to the batch as far as this sweep can tell: c = {c}."
+    return (
+        f"The rate is not proportional to the batch here: it grows as batch^{c.value:.2f}, and the interval of c, "
+        f"{c.low:.2f} to {c.high:.2f}, excludes 1. The paper's reading, b = {paper.b.value:.3f}, then mixes how the "
+        f"best batch grows with how the rate falls; at a fixed batch it falls as tokens^{plane.b.value:.3f}."
+    )
+
+
+def _flags(cells: tuple[Cell, ...]) -> list[str]:
+    """Which best rates are not used or to be trusted less, and where the best batch may lie outside."""
+    notes = []
     for flag, meaning in (
         ("edge high", "the best rate is the highest of the grid"),
         ("edge low", "the best rate is the lowest of the grid"),

@@ -227,7 +227,7 @@ def test_a_minimum_at_the_edge_of_the_rates_is_flagged_and_not_used() -> None:
             assert cell.flag == "edge high"
     assert {"", "edge low", "edge high"} <= {cell.flag for cell in found.cells}
     assert all(cell.usable for cell in found.best)
-    assert any("highest of the grid" in note for note in found.notes)
+    assert any("highest of the grid" in note for note in found.flags)
     assert found.plane.b.value == pytest.approx(-0.5, abs=1e-6)
 
 
