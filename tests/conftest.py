@@ -64,8 +64,9 @@ def tiny(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def run(tiny: Callable[..., list[str]]) -> Callable[..., Path]:
-    """Train in this process; returns the run's folder."""
+def run(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Train in this process; returns the run's folder. Its page is not drawn, which takes as long as all the rest."""
+    monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
 
     def train_tiny(*more: str) -> Path:
         from train.cli import composed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,24 +77,28 @@ class Run:
         ended = folder / "exit.json"
         self.ended = json.loads(ended.read_text())["reason"] if ended.exists() else "running"
 
-    def curve(self, name: str, smooth: bool = True) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Tokens and a metric over them, as means over stretches that are equal on a logarithmic scale."""
+    def curve(self, name: str, logarithmic: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Tokens and a metric over them; of more than POINTS values, means over equal stretches of the axis."""
         values = np.array([np.nan if line[name] is None else line[name] for line in self.lines], dtype=float)
-        if not smooth or len(values) <= POINTS:
+        if len(values) <= POINTS:
             return self.tokens, values
-        bins = np.unique(np.geomspace(1, len(values), POINTS).astype(int))
-        starts = np.concatenate([[0], bins[:-1]])
-        return self.tokens[bins - 1], np.array([np.nanmean(values[a:b]) for a, b in zip(starts, bins, strict=True)])
+        space = np.geomspace if logarithmic else np.linspace
+        ends = np.unique(np.searchsorted(self.tokens, space(self.tokens[0], self.tokens[-1], POINTS), side="right"))
+        starts = np.concatenate([[0], ends[:-1]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a stretch of skipped steps has no mean
+            means = [np.nanmean(values[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return self.tokens[ends - 1], np.array(means)
 
 
-def runs_page(folders: Sequence[Path], title: str | None = None) -> str:
+def runs_page(folders: Sequence[Path]) -> str:
     """A page of one run, or of several over each other.
 
     Raises:
         ConfigError: a folder that is not a run's.
     """
     runs = [Run(folder) for folder in folders]
-    title = title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs")
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return page(title, [summary(runs), *overlays(runs), *(part for run in runs for part in _experts(run))])
 
 
@@ -145,7 +150,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     figure, axis = pyplot.subplots(figsize=(9, 4.2))
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.97)
     for number, run in enumerate(runs):
-        axis.plot(*run.curve("lm_loss"), color=f"C{number % 10}", linewidth=1, label=run.label)
+        axis.plot(*run.curve("lm_loss", logarithmic=True), color=f"C{number % 10}", linewidth=1, label=run.label)
         if run.overall:
             evaluated = [(line["tokens"], line["loss"]) for line in run.overall]
             label = "validation" if len(runs) == 1 else None
@@ -163,8 +168,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     below.subplots_adjust(left=0.11, right=0.98, bottom=0.07, top=0.98, hspace=0.08)
     for axis, (metric, unit) in zip(axes, panels, strict=True):
         for number, run in enumerate(runs):
-            tokens, values = run.curve(metric, smooth=metric != "lr")
-            axis.plot(tokens, values, color=f"C{number % 10}", linewidth=1)
+            axis.plot(*run.curve(metric), color=f"C{number % 10}", linewidth=1)
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
     if len(runs) == 1:
@@ -196,16 +200,20 @@ def _experts(run: Run) -> list[str]:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.17, top=0.97)
     every = max(1, len(run.lines) // POINTS)
-    for axis, name, best in zip(axes, ("max_over_mean", "entropy"), ("1 is balanced", "1 is uniform"), strict=True):
+    for axis, name, label in zip(
+        axes, ("max_over_mean", "entropy"), ("largest load / mean", "entropy / uniform"), strict=True
+    ):
         axis.plot(run.tokens[::every], [line["expert_load"][name] for line in run.lines[::every]], linewidth=1)
-        axis.set(xlabel="tokens", ylabel=f"{name} of the worst layer ({best})")
+        axis.set(xlabel="tokens", ylabel=f"{label}, worst layer")
         axis.grid(alpha=0.3)
     parts = [f"<h2>Experts of {html.escape(run.name)}</h2>\n{picture(figure)}"]
     states = sorted((run.folder / "checkpoints").glob("step-*/state.json"))
     if states:
         load = np.array(json.loads(states[-1].read_text())["assignments"], dtype=float)
         load /= np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
-        figure, axis = pyplot.subplots(figsize=(9, 1.5 + 0.18 * len(load)), layout="constrained")
+        height = 1.1 + 0.18 * len(load)
+        figure, axis = pyplot.subplots(figsize=(9, height))
+        figure.subplots_adjust(left=0.06, right=1.0, bottom=0.55 / height, top=1 - 0.4 / height)
         image = axis.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
         axis.set(xlabel="expert", ylabel="layer", title=f"load over the mean, {states[-1].parent.name}")
         figure.colorbar(image)

@@ -183,6 +183,7 @@ def test_one_set_of_numbers_is_held_against_the_best_of_each_row(tmp_path: Path)
 def test_a_page_needs_nothing_but_itself(tmp_path: Path, run: Callable[..., Path]) -> None:
     one = run("run.name=one")
     two = run("run.name=two", "run.seed=1")
+    call(report.main, str(one))
     call(report.main, str(one), str(two), "--out", str(tmp_path / "both.html"))
     for page, names in ((one / "report.html", ["one"]), (tmp_path / "both.html", ["one", "two"])):
         text = page.read_text()

@@ -152,7 +152,9 @@ def test_tokens_trained_are_those_behind_the_decay_of_the_horizon_before() -> No
 
 
 @pytest.fixture
-def words_sweep(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def words_sweep(words: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
+
     def arguments(*more: str) -> list[str]:
         return [
             f"--config-dir={CONFIGS}",

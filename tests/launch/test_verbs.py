@@ -51,6 +51,7 @@ def test_train_works_from_another_folder_through_accelerate(tiny: Callable[..., 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "here/tiny/model/config.json").is_file()
+    assert "<svg" in (tmp_path / "here/tiny/report.html").read_text()
 
 
 def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
