@@ -226,35 +226,51 @@ def run_sweep(arguments: list[str], **environment: str) -> str:
     return said
 
 
+def wait_for(folder: Path, steps: int) -> None:
+    """Until the trials of a sweep have taken so many steps together."""
+    for _ in range(1200):
+        if sum(len(path.read_text().splitlines()) for path in folder.glob("words/*/metrics.jsonl")) >= steps:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the sweep does not get on")
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_a_job_array_gives_the_same_ledger(
     words_sweep: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    undisturbed = run_sweep(words_sweep(f"run.folder={tmp_path / 'whole'}"))
+    def short(*more: str) -> list[str]:
+        return words_sweep("sweep.batch=[0.03125]", *more)
+
+    undisturbed = run_sweep(short(f"run.folder={tmp_path / 'whole'}"))
     whole = ledger(tmp_path / "whole")
     assert {line["status"] for line in whole} == {"finished"}
     assert {"family", "hidden_size", "parameters", "warmup_tokens", "data_fingerprint", "config"} <= whole[0].keys()
     assert "tokens trained where separate runs take" in undisturbed
 
-    # ---- SIGKILL to everything, again and again, at moments that also fall inside trials
-    arguments = words_sweep(f"run.folder={tmp_path / 'killed'}", "sweep.jobs=1", "checkpoint.every=2")
-    for delay in (9.0, 9.7, 10.4):
+    # ---- SIGKILL to everything, again and again, while a trial takes its steps
+    arguments = short(f"run.folder={tmp_path / 'killed'}", "sweep.jobs=1", "checkpoint.every=2")
+    for steps in (3, 25, 50):
         process = sweep_process(arguments)
-        time.sleep(delay)
+        wait_for(tmp_path / "killed", steps)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     run_sweep(arguments)
     assert ledger(tmp_path / "killed") == whole
 
     # ---- SIGKILL to the controller alone: its workers and trials must not run on
-    arguments = words_sweep(f"run.folder={tmp_path / 'orphaned'}")
+    arguments = short(f"run.folder={tmp_path / 'orphaned'}")
     process = sweep_process(arguments)
-    time.sleep(9.0)
+    wait_for(tmp_path / "orphaned", 3)
     process.kill()
     process.wait()
-    time.sleep(4.0)
-    alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path / "orphaned") not in alive
+    for _ in range(60):
+        alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        if str(tmp_path / "orphaned") not in alive:
+            break
+        time.sleep(0.5)
+    else:
+        raise AssertionError("something of the sweep still runs")
     run_sweep(arguments)
     assert ledger(tmp_path / "orphaned") == whole
 
@@ -271,7 +287,7 @@ def test_a_killed_sweep_goes_on_and_a_job_array_gives_the_same_ledger(
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     python = f"{stand_in.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     launcher = f"sweep.launcher={sys.executable}"  # trials by a launcher, not forked from the worker
-    run_sweep([*words_sweep(f"run.folder={tmp_path / 'array'}", launcher), "--slurm"], PATH=python)
+    run_sweep([*short(f"run.folder={tmp_path / 'array'}", launcher), "--slurm"], PATH=python)
     assert (stand_in.parent / "calls").exists()
     assert ledger(tmp_path / "array") == whole
 
@@ -281,7 +297,7 @@ def test_a_killed_sweep_goes_on_and_a_job_array_gives_the_same_ledger(
     kept = [line for line in whole if line["tokens"] < 5120]
     text = "".join(json.dumps({**line, "seconds": 1.0}) + "\n" for line in kept)
     (again / "words" / "ledger.jsonl").write_text(text)
-    run_sweep(words_sweep(f"run.folder={again}"))
+    run_sweep(short(f"run.folder={again}"))
     assert ledger(again) == whole
     assert not (again / "words" / kept[0]["trial"]).exists()
 
