@@ -335,6 +335,7 @@ def train_trial(arguments: list[str], trial: Trial, *more: str) -> Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_a_trial_of_another_configuration_is_refused(
     words_sweep: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +359,7 @@ def test_a_trial_of_another_configuration_is_refused(
             assert ended.value.code == 2 and said in told, (known_from, change, told)
 
 
+@pytest.mark.slow
 def test_a_trial_begins_further_back_when_the_trunk_is_damaged(words_sweep: Callable[..., list[str]]) -> None:
     arguments = words_sweep()
     first, second, third = (t for t in Sweep(arguments).trials if t.batch == 0.03125 and t.fields[0][1] == 0.016)

@@ -106,6 +106,7 @@ def test_a_signal_to_one_rank_stops_all(tiny: Callable[..., list[str]], tmp_path
     assert checkpoint.step_of(newest) == ended["step"] < 150
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     process = start(tiny("run.name=busy", *LONG))
     wait_until(lambda: steps_taken(tmp_path / "busy") > 0, process)
