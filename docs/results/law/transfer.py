@@ -38,7 +38,8 @@ def main() -> None:
     print(f"{'rate':>9}  loss, mean over seeds (and each)")
     for rate in sorted(by_rate):
         print(f"{rate:9.4f}  {np.mean(by_rate[rate]):.4f}  ({', '.join(f'{loss:.4f}' for loss in by_rate[rate])})")
-    noise = np.mean([np.std(losses, ddof=1) for losses in by_rate.values() if len(losses) > 1])
+    scatter = [np.std(losses, ddof=1) for losses in by_rate.values() if len(losses) > 1]
+    noise = np.mean(scatter) if scatter else math.nan
     rates = np.array(sorted(by_rate))
     losses = np.array([np.mean(by_rate[rate]) for rate in rates])
     near = np.argsort(losses)[:4]
