@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import multiprocessing.process
@@ -57,7 +56,7 @@ from launch.trials import (
 from schedulers.law import expected_error
 from train.cli import composed, composed_sweep, guard
 from train.config import Config, ConfigError, RunFailed, load, setting_values
-from train.environment import replace_text
+from train.environment import lock, replace_text
 from train.track import read_lines
 
 POLL_SECONDS = 0.5
@@ -416,13 +415,8 @@ def claim(folder: Path) -> Iterator[IO[str] | None]:
     anything of the trial lives, and nobody has to judge whether a dead worker's claim has become stale.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".claim", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
+    with lock(folder / ".claim") or contextlib.nullcontext() as file:
+        yield file
 
 
 def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> multiprocessing.process.BaseProcess:

@@ -62,6 +62,17 @@ def parent(path: Path) -> Path | None:
     return None if recorded is None else Path(recorded)
 
 
+def lock(path: Path) -> IO[str] | None:
+    """The file, locked until it is closed or its process and what inherited it have died; None when others have it."""
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, engine: Engine) -> Iterator[None]:
     """Make the run's folder, and keep others from training in it. A process that dies gives it up by dying.
@@ -69,7 +80,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
     Raises:
         ConfigError: another process has it, or it is a link.
     """
-    lock: list[IO[str]] = []
+    held: list[IO[str]] = []
 
     def claim() -> None:
         if (folder / "ledger.jsonl").exists():
@@ -77,21 +88,19 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
         if folder.is_symlink():
             raise ConfigError(f"{folder} is a link; name the folder that it leads to with run.folder and run.name.")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock.append(open(folder / ".lock", "a"))  # noqa: SIM115
-        try:
-            fcntl.flock(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.pop().close()
+        file = lock(folder / ".lock")
+        if file is None:
             raise ConfigError(
                 f"Another process is training in {folder}. Wait for it, stop it (touch {folder / 'stop'}), or choose "
                 "another run.name."
-            ) from error
+            )
+        held.append(file)
 
     engine.first_rank_decides(claim)
     try:
         yield
     finally:
-        for file in lock:
+        for file in held:
             file.close()
 
 
