@@ -460,7 +460,7 @@ def _noise(trials: _Trials, fitted: list[_Parabola]) -> tuple[dict[Any, float], 
     From what the parabolas leave over, and from trials that differ in their seed alone.
     """
     squares, freedom = dict.fromkeys(trials.groups, 0.0), dict.fromkeys(trials.groups, 0.0)
-    left: dict[tuple[Any, ...], dict[int, float]] = {}  # trunk or (rate of a cell) → tokens → residual
+    left: dict[tuple[Any, ...], dict[tuple[Size, int], float]] = {}  # trunk or (rate of a cell) → group → residual
     for index, parabola in enumerate(fitted):
         size, tokens, batch = trials.cells[index]
         rates, by_rate = trials.rates(index), trials.losses[trials.cells[index]]
@@ -468,23 +468,21 @@ def _noise(trials: _Trials, fitted: list[_Parabola]) -> tuple[dict[Any, float], 
             squares[size, tokens] += float(parabola.residuals @ parabola.residuals)
             freedom[size, tokens] += len(parabola.residuals) - 3
             for offset, residual in enumerate(parabola.residuals):
-                left.setdefault((size, batch, rates[parabola.first + offset]), {})[tokens] = float(residual)
+                left.setdefault((size, batch, rates[parabola.first + offset]), {})[size, tokens] = float(residual)
         for entries in by_rate.values():
             values = np.array([loss for _, loss in entries])
             if len(values) > 1 and np.isfinite(values).all():
                 squares[size, tokens] += float(((values - values.mean()) ** 2).sum())
                 freedom[size, tokens] += len(values) - 1
                 for (trunk, _), value in zip(entries, values - values.mean(), strict=True):
-                    left.setdefault((trunk,), {})[tokens] = float(value)
+                    left.setdefault((trunk,), {})[size, tokens] = float(value)
     total = sum(squares.values()) / max(1.0, sum(freedom.values()))
     # A horizon with few degrees of freedom borrows two from all the others.
     sigma = {group: math.sqrt((squares[group] + 2 * total) / (freedom[group] + 2)) for group in trials.groups}
-    scale = {group[1]: value for group, value in sigma.items()}
     product = square = 0.0
-    for by_tokens in left.values():
-        horizons = sorted(by_tokens)
-        for one, next_one in itertools.pairwise(horizons):
-            u, v = by_tokens[one] / (scale[one] or 1.0), by_tokens[next_one] / (scale[next_one] or 1.0)
+    for by_group in left.values():  # of one size, so that sorted groups are sorted horizons
+        for one, next_one in itertools.pairwise(sorted(by_group)):
+            u, v = by_group[one] / (sigma[one] or 1.0), by_group[next_one] / (sigma[next_one] or 1.0)
             product += u * v
             square += (u * u + v * v) / 2
     return sigma, min(1.0, max(0.0, product / square)) if square else 0.0
