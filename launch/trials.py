@@ -96,6 +96,9 @@ def sweep_config(node: Any) -> SweepConfig:
     """
     if not node:
         raise ConfigError("There is no sweep in this configuration. One is chosen with +sweep=NAME.")
+    node = dict(node)
+    if "schedules" in node:
+        node["schedules"] = _whole_as_floats(node["schedules"])
     try:
         sweep = typed(OmegaConf.create(node), SweepConfig)
     except ConfigError as error:
@@ -124,6 +127,15 @@ def sweep_config(node: Any) -> SweepConfig:
     except ValueError as error:
         raise ConfigError(f"sweep.launcher is {sweep.launcher!r}, which no shell could read: {error}.") from error
     return sweep
+
+
+def _whole_as_floats(value: Any) -> Any:
+    """OmegaConf takes a whole number for a float, but not inside a dict of dicts."""
+    if isinstance(value, dict):
+        return {key: _whole_as_floats(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_whole_as_floats(entry) for entry in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _finite(name: str, values: Sequence[float], above: float = -math.inf) -> None:

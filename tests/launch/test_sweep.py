@@ -47,6 +47,14 @@ def test_every_combination_is_a_trial_and_the_shortest_horizon_comes_first() -> 
     assert [trial.tokens for trial in trials] == sorted(trial.tokens for trial in trials)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/sweep").glob("*.yaml")))
+def test_every_sweep_that_comes_along_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([f"+sweep={name}", "--dry-run"])
+    assert left.value.code == 0
+    assert "0 of " in capsys.readouterr().out
+
+
 def test_a_batch_is_trained_where_its_steps_are_neither_too_few_nor_too_many() -> None:
     trials = plan(swept(min_steps=150, max_steps=1000))
     # 409,600 tokens are 400 steps of 1024 and 100 of 4096; 1,638,400 are 1600 and 400.
