@@ -8,6 +8,10 @@
         rng/rank-00000.safetensors                 random state of each rank
         manifest.json                              size and SHA-256 of every file above, written last
 
+A sharded engine's ranks each write what they keep: weights-00001-of-00004.safetensors, and so on, in which
+NAME[start:stop] are the elements [start, stop) of the flattened parameter NAME. Any engine on any number of ranks
+reads from either kind just the elements that it will keep, so nothing is ever converted.
+
 A checkpoint is written beside its place, synced, and renamed into it. It exists when its manifest does and
 every file matches. The newest valid one is found by its step: no pointer file has to be trusted.
 """
@@ -15,100 +19,234 @@ every file matches. The newest valid one is found by its step: no pointer file h
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from train import faults as injected
 from train.balance import Balance
 from train.config import ConfigError, as_dict
 from train.engine import MOMENTS, Engine
+from train.environment import replace_text
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
+_PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+_POLL_SECONDS = 0.01
 
 
-def save(checkpoints: Path, engine: Engine, state: State, balance: Balance, data_fingerprint: dict[str, str]) -> Path:
-    """Write the checkpoint of `state`, and only then drop the oldest, so that `checkpoint.keep` stay.
+class Saver:
+    """Writes checkpoints while training goes on. Every rank has one, and its methods are collective.
 
-    Collective: every rank calls it.
-
-    Args:
-        data_fingerprint: of the tokens of each corpus, so that a resume can tell whether they are the same.
-
-    Raises:
-        OSError: it could not be written (a full disk, say); older checkpoints are untouched and the partial one
-            is removed.
+    `save` copies what this rank keeps and leaves the writing to a thread. That of the first rank waits until all
+    ranks have written, then makes the checkpoint of it, and only then drops the oldest, so that `checkpoint.keep`
+    stay. A save that fails leaves older checkpoints as they are and removes the partial one.
     """
-    final = checkpoints / f"step-{state.step:08d}"
-    partial = checkpoints / f".{final.name}.partial"
-    if engine.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "rng").mkdir(parents=True)
-    engine.barrier()
-    _save_tensors(_rng_state(engine), partial / _rng_file(engine.rank))
-    engine.barrier()
-    if engine.is_main:
+
+    def __init__(
+        self, checkpoints: Path, engine: Engine, data_fingerprint: dict[str, str], say: Callable[[str], None]
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.engine = engine
+        self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
+        self.say = say
+        self.saved_step: int | None = None  # of the last one begun
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def save(self, state: State, balance: Balance) -> None:
+        """Begin the checkpoint of `state`. One that could not be written before is reported, and forgotten."""
+        began = time.perf_counter()
         try:
-            _write(partial, final, engine, state, balance, data_fingerprint)
+            self.finish()
         except OSError as error:
-            written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+            self.say(f"Warning: {error} Training goes on.")
+        partial = self.checkpoints / f".step-{state.step:08d}.partial"
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
-            needed = 12 * sum(p.numel() for p in engine.model.parameters())
-            raise OSError(
-                error.errno,
-                f"The checkpoint of step {state.step} could not be written to {checkpoints}: {error.strerror}. "
-                f"It needs about {needed / 1e6:,.0f} MB; {written / 1e6:,.0f} MB were written and are removed. "
-                "Older checkpoints are intact.",
-            ) from error
-        for old in available(checkpoints)[: -engine.config.checkpoint.keep]:
-            _remove(old)
-    engine.barrier()
-    return final
+            (partial / "rng").mkdir(parents=True)
+            for rank in range(self.engine.world_size):
+                (partial / _pending_file(rank)).touch()
 
-
-def _write(
-    partial: Path, final: Path, engine: Engine, state: State, balance: Balance, data_fingerprint: dict[str, str]
-) -> None:
-    taken, moments = engine.optimizer_state()
-    _save_tensors(engine.full_parameters(), partial / "weights.safetensors")
-    for moment in MOMENTS:
-        _save_tensors(moments[moment], partial / f"{moment}.safetensors")
-    _write_text(
-        partial / "state.json",
-        json.dumps(
-            {
+        self.engine.first_rank_decides(begin)
+        tensors = self._copy()
+        texts = {}
+        if self.engine.is_main:
+            progress = {
                 "state": dataclasses.asdict(state),
-                "optimizer_steps": taken,
+                "optimizer_steps": self.engine.steps_taken(),
                 "assignments": balance.previous.tolist(),
-                "data_fingerprint": data_fingerprint,
+                "data_fingerprint": self.data_fingerprint,
+                "engine": {"kind": self.engine.kind, "ranks": self.engine.world_size},
             }
-        ),
-    )
-    _write_text(partial / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(engine.config))))
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    manifest = {
-        "step": state.step,
-        "files": {
-            path.relative_to(partial).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in files
-        },
-    }
-    _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
-    _sync_folder(partial / "rng")
-    _sync_folder(partial)
-    if final.exists():  # what cannot be trusted; a valid one would not be written again
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _sync_folder(final.parent)
+            texts["state.json"] = json.dumps(progress)
+            texts["config.yaml"] = OmegaConf.to_yaml(OmegaConf.create(as_dict(self.engine.config)))
+        self.saved_step = state.step
+        stood_still = time.perf_counter() - began
+        self._thread = threading.Thread(
+            target=self._write, args=(partial, state.step, tensors, texts, stood_still), daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            OSError: on all ranks, when it could not be written on one: a full disk, say.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+
+        def outcome() -> None:
+            if error is not None:
+                raise error
+
+        self.engine.first_rank_decides(outcome)
+
+    def _copy(self) -> dict[str, dict[str, torch.Tensor]]:
+        """File → name → tensor on the CPU, of what this rank writes."""
+        engine = self.engine
+        kept = engine.fragments() if engine.sharded or engine.is_main else {}
+        tensors: dict[str, dict[str, torch.Tensor]] = {what: {} for what in ("weights", *MOMENTS)}
+        taken = engine.steps_taken()
+        for name, fragment in kept.items():
+            shape = engine.shapes[name]
+            whole = fragment.stop - fragment.start == shape.numel()
+            key = name if whole else f"{name}[{fragment.start}:{fragment.stop}]"
+            for what in tensors:
+                if what == "weights" or taken:
+                    values = fragment.master if what == "weights" else engine.moment(fragment, what)
+                    values = values.detach().to("cpu", copy=True)
+                    tensors[what][key] = values.view(shape) if whole else values
+        shard = f"-{engine.rank + 1:05d}-of-{engine.world_size:05d}" if engine.sharded else ""
+        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if kept else {}
+        return {**files, _rng_file(engine.rank): _rng_state(engine)}
+
+    # ------------------------------------------------------------------------ in the thread
+
+    def _write(
+        self,
+        partial: Path,
+        step: int,
+        tensors: dict[str, dict[str, torch.Tensor]],
+        texts: dict[str, str],
+        stood_still: float,
+    ) -> None:
+        rank, done = self.engine.rank, {}
+        try:
+            for name, named in tensors.items():
+                _save_tensors(named, partial / name)
+                injected.at("write", rank, step, partial / name)
+            for name, text in texts.items():
+                _write_text(partial / name, text)
+            for name in (*tensors, *texts):
+                done[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+            replace_text(partial / _done_file(rank), json.dumps(done))
+        except OSError as error:
+            self._error = error
+        finally:
+            (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space: a full disk lets it be told
+        if self.engine.is_main:
+            try:
+                final = self._commit(partial, step)
+                self.say(f"Saved {final} (training stood still for {stood_still:.1f} s).")
+            except OSError as error:
+                self._error = self._failed(error, partial, step)
+
+    def _commit(self, partial: Path, step: int) -> Path:
+        """Wait for what all ranks have written, and make the checkpoint of it."""
+        files: dict[str, Any] = {}
+        if self._error is not None:
+            raise self._error
+        for rank in range(self.engine.world_size):
+            while (partial / _pending_file(rank)).exists():
+                time.sleep(_POLL_SECONDS)
+            if not (partial / _done_file(rank)).exists():
+                raise OSError(errno.EIO, f"rank {rank} could not write its part")
+            files |= json.loads((partial / _done_file(rank)).read_text())
+            (partial / _done_file(rank)).unlink()
+        injected.at("manifest", 0, step)
+        manifest = {"step": step, "files": dict(sorted(files.items()))}
+        _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
+        _sync_folder(partial / "rng")
+        _sync_folder(partial)
+        injected.at("rename", 0, step)
+        final = self.checkpoints / f"step-{step:08d}"
+        if final.exists():  # what cannot be trusted; a valid one would not be written again
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync_folder(self.checkpoints)
+        injected.at("prune", 0, step)
+        for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
+            _remove(old)
+        return final
+
+    def _failed(self, error: OSError, partial: Path, step: int) -> OSError:
+        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        needed = 12 * sum(shape.numel() for shape in self.engine.shapes.values())
+        return OSError(
+            error.errno,
+            f"The checkpoint of step {step} could not be written to {self.checkpoints}: {error.strerror or error}. "
+            f"It needs about {needed / 1e6:,.0f} MB; {written / 1e6:,.0f} MB were written and are removed. "
+            "Older checkpoints are intact.",
+        )
+
+
+class Stored:
+    """`weights`, or a moment, in the files of a checkpoint, by parameter name."""
+
+    def __init__(self, checkpoint: Path, what: str) -> None:
+        self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
+        for path in sorted((*checkpoint.glob(f"{what}.safetensors"), *checkpoint.glob(f"{what}-*.safetensors"))):
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118
+                piece = _PIECE.fullmatch(key)
+                size = int(torch.Size(file.get_slice(key).get_shape()).numel())
+                name, start = (piece[1], int(piece[2])) if piece else (key, 0)
+                self._pieces.setdefault(name, []).append((start, start + size, key, file))
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened parameter; only they are read from disk, or the rows they lie in.
+
+        Raises:
+            KeyError: the files do not hold them all.
+        """
+        values = torch.empty(stop - start)
+        found = 0
+        for begin, end, key, file in self._pieces.get(name, []):
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                values[low - start : high - start] = _elements(file.get_slice(key), low - begin, high - begin)
+                found += high - low
+        if found != stop - start:
+            raise KeyError(f"{name}: {found:,} of the elements {start:,} to {stop:,}")
+        return values
+
+
+def _elements(stored: Any, start: int, stop: int) -> torch.Tensor:
+    shape = stored.get_shape()
+    row = int(torch.Size(shape[1:]).numel())
+    first, last = start // row, -(-stop // row)
+    rows: torch.Tensor = stored[first:last]
+    return rows.reshape(-1)[start - first * row : stop - first * row]
 
 
 def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> None:
@@ -117,11 +255,9 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
     for name, value in saved["state"].items():
         setattr(state, name, value)
     balance.previous = torch.tensor(saved["assignments"], dtype=torch.int64).reshape(balance.previous.shape)
-    engine.load(
-        load_file(checkpoint / "weights.safetensors"),
-        saved["optimizer_steps"],
-        {moment: load_file(checkpoint / f"{moment}.safetensors") for moment in MOMENTS},
-    )
+    taken = saved["optimizer_steps"]
+    moments = {moment: Stored(checkpoint, moment).read for moment in MOMENTS} if taken else None
+    engine.load(Stored(checkpoint, "weights").read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
     if rng.exists():  # on more ranks than before, the new ones keep their seed
         _set_rng_state(load_file(rng), engine)
@@ -132,12 +268,18 @@ def load_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / "state.json").read_text())["state"])
 
 
+def trained_by(checkpoint: Path) -> tuple[str, int]:
+    """The kind of engine, and its number of ranks."""
+    engine = json.loads((checkpoint / "state.json").read_text())["engine"]
+    return engine["kind"], engine["ranks"]
+
+
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     """Put the weights of a verified checkpoint into a model, without an engine."""
-    weights = load_file(checkpoint / "weights.safetensors")
+    stored = Stored(checkpoint, "weights")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(stored.read(name, 0, parameter.numel()).view(parameter.shape))
 
 
 def available(checkpoints: Path) -> list[Path]:
@@ -164,7 +306,8 @@ def faults(checkpoint: Path) -> list[str]:
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        if manifest["step"] != step_of(checkpoint) or not {"weights.safetensors", "state.json"} <= files.keys():
+        kinds = {name.partition("-")[0].partition(".")[0] for name in files}
+        if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state"} <= kinds:
             return ["manifest.json is not this checkpoint's"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json cannot be read: {error}"]
@@ -249,6 +392,14 @@ def clean(checkpoints: Path) -> None:
     """Remove what an interrupted save or removal left."""
     for path in (*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.removing")):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _pending_file(rank: int) -> str:
+    return f"rank-{rank:05d}.pending"
+
+
+def _done_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
 
 
 def _rng_file(rank: int) -> str:

@@ -30,6 +30,7 @@ LAW_SEQUENCE_LENGTH = 4096
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")
 EXPERTS = ("auto", "eager", "grouped_mm", "batched_mm")
+ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
 
@@ -168,6 +169,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class EngineConfig:
+    """What has to run the model, and how long all ranks may wait for one."""
+
+    expect: str | None = None  # one of ENGINES: refuse to begin with another
+    timeout: float = 1800.0  # seconds for a step, an evaluation or a save
+
+
+@dataclass
 class TrackerConfig:
     """accelerate's trackers beside metrics.jsonl, which is always written."""
 
@@ -190,6 +199,7 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     precision: str = "bf16"  # bf16 | fp32
     threads: int | None = None  # of one CPU rank; default: its share of the cores
@@ -346,6 +356,8 @@ def check(config: Config) -> None:
     _require_one_of("precision", config.precision, ("bf16", "fp32"))
     _require_one_of("model.attn_implementation", model.attn_implementation, ATTENTION)
     _require_one_of("model.experts_implementation", model.experts_implementation, EXPERTS)
+    if config.engine.expect is not None:
+        _require_one_of("engine.expect", config.engine.expect, ENGINES)
     for tracker in config.tracker.log_with:
         _require_one_of("tracker.log_with", tracker, TRACKERS)
     for name, value in (
@@ -372,6 +384,7 @@ def check(config: Config) -> None:
         ("optimizer.eps", config.optimizer.eps),
         *((("threads", config.threads),) if config.threads is not None else ()),
         ("evaluation.sequences", config.evaluation.sequences),
+        ("engine.timeout", config.engine.timeout),
         ("checkpoint.keep", config.checkpoint.keep),
         *((f"batch.ramp[{i}].sequences", phase.sequences) for i, phase in enumerate(batch.ramp)),
     ):

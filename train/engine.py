@@ -1,20 +1,26 @@
-"""The only file that knows accelerate: one process or data parallel (DDP), on CPU or GPU.
+"""The only file that knows accelerate and DeepSpeed: one process, data parallel (DDP), or ZeRO 1, 2, 3.
 
 Gradients are sums over the global batch: the loop divides by global counts, so neither the number of
 micro-batches nor the number of ranks appears in any setting here.
+
+Whatever the engine, the float32 masters and the moments of AdamW lie on each rank as fragments: a range of a
+parameter's elements. `fragments` and `load` speak of these alone, so a checkpoint fits every engine.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train import optim
 from train.config import Config, ConfigError
@@ -22,66 +28,175 @@ from train.loss import LanguageModelLoss, Outputs
 from train.model import mup
 
 T = TypeVar("T")
+Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its elements [start, stop), flat
 
-# transformers reaches the optimizer's moments by these names; so does a checkpoint.
+# AdamW's own names; so are those in a checkpoint.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, stop) of a flattened parameter: the part that this rank keeps.
+
+    master: (stop − start,) their float32 values, a view.
+    flat: the tensor that the optimizer keys its state by, in which they begin at `offset`.
+    """
+
+    start: int
+    stop: int
+    master: Tensor
+    flat: Tensor
+    offset: int
+
+
 class Engine:
-    """Puts a model on its device, and takes optimizer steps with it on all ranks alike."""
+    """Puts a model on its devices, and takes optimizer steps with it on all ranks alike.
+
+    Attributes:
+        kind: plain, ddp, zero1, zero2 or zero3.
+        sharded: whether each rank keeps fragments of its own, or all keep everything.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            # Ranks may wait for hours while the first one prepares a large corpus; train.watchdog sees to hanging ones.
+            backend, timeout = ("gloo" if on_cpu else None), datetime.timedelta(days=1)
+            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
         self.accelerator = Accelerator(
             mixed_precision="no",  # precision is ours: see optim.BFloat16Weights
             log_with=config.tracker.log_with or None,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=handlers,
         )
-        kinds = (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        )
-        if self.accelerator.distributed_type not in kinds:
-            raise ConfigError(
-                f"accelerate was configured for {self.accelerator.distributed_type.value}; this version trains "
-                "with one process or data parallel (NO, MULTI_CPU, MULTI_GPU). Choose another accelerate config."
-            )
-        expected = int(os.environ.get("WORLD_SIZE", 1))
-        if self.accelerator.num_processes != expected:
-            raise ConfigError(
-                f"The launcher started {expected} processes but accelerate sees {self.accelerator.num_processes}: "
-                "every rank would train a run of its own. For CPU ranks use "
-                "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N train.py …`."
-            )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self.kind = self._kind()
+        self.sharded = self.kind.startswith("zero")
+        self._check_launch()
+        if self.sharded:
+            self._configure_deepspeed()
         if self.device.type == "cpu":
             # accelerate launch leaves one thread to a single process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(config.threads or max(1, cores // local))
 
+    def _kind(self) -> str:
+        found = self.accelerator.distributed_type
+        if found == DistributedType.DEEPSPEED:
+            return f"zero{self.accelerator.deepspeed_plugin.zero_stage}"
+        kinds = {DistributedType.NO: "plain", DistributedType.MULTI_CPU: "ddp", DistributedType.MULTI_GPU: "ddp"}
+        if found not in kinds:
+            raise ConfigError(
+                f"accelerate was configured for {found.value}; a run trains with one process, data parallel or "
+                "DeepSpeed ZeRO. The files in launch/accelerate/ are configurations that fit."
+            )
+        return kinds[found]
+
+    def _check_launch(self) -> None:
+        """What was asked for is what runs."""
+        expected = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size != expected:
+            raise ConfigError(
+                f"The launcher started {expected} processes but accelerate sees {self.world_size}: every rank would "
+                "train a run of its own. For CPU ranks use `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N "
+                "train.py …`, or one of the files launch/accelerate/zero*.yaml."
+            )
+        if self.kind == "zero0":
+            raise ConfigError(
+                "DeepSpeed was configured with ZeRO stage 0, which shards nothing and steps on gradients that are not "
+                "finite. Use launch/accelerate/ddp.yaml, or stage 1, 2 or 3."
+            )
+        wanted = self.config.engine.expect
+        if wanted is not None and wanted != self.kind:
+            raise ConfigError(
+                f"engine.expect is {wanted}, but {self.kind} was started, on {self.world_size} rank(s). Launch with "
+                f"`accelerate launch --config_file launch/accelerate/{wanted}.yaml train.py …`, or change the setting."
+            )
+
+    def _configure_deepspeed(self) -> None:
+        """What a run decides, whatever the accelerate file says: precision, clipping, and that we accumulate."""
+        self.accelerator.deepspeed_plugin.deepspeed_config.update(
+            train_batch_size=self.world_size,
+            train_micro_batch_size_per_gpu=1,
+            gradient_accumulation_steps=1,  # ours: see `forward`
+            gradient_clipping=self.config.optimizer.max_grad_norm,
+            # Stages 1 and 2 have whole parameters on every rank, and cast as the plain engine does.
+            bf16={"enabled": self.config.precision == "bf16" and self.kind == "zero3"},
+            fp16={"enabled": False},
+            data_types={"grad_accum_dtype": "fp32"},
+            communication_data_type="fp32",
+            zero_force_ds_cpu_optimizer=False,  # torch's AdamW, which has a fast CPU kernel, wherever the state is
+            steps_per_print=None,
+        )
+        # Transformers would shard every model that is built or loaded from now on; `building` says which one is.
+        unset_hf_deepspeed_config()
+
+    def building(self) -> contextlib.AbstractContextManager[Any]:
+        """The context to build the model in. ZeRO-3 shards every tensor as soon as it is made."""
+        if self.kind != "zero3":
+            return contextlib.nullcontext()
+        import deepspeed
+
+        # PyTorch lists its constructors at the first use of a device context, and zero.Init replaces them: were that
+        # the first, no later device context would know them.
+        with torch.device("meta"):
+            torch.empty(0)
+        return deepspeed.zero.Init(config_dict_or_path=self.accelerator.deepspeed_plugin.deepspeed_config)
+
     def prepare(self, loss: LanguageModelLoss, rows: dict[str, mup.Row]) -> None:
-        """Take the initialised float32 model; make its optimizer."""
+        """Take the float32 model, whose weights `load` brings; make its optimizer."""
         self.loss = loss.to(self.device)
         self.model = loss.model
-        module: nn.Module = optim.BFloat16Weights(loss) if self.config.precision == "bf16" else loss
-        self.module = self.accelerator.prepare_model(module)
+        self.shapes = {
+            name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.model.named_parameters()
+        }
+        casting = self.config.precision == "bf16" and self.kind != "zero3"
+        module: nn.Module = optim.BFloat16Weights(loss) if casting else loss
         groups = optim.parameter_groups(self.model.named_parameters(), rows, self.config.optimizer)
         self.optimizer = optim.adamw(groups, self.config.optimizer)
+        if not self.sharded:
+            self.module = self.accelerator.prepare_model(module)
+            return
+        if self.kind == "zero3":
+            self._tell_zero3_of_the_model(loss)
+        self.module, _ = self.accelerator.prepare(module, self.optimizer)
+        unset_hf_deepspeed_config()  # accelerate has set it again
+        self.zero = self.module.optimizer
+
+    def _tell_zero3_of_the_model(self, loss: LanguageModelLoss) -> None:
+        import deepspeed
+
+        # Ranks that reach different experts would wait for each other for ever.
+        blocks = {type(module) for module in loss.modules() if type(module).__name__ == "GraniteMoeMoE"}
+        if blocks:
+            deepspeed.utils.set_z3_leaf_modules(loss, list(blocks))
+        # The loss multiplies with the head's weight itself, without going through the head.
+        deepspeed.zero.register_external_parameter(loss, loss.model.lm_head.weight)
 
     def forward(self, batch: dict[str, Tensor], last: bool) -> Outputs:
-        """One micro-batch forward. Ranks exchange gradients only in the `last` one of a step."""
+        """One micro-batch forward. Gradients of a step are complete with the `last` one."""
+        if self.sharded:
+            self.module.set_gradient_accumulation_boundary(last)
+            return self.module(**batch)
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
             return self.module(**batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradient of this rank's share of the loss. After the `last` one it is the global sum."""
+        loss = loss * self.world_size  # DDP and ZeRO take the mean over ranks; ours are shares of a sum
+        if self.sharded:
+            self.module.backward(loss)
+            return
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
-            (loss * self.world_size).backward()  # DDP takes the mean over ranks; ours are shares of a sum
+            loss.backward()
 
     def step(self, lr: float) -> tuple[float, bool]:
         """Clip, and step at the rate `lr` (each group by its multiplier), unless the gradient is not finite.
@@ -92,12 +207,25 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
+        if self.sharded:
+            self.module.step()
+            return float(self.module.get_global_grad_norm()), not self.module.was_step_applied()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm).item()
         skipped = not torch.isfinite(torch.tensor(norm)).item()
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm, skipped
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(B, S, V) float32, by the forward pass that trains. Collective: the same `input_ids` on every rank."""
+        self.module.eval()
+        ids = input_ids.to(self.device)
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        logits: Tensor = self.module(input_ids=ids, labels=None, position_ids=positions)
+        self.module.train()
+        return logits.float()
 
     def learning_rates(self) -> dict[str, float]:
         """The rate of each group in the last step."""
@@ -116,11 +244,12 @@ class Engine:
         if self.is_main:
             try:
                 decision[0] = decide()
-            except ConfigError as error:
-                decision[1] = str(error)
-        broadcast_object_list(decision)
+            except (ConfigError, OSError) as error:
+                decision[1] = error
+        if self.world_size > 1:
+            broadcast_object_list(decision)
         if decision[1] is not None:
-            raise ConfigError(decision[1])
+            raise decision[1]
         return decision[0]
 
     def main_first(self) -> contextlib.AbstractContextManager[None]:
@@ -138,31 +267,74 @@ class Engine:
 
     # ------------------------------------------------------------------ state by Hugging Face parameter name
 
-    def full_parameters(self) -> dict[str, Tensor]:
-        """The float32 master weights by name, tied ones once."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-
-    def optimizer_state(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
-        """(steps taken, moment → parameter name → tensor). Before the first step there are no moments."""
-        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-        taken = 0
+    def fragments(self) -> dict[str, Fragment]:
+        """What this rank keeps of each parameter, tied ones once; of what all ranks keep, the first speaks."""
+        found = {}
         for name, parameter in self.model.named_parameters():
-            if state := self.optimizer.state.get(parameter):
-                taken = int(state["step"])
-                for moment in MOMENTS:
-                    moments[moment][name] = state[moment]
-        return taken, moments
+            fragment = self._fragment(parameter)
+            if fragment is not None and fragment.stop > fragment.start:
+                found[name] = fragment
+        return found
+
+    def _fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        if self.kind == "zero3":
+            group, offset, numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            start = self.rank * int(numel)
+            stop = min(start + int(numel), parameter.ds_numel)  # the last ranks hold padding
+            flat, offset = self.zero.fp32_partitioned_groups_flat[group], int(offset)
+        elif self.sharded:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+            stop = start + mapping.lp_fragment_address.numel
+        else:
+            start, stop, flat, offset = 0, parameter.numel(), parameter, 0
+        return Fragment(start, stop, flat.detach().view(-1)[offset : offset + max(0, stop - start)], flat, offset)
+
+    def moment(self, fragment: Fragment, name: str) -> Tensor:
+        """(stop − start,) one of MOMENTS; before the first step there are none: KeyError."""
+        state: Tensor = self.optimizer.state[fragment.flat][name]
+        return state.view(-1)[fragment.offset : fragment.offset + len(fragment.master)]
+
+    def steps_taken(self) -> int:
+        """Steps that AdamW has taken; its bias correction counts them."""
+        return next((int(state["step"]) for state in self.optimizer.state.values()), 0)
 
     @torch.no_grad()
-    def load(self, parameters: dict[str, Tensor], taken: int, moments: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what `full_parameters` and `optimizer_state` gave.
+    def load(self, weights: Read, taken: int = 0, moments: dict[str, Read] | None = None) -> None:
+        """Bring masters and moments; only what this rank keeps is read. Collective.
 
         Raises:
-            KeyError: a parameter is missing.
+            KeyError: something is missing.
         """
+        fragments = self.fragments()
+        for name, fragment in fragments.items():
+            fragment.master.copy_(weights(name, fragment.start, fragment.stop))
+        if moments:
+            for flat in {id(f.flat): f.flat for f in fragments.values()}.values():
+                state: dict[str, Tensor] = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+                state["step"] = torch.tensor(float(taken), device=flat.device)
+                self.optimizer.state[flat] = state
+            for name, fragment in fragments.items():
+                for moment, read in moments.items():
+                    self.moment(fragment, moment).copy_(read(name, fragment.start, fragment.stop))
+        if self.kind == "zero3":
+            self.zero._partition_all_parameters()
+            for group in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            if persistent := self.zero.persistent_parameters:
+                persistent[0].all_gather(persistent)
+        elif self.sharded:
+            self.zero.update_lp_params()
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 master) of every parameter, one at a time on its device. Collective: exhaust it."""
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(parameters[name])
-            if taken:
-                state: dict[str, Any] = {moment: moments[moment][name].to(self.device, copy=True) for moment in MOMENTS}
-                state["step"] = torch.tensor(float(taken), device=self.device)
-                self.optimizer.state[parameter] = state
+            if self.kind == "zero3":
+                from deepspeed.utils import safe_get_full_fp32_param
+
+                yield name, safe_get_full_fp32_param(parameter).view(self.shapes[name])
+            else:
+                yield name, parameter.detach()

@@ -55,10 +55,14 @@ class Validation:
     def _sum(self, engine: Engine, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
         sums = torch.zeros(2, dtype=torch.float64)
         micro = self.config.batch.micro_sequences
-        for first in range(engine.rank * micro, len(batch["labels"]), engine.world_size * micro):
-            part = to_device({k: v[first : first + micro] for k, v in batch.items()}, engine.device)
+        count = len(batch["labels"])
+        for round_starts in range(0, count, engine.world_size * micro):
+            first = round_starts + engine.rank * micro
+            begin = first if first < count else 0  # nothing left: sharded ranks run forward together all the same
+            part = to_device({k: v[begin : begin + micro] for k, v in batch.items()}, engine.device)
             outputs = engine.module(**part)
-            sums += torch.stack([outputs.cross_entropy.double(), outputs.targets.double()]).cpu()
+            if first < count:
+                sums += torch.stack([outputs.cross_entropy.double(), outputs.targets.double()]).cpu()
         nats, targets = engine.reduce(sums).tolist()
         return nats, int(targets)
 

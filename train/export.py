@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GraniteMoeForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from train.config import Config, ConfigError, RunFailed
 from train.environment import replace_folder
-from train.metrics import count_parameters
-from train.optim import BFloat16Weights
-
-if TYPE_CHECKING:
-    from train.model.granite import CausalLM
+from train.metrics import parameters_of
+from train.model import granite
 
 _MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32
 
 
+def in_working_precision(config: Config, master: Tensor) -> Tensor:
+    """A copy on the CPU of a float32 master, as the forward pass uses it: `precision`."""
+    return master.detach().to("cpu", torch.bfloat16 if config.precision == "bf16" else torch.float32, copy=True)
+
+
 def export(
-    model: CausalLM,
     config: Config,
+    weights: dict[str, Tensor],
+    logits: Tensor,
+    probe: Tensor,
     tokenizer_folder: Path,
     folder: Path,
-    probe: Tensor,
     facts: dict[str, Any],
 ) -> float:
-    """Write `model` to `folder`, load it again with Transformers alone, and compare logits.
-
-    The weights keep the precision that the forward pass used: `precision`.
+    """Write a model to `folder`, load it again with Transformers alone, and compare logits. In one process.
 
     Args:
-        probe: (B, S) token ids to compare on.
+        weights: by parameter name, in working precision.
+        logits: (B, S, V) float32, by the trainer's forward pass, of
+        probe: (B, S) token ids.
         facts: what the model card tells of the training: tokens, validation losses, …
 
     Returns:
@@ -47,20 +49,14 @@ def export(
         RunFailed: it is above TOLERANCE; the folder is not put in place.
         ConfigError: `folder` holds anything that an export does not write.
     """
-    if next(model.parameters()).device.type == "cpu":
-        # Transformers imports DeepSpeed to save a model, and DeepSpeed warns when it finds no accelerator.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_target(folder)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    model = granite.build(config, "meta")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     hf_config = type(model.config).from_dict(model.config.to_dict())
-    hf_config.dtype = dtype
+    hf_config.dtype = next(iter(weights.values())).dtype
     hf_config.architectures = [type(model).__name__]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(hf_config, name, getattr(tokenizer, name))
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
-    if hf_config.tie_word_embeddings:
-        del weights["lm_head.weight"]
     difference = math.nan
 
     def write(partial: Path) -> None:
@@ -69,9 +65,9 @@ def export(
         hf_config.save_pretrained(partial)
         GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_model_card(model, config, facts))
+        (partial / "README.md").write_text(_model_card(config, facts))
         (partial / _MARK).touch()
-        difference = _largest_logit_difference(model, partial, probe, dtype)
+        difference = _largest_logit_difference(config, partial, probe, logits)
         if not difference <= TOLERANCE:
             raise RunFailed(
                 f"The exported model's logits differ from the trainer's by {difference:.3g}, more than {TOLERANCE}. "
@@ -91,19 +87,14 @@ def check_target(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _largest_logit_difference(model: CausalLM, folder: Path, probe: Tensor, dtype: torch.dtype) -> float:
-    device = next(model.parameters()).device
-    kernels = {"attn_implementation": model.config._attn_implementation}
-    if isinstance(model, GraniteMoeForCausalLM):
-        kernels["experts_implementation"] = model.config._experts_implementation
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **kernels).eval()
-    trained: nn.Module = BFloat16Weights(model) if dtype == torch.bfloat16 else model
+def _largest_logit_difference(config: Config, folder: Path, probe: Tensor, logits: Tensor) -> float:
+    device = logits.device
+    kernels = granite.implementations(config, device)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device, **kernels).eval()
     ids = probe.to(device)
-    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids)}
-    trained.eval()
-    logits = [module(**inputs, use_cache=False).logits.float() for module in (trained, loaded)]
-    trained.train()
-    return (logits[0] - logits[1]).abs().max().item()
+    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    exported = loaded(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    return (logits - exported).abs().max().item()
 
 
 def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | None = None) -> str:
@@ -123,8 +114,8 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | N
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _model_card(model: CausalLM, config: Config, facts: dict[str, Any]) -> str:
-    counts = count_parameters(model.named_parameters(), config)
+def _model_card(config: Config, facts: dict[str, Any]) -> str:
+    counts = parameters_of(config)
     moe = config.model.model_type == "granitemoe"
     shape = (
         f"{config.model.num_hidden_layers} layers, hidden size {config.model.hidden_size}, "

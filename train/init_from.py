@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train.config import Config, ConfigError
-
-if TYPE_CHECKING:
-    from train.model.granite import CausalLM
 
 _SAME = (
     "model_type",
@@ -69,9 +67,8 @@ def adopt(config: Config) -> None:
         config.data.tokenizer.path = folder
 
 
-@torch.no_grad()
-def load_weights(folder: str, model: CausalLM) -> None:
-    """Copy the weights in `folder` into `model`, in float32.
+def reader(folder: str, shapes: Mapping[str, torch.Size]) -> Callable[[str, int, int], torch.Tensor]:
+    """Reads the elements [start, stop) of a flattened parameter in `folder`, in float32.
 
     Raises:
         ConfigError: a tensor is missing or of another shape.
@@ -81,8 +78,8 @@ def load_weights(folder: str, model: CausalLM) -> None:
     if report["missing_keys"]:
         raise ConfigError(f"run.init_from={folder} lacks the tensors {sorted(report['missing_keys'])}.")
     weights = dict(theirs.named_parameters())
-    for name, parameter in model.named_parameters():
-        if weights[name].shape != parameter.shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
-            raise ConfigError(f"run.init_from={folder}: {name} has the shape {shapes}.")
-        parameter.copy_(weights[name])
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            found = f"{tuple(weights[name].shape)}, not {tuple(shape)}"
+            raise ConfigError(f"run.init_from={folder}: {name} has the shape {found}.")
+    return lambda name, start, stop: weights[name].detach().view(-1)[start:stop]

@@ -106,8 +106,12 @@ class LanguageModelLoss(nn.Module):
         if self._routed is not None:
             self._routed.append((output[0], output[2]))
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Outputs:
-        """Args: each (B, S). A token attends within its document, which begins where `position_ids` is 0."""
+    def forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Outputs | Tensor:
+        """Args: each (B, S). A token attends within its document, which begins where `position_ids` is 0.
+
+        Returns:
+            The sums; without `labels` the logits (B, S, V).
+        """
         self._routed = []
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if "flash" in str(self.model.config._attn_implementation):
@@ -115,11 +119,15 @@ class LanguageModelLoss(nn.Module):
         # With a cache, Transformers does not look for document boundaries.
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         routed, self._routed = self._routed, None
+        logits_scaling = float(self.model.config.logits_scaling or 1.0)
+        if labels is None:
+            logits: Tensor = hidden.reshape(*input_ids.shape, -1) @ self.model.lm_head.weight.T / logits_scaling
+            return logits
         cross_entropy = linear_cross_entropy(
             hidden.flatten(0, 1),
             self.model.lm_head.weight,
             labels.flatten(),
-            float(self.model.config.logits_scaling or 1.0),
+            logits_scaling,
         )
         return Outputs(cross_entropy, (labels != IGNORE_INDEX).sum(), *_router_sums(routed, hidden))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from train.config import Config
 from train.model import granite
@@ -14,7 +13,7 @@ from train.model import granite
 _BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
-def count_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Config) -> dict[str, int]:
+def count_parameters(shapes: Mapping[str, torch.Size], config: Config) -> dict[str, int]:
     """Parameters: `total`, `embedding` (with an untied head), and `active` ones a token uses, without embedding.
 
     The paper's active counts leave the embedding out (377M and 800M).
@@ -23,18 +22,19 @@ def count_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
     share = 1.0
     if config.model.model_type == "granitemoe":
         share = config.model.num_experts_per_tok / config.model.num_local_experts
-    for name, parameter in named_parameters:
-        total += parameter.numel()
+    for name, shape in shapes.items():
+        total += shape.numel()
         if "embed_tokens" in name or "lm_head" in name:
-            embedding += parameter.numel()
+            embedding += shape.numel()
         else:
-            active += parameter.numel() * (share if ".experts." in name else 1.0)
+            active += shape.numel() * (share if ".experts." in name else 1.0)
     return {"total": int(total), "embedding": int(embedding), "active": int(active)}
 
 
 def parameters_of(config: Config) -> dict[str, int]:
     """`count_parameters` of a configuration, without allocating anything."""
-    return count_parameters(granite.build(config, "meta").named_parameters(), config)
+    model = granite.build(config, "meta")
+    return count_parameters({name: parameter.shape for name, parameter in model.named_parameters()}, config)
 
 
 def flops_per_token(config: Config, counts: dict[str, int]) -> float:

@@ -28,6 +28,7 @@ _FREE = (
     "model.experts_implementation",
     "evaluation",
     "checkpoint",
+    "engine",
     "tracker",
     "threads",
     "sample_prompt",

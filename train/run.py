@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from train.config import Config, ConfigError, as_dict, check_batch
 from train.console import Progressing, human
 from train.engine import Engine
 from train.evaluate import Validation
-from train.export import export, generate
+from train.export import export, generate, in_working_precision
 from train.loop import Stop, train_loop
 from train.loss import LanguageModelLoss
 from train.metrics import count_parameters, flops_per_token, peak_flops
@@ -86,7 +85,8 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state)
-        saved_step = state.step if start_from is not None else None
+        saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, say)
+        saver.saved_step = state.step if start_from is not None else None
 
         # ---- train
         def on_step(record: dict[str, Any]) -> None:
@@ -104,16 +104,13 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             return lines
 
         def save() -> None:
-            nonlocal saved_step
-            began = time.perf_counter()
-            written = checkpoint.save(checkpoints, engine, state, parts.balance, parts.data_fingerprint)
-            saved_step = state.step
-            say(f"Saved {written} (training stood still for {time.perf_counter() - began:.1f} s).")
+            saver.save(state, parts.balance)
 
         with Stop(folder, engine) as stop:
             reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
-            if saved_step != state.step or not (checkpoints / f"step-{state.step:08d}").exists():
+            if saver.saved_step != state.step:
                 save()
+            saver.finish()
         if reason is not None:
             say(
                 f"\nStopped by {reason} at step {state.step:,}, saved in {folder}. The same command goes on from there."
@@ -124,6 +121,11 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
         tracker.close()
 
     # ---- what is left to the user
+    probe = parts.batches.batch(0, 1)["input_ids"]
+    logits = engine.logits(probe)
+    weights = {
+        name: in_working_precision(config, tensor) for name, tensor in engine.full_parameters() if engine.is_main
+    }
     if engine.is_main:
         picture = folder / "report.html"
         environment.replace_text(picture, report.runs_page([folder]))
@@ -133,8 +135,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
                 "validation loss": f"{lines[-1]['loss']:.4f} nats a token",
                 "bits per byte": f"{lines[-1]['bits_per_byte']:.4f}",
             }
-        probe = parts.batches.batch(0, 1)["input_ids"]
-        difference = export(engine.model, config, folder / "tokenizer", folder / "model", probe, facts)
+        difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         say_result(config, folder, parts, lines, picture, difference, say)
     engine.barrier()
     return Outcome("finished", state.step)
@@ -175,13 +176,14 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
 
     # ---- model
     torch.manual_seed(config.run.seed)
-    model = granite.build(config, engine.device)
+    with engine.building():
+        model = granite.build(config, engine.device)
     rows = mup.table(config)
-    if start_from is None and config.run.init_from is not None:
-        init_from.load_weights(config.run.init_from, model)
-    elif start_from is None:
-        mup.initialize(model.named_parameters(), rows, config.run.seed)
     engine.prepare(LanguageModelLoss(model), rows)
+    if start_from is None and config.run.init_from is not None:
+        engine.load(init_from.reader(config.run.init_from, engine.shapes))
+    elif start_from is None:
+        engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
     moe = config.model.model_type == "granitemoe"
     balance = Balance(
         config.balance,
@@ -194,10 +196,11 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "
             "rate may be another one here."
         )
-    counts = count_parameters(model.named_parameters(), config)
+    counts = count_parameters(engine.shapes, config)
     say(
         f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the embedding, "
-        f"m_width {mup.width_multiplier(config):g}, {config.precision} on {engine.world_size} × {engine.device.type}"
+        f"m_width {mup.width_multiplier(config):g}, {config.precision}, {engine.kind} on {engine.world_size} × "
+        f"{engine.device.type}"
     )
 
     # ---- progress
@@ -205,6 +208,9 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         resume.check_fingerprints(start_from, data_fingerprint)
         checkpoint.load(start_from, engine, state, balance)
         say(f"Going on from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
+        kind, ranks = checkpoint.trained_by(start_from)
+        if (kind, ranks) != (engine.kind, engine.world_size):
+            say(f"It was trained as {kind} on {ranks} rank(s); it goes on as {engine.kind} on {engine.world_size}.")
     validation = Validation(config, prepared.validation, tokenizer)
     return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts)
 

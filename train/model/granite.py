@@ -57,17 +57,20 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     On the meta device nothing is allocated, which is enough to count.
     """
     hf_config = transformers_config(config)
-    implementations = {
-        "attn_implementation": attention_implementation(config.model.attn_implementation, device, config.precision),
-        "experts_implementation": experts_implementation(config.model.experts_implementation, device),
-    }
     model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
-    if model_class is GraniteForCausalLM:
-        del implementations["experts_implementation"]
     with torch.device(device), no_init_weights():
-        model: CausalLM = model_class._from_config(hf_config, dtype=torch.float32, **implementations)
+        model: CausalLM = model_class._from_config(hf_config, dtype=torch.float32, **implementations(config, device))
     model.tie_weights()  # which is left out together with the initialisation
     return model
+
+
+def implementations(config: Config, device: torch.device | str) -> dict[str, str]:
+    """Transformers' keywords for the kernels of the run's model on `device`."""
+    attention = attention_implementation(config.model.attn_implementation, device, config.precision)
+    chosen = {"attn_implementation": attention}
+    if config.model.model_type == "granitemoe":
+        chosen["experts_implementation"] = experts_implementation(config.model.experts_implementation, device)
+    return chosen
 
 
 def attention_implementation(name: str, device: torch.device | str, precision: str) -> str:

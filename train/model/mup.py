@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from train.config import Config
 
@@ -166,6 +166,13 @@ def initial_value(name: str, shape: torch.Size, rows: dict[str, Row], seed: int)
     key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
     return torch.randn(shape, generator=generator).mul_(std)
+
+
+def initial_values(
+    shapes: Mapping[str, torch.Size], rows: dict[str, Row], seed: int
+) -> Callable[[str, int, int], torch.Tensor]:
+    """Reads the elements [start, stop) of the flattened `initial_value` of a parameter."""
+    return lambda name, start, stop: initial_value(name, shapes[name], rows, seed).view(-1)[start:stop]
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""Faults on purpose, for tests and the soak: the one place where a run is made to fail.
+
+POWERTRAIN_FAULT="ACTION@POINT[:rank=R][:step=S]" makes the rank R (default: every one) fail when it comes to POINT
+at step S (default: the first time). Points and what lies there:
+
+    step        before a step is taken
+    gradient    the loss of a step, before its backward pass
+    evaluate    inside an evaluation
+    write       a file of a checkpoint has been written
+    manifest    everything of a checkpoint is there but its manifest
+    rename      the checkpoint is complete under its temporary name
+    prune       the new checkpoint is in place, the oldest not yet removed
+
+Actions: kill (SIGKILL), tear (half of the file, then SIGKILL), full (no space left), term (SIGTERM), hang (SIGSTOP),
+nan, spike (a loss that is not finite, or a thousand times too large).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+_wanted = os.environ.get("POWERTRAIN_FAULT", "")
+
+
+def at(point: str, rank: int, step: int, file: Path | None = None) -> str | None:
+    """Fail here if this is the place; returns the action when it is the caller's to carry out."""
+    if not _wanted:
+        return None
+    action, _, place = _wanted.partition("@")
+    name, *conditions = place.split(":")
+    limits = dict(condition.split("=") for condition in conditions)
+    if name != point or int(limits.get("rank", rank)) != rank or int(limits.get("step", step)) != step:
+        return None
+    if action == "tear" and file is not None:
+        os.truncate(file, file.stat().st_size // 2)
+    if action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    number = {
+        "kill": signal.SIGKILL,
+        "tear": signal.SIGKILL,
+        "term": signal.SIGTERM,
+        "hang": signal.SIGSTOP,
+    }.get(action)
+    if number is not None:
+        os.kill(os.getpid(), number)
+    return action
