@@ -79,15 +79,32 @@ def run(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Call
     return train_tiny
 
 
-def launch(arguments: list[str], ranks: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python train.py …` in a process of its own, or as data-parallel CPU ranks."""
+def launch_command(arguments: list[str], ranks: int, engine: str) -> tuple[list[str], dict[str, str]]:
+    """`train.py` on CPU ranks of an engine, as a user launches it, and the environment that it takes."""
     script = [str(ROOT / "train.py"), *arguments]
-    command = [sys.executable, *script]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [sys.executable, *torchrun, *script]
-        environment = {"ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+    if engine == "plain":
+        return [sys.executable, *script], {}
+    configuration = ["--config_file", str(ROOT / f"launch/accelerate/{engine}.yaml"), "--num_processes", str(ranks)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "--main_process_port", "0", *script]
+    return command, {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}
+
+
+def launch(
+    arguments: list[str], ranks: int = 1, engine: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Train in processes of their own, until they end. Several ranks are data parallel unless an engine is named."""
+    command, needed = launch_command(arguments, ranks, engine or ("plain" if ranks == 1 else "ddp"))
+    environment = {**os.environ, **needed, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def start(arguments: list[str], ranks: int = 1, engine: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    """The same, without waiting for the end; in a process group of its own."""
+    command, needed = launch_command(arguments, ranks, engine or ("plain" if ranks == 1 else "ddp"))
+    environment = {**os.environ, **needed, **environment}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from train import faults as injected
 from train.balance import Balance
 from train.config import ConfigError, as_dict
-from train.engine import MOMENTS, Engine
-from train.environment import replace_text
+from train.engine import MOMENTS, Engine, Read
+from train.environment import replace_text, without_secrets
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -94,7 +94,7 @@ class Saver:
                 "engine": {"kind": self.engine.kind, "ranks": self.engine.world_size},
             }
             texts["state.json"] = json.dumps(progress)
-            texts["config.yaml"] = OmegaConf.to_yaml(OmegaConf.create(as_dict(self.engine.config)))
+            texts["config.yaml"] = OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(self.engine.config))))
         self.saved_step = state.step
         stood_still = time.perf_counter() - began
         self._thread = threading.Thread(
@@ -216,7 +216,10 @@ class Stored:
     def __init__(self, checkpoint: Path, what: str) -> None:
         self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
         for path in sorted((*checkpoint.glob(f"{what}.safetensors"), *checkpoint.glob(f"{what}-*.safetensors"))):
-            file = safe_open(path, framework="pt")
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ConfigError(f"{path} is not a safetensors file ({error}); nothing else is read.") from error
             for key in file.keys():  # noqa: SIM118
                 piece = _PIECE.fullmatch(key)
                 size = int(torch.Size(file.get_slice(key).get_shape()).numel())
@@ -256,7 +259,7 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
         setattr(state, name, value)
     balance.previous = torch.tensor(saved["assignments"], dtype=torch.int64).reshape(balance.previous.shape)
     taken = saved["optimizer_steps"]
-    moments = {moment: Stored(checkpoint, moment).read for moment in MOMENTS} if taken else None
+    moments: dict[str, Read] = {moment: Stored(checkpoint, moment).read for moment in MOMENTS if taken}
     engine.load(Stored(checkpoint, "weights").read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
     if rng.exists():  # on more ranks than before, the new ones keep their seed

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from yaml import YAMLError
 from data import DataError
 from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
 
+# torch 2.13 says at every collective of DeepSpeed's that it will have another name.
+warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -14,6 +14,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -252,6 +253,14 @@ class Engine:
             raise decision[1]
         return decision[0]
 
+    def check_shared(self, path: Path) -> None:
+        """Raises ConfigError unless all ranks see the file that the first one has made. Collective."""
+        if blind := int(self.reduce(torch.tensor(int(not path.exists())))):
+            raise ConfigError(
+                f"{blind} of {self.world_size} ranks do not see {path.parent}: run.folder has to lie on a file system "
+                "that all machines share."
+            )
+
     def main_first(self) -> contextlib.AbstractContextManager[None]:
         """The first rank runs the block before the others do."""
         return self.accelerator.main_process_first()
@@ -276,7 +285,7 @@ class Engine:
                 found[name] = fragment
         return found
 
-    def _fragment(self, parameter: nn.Parameter) -> Fragment | None:
+    def _fragment(self, parameter: Any) -> Fragment | None:
         if self.kind == "zero3":
             group, offset, numel = self.zero.grad_position[self.zero.get_param_id(parameter)]
             start = self.rank * int(numel)

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,6 +23,11 @@ if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports t
 
     from train.engine import Engine
 
+HIDDEN = "(hidden)"
+_SECRET = re.compile(
+    r"api_?key|access_?key|passw(?:or)?d|secret|credential|(?:access|auth|hf|hub|api|security)_?token\b", re.I
+)
+_SETTING = re.compile(rf"([\w.]*(?:{_SECRET.pattern})\w*['\"]?\s*[:=]\s*)[^\s,}}\]]+", re.I)
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
@@ -53,7 +59,26 @@ def write(
             "hardware": hardware(engine),
         }
     )
-    replace_text(path, json.dumps(record, indent=1) + "\n")
+    replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
+
+
+def without_secrets(value: Any) -> Any:
+    """The same containers and texts, with what nobody should read replaced by HIDDEN.
+
+    These are the values of environment variables that are named as secrets are, wherever they stand, and the values
+    of settings that are.
+    """
+    if isinstance(value, dict):
+        return {k: HIDDEN if v and _SECRET.search(str(k)) else without_secrets(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(entry) for entry in value]
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if len(secret) >= 8 and _SECRET.search(name):
+                value = value.replace(secret, HIDDEN)
+        value = re.sub(r"://[^/\s:@]+:[^/\s@]+@", f"://{HIDDEN}@", value)
+        return _SETTING.sub(rf"\1{HIDDEN}", value)
+    return value
 
 
 def parent(path: Path) -> Path | None:
@@ -98,6 +123,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
 
     engine.first_rank_decides(claim)
     try:
+        engine.check_shared(folder / ".lock")
         yield
     finally:
         for file in held:

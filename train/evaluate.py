@@ -10,6 +10,7 @@ import torch
 
 from data.loader import IGNORE_INDEX, window
 from data.tokens import TokenFile
+from train import faults
 from train.config import Config
 from train.engine import Engine
 from train.loop import to_device
@@ -41,6 +42,7 @@ class Validation:
     def evaluate(self, engine: Engine, state: State) -> list[dict[str, Any]]:
         """Lines for evals.jsonl: each corpus, then `overall`. Collective; touches nothing that is trained."""
         engine.module.eval()
+        faults.at("evaluate", engine.rank, state.step)
         lines, sums = [], np.zeros(3)
         for name, batch in self.corpora.items():
             nats, targets = self._sum(engine, batch)

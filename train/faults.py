@@ -1,10 +1,10 @@
 """Faults on purpose, for tests and the soak: the one place where a run is made to fail.
 
-POWERTRAIN_FAULT="ACTION@POINT[:rank=R][:step=S]" makes the rank R (default: every one) fail when it comes to POINT
-at step S (default: the first time). Points and what lies there:
+POWERTRAIN_FAULT="ACTION@POINT[:rank=R][:step=S]", or several with commas between, makes the rank R (default: every
+one) fail when it comes to POINT at step S (default: at any). Points and what lies there:
 
     step        before a step is taken
-    gradient    the loss of a step, before its backward pass
+    gradient    what is minimised in a step, before its backward pass
     evaluate    inside an evaluation
     write       a file of a checkpoint has been written
     manifest    everything of a checkpoint is there but its manifest
@@ -12,7 +12,7 @@ at step S (default: the first time). Points and what lies there:
     prune       the new checkpoint is in place, the oldest not yet removed
 
 Actions: kill (SIGKILL), tear (half of the file, then SIGKILL), full (no space left), term (SIGTERM), hang (SIGSTOP),
-nan, spike (a loss that is not finite, or a thousand times too large).
+nan, spike (a gradient that is not finite, or a thousand times too large).
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ import os
 import signal
 from pathlib import Path
 
-_wanted = os.environ.get("POWERTRAIN_FAULT", "")
+wanted = os.environ.get("POWERTRAIN_FAULT", "")
 
 
 def at(point: str, rank: int, step: int, file: Path | None = None) -> str | None:
     """Fail here if this is the place; returns the action when it is the caller's to carry out."""
-    if not _wanted:
-        return None
-    action, _, place = _wanted.partition("@")
-    name, *conditions = place.split(":")
-    limits = dict(condition.split("=") for condition in conditions)
-    if name != point or int(limits.get("rank", rank)) != rank or int(limits.get("step", step)) != step:
+    action = next((action for action in wanted.split(",") if _is_here(action, point, rank, step)), "").partition("@")[0]
+    if not action:
         return None
     if action == "tear" and file is not None:
         os.truncate(file, file.stat().st_size // 2)
@@ -47,3 +43,14 @@ def at(point: str, rank: int, step: int, file: Path | None = None) -> str | None
     if number is not None:
         os.kill(os.getpid(), number)
     return action
+
+
+def _is_here(fault: str, point: str, rank: int, step: int) -> bool:
+    name, *conditions = fault.partition("@")[2].split(":")
+    limits = dict(condition.split("=") for condition in conditions)
+    return name == point and int(limits.get("rank", rank)) == rank and int(limits.get("step", step)) == step
+
+
+def factor(rank: int, step: int) -> float:
+    """What the gradient of a step is multiplied with: 1, unless it is to go wrong."""
+    return {"nan": float("nan"), "spike": 1e3}.get(at("gradient", rank, step) or "", 1.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.loader import IGNORE_INDEX, Batches
 from schedulers import Power, Rewarmup
-from train import metrics
+from train import faults, metrics
 from train.balance import Balance
 from train.config import BalanceConfig, Config, Diverged
 from train.engine import Engine
@@ -52,6 +52,8 @@ def train_step(
 ) -> dict[str, Any]:
     """Take one step and advance `state`; what happened, as a line of metrics.jsonl. Collective."""
     start = time.perf_counter()
+    step = state.step + 1
+    faults.at("step", engine.rank, step)
     length, micro = config.data.sequence_length, config.batch.micro_sequences
     sequences = config.batch_at(state.tokens - config.run.tokens_seen)
     beta = config.beta(sequences)
@@ -70,7 +72,7 @@ def train_step(
         last = first + micro >= share
         outputs = engine.forward({name: part[first : first + micro] for name, part in samples.items()}, last)
         terms = loss_terms(outputs, balance, targets, batch_tokens)
-        engine.backward(total_loss(terms, config.balance), last)
+        engine.backward(total_loss(terms, config.balance) * faults.factor(engine.rank, step), last)
         sums += torch.stack(terms).detach().double().cpu()
 
     grad_norm, skipped = engine.step(lr)
@@ -78,7 +80,7 @@ def train_step(
     lm_loss, balance_loss, z_loss = terms = tuple(engine.reduce(sums))
 
     record = {
-        "step": state.step + 1,
+        "step": step,
         "tokens": state.tokens,  # n, before this step: what the schedule was asked with
         "samples": state.samples,  # the step trains on samples [samples, samples + batch sequences)
         "loss": total_loss(terms, config.balance).item(),

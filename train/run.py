@@ -32,6 +32,7 @@ from train.metrics import count_parameters, flops_per_token, peak_flops
 from train.model import granite, mup
 from train.state import State
 from train.track import Tracker
+from train.watchdog import Watchdog
 
 Say = Callable[[str], None]
 
@@ -81,15 +82,19 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             if start_from is None or not (folder / "tokenizer").exists():
                 environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
             (folder / "exit.json").unlink(missing_ok=True)
-            environment.replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
+            settings = environment.without_secrets(as_dict(config))
+            environment.replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
             environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
-        tracker = Tracker(folder, config, engine, state)
+        tracker = Tracker(folder, config, engine, state, say)
         saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, say)
         saver.saved_step = state.step if start_from is not None else None
 
         # ---- train
+        watchdog = Watchdog(folder, engine, state)
+
         def on_step(record: dict[str, Any]) -> None:
+            watchdog.alive()
             per_device = flops * record["tokens_per_second"] / engine.world_size
             record["mfu"] = per_device / peak if peak else None
             tracker.step(record)
@@ -97,6 +102,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
 
         def evaluate() -> list[dict[str, Any]]:
             lines = parts.validation.evaluate(engine, state)
+            watchdog.alive()
             for line in lines:
                 tracker.evaluation(line)
             if lines:
@@ -105,8 +111,9 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
 
         def save() -> None:
             saver.save(state, parts.balance)
+            watchdog.alive()
 
-        with Stop(folder, engine) as stop:
+        with watchdog, Stop(folder, engine) as stop:
             reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
             if saver.saved_step != state.step:
                 save()
@@ -342,4 +349,4 @@ def leaving_exit_json(folder: Path, engine: Engine) -> Iterator[dict[str, Any]]:
         raise
     finally:
         if engine.is_main:
-            environment.replace_text(folder / "exit.json", json.dumps(ended) + "\n")
+            environment.replace_text(folder / "exit.json", json.dumps(environment.without_secrets(ended)) + "\n")

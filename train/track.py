@@ -4,48 +4,60 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import Config, as_dict
-from train.environment import replace_text
+from train.environment import replace_text, without_secrets
 
 if TYPE_CHECKING:
     from train.engine import Engine
     from train.state import State
 
 
-class Tracker:
-    """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing."""
+MOST_SECONDS = 5.0
 
-    def __init__(self, folder: Path, config: Config, engine: Engine, state: State) -> None:
+
+class Tracker:
+    """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing.
+
+    accelerate's trackers get theirs in a thread: one that is slow, hangs or fails costs the run nothing but its own
+    numbers, and MOST_SECONDS at the end.
+    """
+
+    def __init__(self, folder: Path, config: Config, engine: Engine, state: State, say: Callable[[str], None]) -> None:
         self.active = engine.is_main
-        self.accelerator = engine.accelerator if config.tracker.log_with else None
+        self.say = say
+        self._queue: queue.Queue[Callable[[], None] | None] | None = None
         if self.active:
             for name in ("metrics.jsonl", "evals.jsonl"):
                 _cut_after(folder / name, state.step)
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._evals = open(folder / "evals.jsonl", "a", buffering=1)  # noqa: SIM115
-        if self.accelerator:
+        if self.active and config.tracker.log_with:
             os.environ.setdefault("WANDB_DIR", str(folder))
             init_kwargs = {"wandb": {"name": config.run.name, **config.tracker.init_kwargs}}
-            self.accelerator.init_trackers(config.tracker.project, as_dict(config), init_kwargs)
+            settings = without_secrets(as_dict(config))
+            self.accelerator, self._queue = engine.accelerator, queue.Queue()
+            self._thread = threading.Thread(target=self._pass_on, args=(self._queue,), daemon=True)
+            self._thread.start()
+            self._queue.put(lambda: self.accelerator.init_trackers(config.tracker.project, settings, init_kwargs))
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step done again after a resume is written again; the last line counts."""
         if self.active:
             self._metrics.write(json.dumps(metrics) + "\n")
-        if self.accelerator:
-            self.accelerator.log(_numbers(metrics), step=metrics["step"])
+        self._log(_numbers(metrics), metrics["step"])
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """One evaluation of one corpus, or of all together."""
         if self.active:
             self._evals.write(json.dumps(metrics) + "\n")
-        if self.accelerator:
-            prefix = f"evaluation/{metrics['corpus']}/"
-            numbers = {prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}
-            self.accelerator.log(numbers, step=metrics["step"])
+        prefix = f"evaluation/{metrics['corpus']}/"
+        self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""
@@ -53,8 +65,25 @@ class Tracker:
             for file in (self._metrics, self._evals):
                 os.fsync(file.fileno())
                 file.close()
-        if self.accelerator:
-            self.accelerator.end_training()
+        if self._queue:
+            self._queue.put(self.accelerator.end_training)
+            self._queue.put(None)
+            self._thread.join(MOST_SECONDS)
+            if self._thread.is_alive():
+                self.say(f"Warning: a tracker did not end in {MOST_SECONDS:g} s and is left behind.")
+
+    def _log(self, numbers: dict[str, float], step: int) -> None:
+        if self._queue:
+            self._queue.put(lambda: self.accelerator.log(numbers, step=step))
+
+    def _pass_on(self, waiting: queue.Queue[Callable[[], None] | None]) -> None:
+        while (call := waiting.get()) is not None:
+            try:
+                call()
+            except Exception as error:  # whatever a tracker raises, it must not stop a run
+                self.say(f"Warning: tracking has ended: {type(error).__name__}: {without_secrets(str(error))}")
+                self._queue = None
+                return
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ def test_validation_path(texts, tokenizer, tmp_path):
     assert splits == {"train": texts[1], "validation": held}
 
 
-def test_long_documents_give_the_same_tokens_in_pieces(texts, tokenizer, tmp_path, monkeypatch):
+def test_fault_19_long_documents_give_the_same_tokens_in_pieces(texts, tokenizer, tmp_path, monkeypatch):
     specification = TokenizerSpec(str(tokenizer))
     (tmp_path / "odd").mkdir()
     for name, text in {"spaces": " " * 500 + "x", "none": "x" * 500, "mixed": "ab \n  cd" * 100}.items():
@@ -161,7 +161,7 @@ def test_the_end_of_text_written_in_a_document_does_not_end_it(tokenizer, tmp_pa
     assert prepared.validation == {}
 
 
-def test_bad_records_are_reported(tokenizer, tmp_path):
+def test_fault_19_bad_records_are_reported(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": null}\n{"text": ""}\n{broken\n{"text": null}\n')
     prepared = prepare({"a": Corpus("jsonl", str(path))}, TokenizerSpec(str(tokenizer)), tmp_path / "cache")

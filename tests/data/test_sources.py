@@ -40,7 +40,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_bad_json_lines_are_counted_and_never_stop_it(tmp_path, suffix):
+def test_fault_19_bad_json_lines_are_counted_and_never_stop_it(tmp_path, suffix):
     lines = [b'{"text": "first"}', *(line for line, _ in BAD_LINES), b"", b"  ", b'{"text": "last", "id": 1}\r']
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(gzip.compress(b"\n".join(lines)) if suffix.endswith("gz") else b"\n".join(lines))

@@ -97,7 +97,7 @@ def test_the_dtype_is_megatrons():
         ({"tokens": [1, 2, 3, 4, 5]}, "another corpus"),
     ],
 )
-def test_what_is_wrong_is_named_at_opening(tmp_path, change, words):
+def test_fault_20_what_is_wrong_is_named_at_opening(tmp_path, change, words):
     good = {"lengths": [2, 2], "pointers": [0, 4], "documents": [0, 1, 2], "tokens": [1, 2, 3, 4]}
     write_raw(tmp_path / "a", **good)
     TokenFile(tmp_path / "a")
@@ -108,7 +108,7 @@ def test_what_is_wrong_is_named_at_opening(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.idx"])
-def test_truncated_or_missing_files(tmp_path, name):
+def test_fault_20_truncated_or_missing_files(tmp_path, name):
     write(tmp_path / "a")
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -123,7 +123,7 @@ def test_truncated_or_missing_files(tmp_path, name):
 
 
 @pytest.mark.parametrize(("document", "token", "bad"), [(0, 0, 100), (2, 0, 100), (4, 5, 65535), (4, 0, -1)])
-def test_check_names_document_and_token(tmp_path, document, token, bad, monkeypatch):
+def test_fault_20_check_names_document_and_token(tmp_path, document, token, bad, monkeypatch):
     monkeypatch.setattr(data.tokens, "SCAN", 3)
     documents = [list(d) for d in DOCUMENTS]
     documents[document][token] = bad

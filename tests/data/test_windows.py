@@ -75,7 +75,7 @@ def test_number_of_windows(tokens, windows):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4])
-def test_a_corpus_smaller_than_one_window(tokens):
+def test_fault_21_a_corpus_smaller_than_one_window(tokens):
     with pytest.raises(DataError, match=rf"books has {tokens} tokens.*= 5.*shorter sequence_length"):
         num_windows(tokens, 4, "books")
 

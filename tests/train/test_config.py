@@ -235,7 +235,7 @@ def test_a_mixture_can_be_given_on_the_command_line(prefix: str) -> None:
         (16, 16, 3, "48", "none on 3 ranks"),
     ],
 )
-def test_a_batch_that_does_not_split_is_told_what_would(
+def test_fault_13_a_batch_that_does_not_split_is_told_what_would(
     quickstart: Config, sequences: int, micro: int, ranks: int, near: str, fitting: str
 ) -> None:
     config = change(quickstart, {"batch.sequences": sequences, "batch.micro_sequences": micro})

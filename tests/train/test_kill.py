@@ -7,28 +7,17 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, without_timing
+from conftest import launch, start, without_timing
 
 from train import checkpoint
 from train.track import read_lines
 
 LONG = ("run.tokens=38400", "checkpoint.every=3", "checkpoint.keep=2", "schedule.decay.tokens=7680")
-
-
-def start(overrides: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
 
 
 def steps_taken(folder: Path) -> int:
@@ -45,7 +34,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_fault_03_ten_kills_change_nothing(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     done = launch(tiny("run.name=undisturbed", *LONG))
     assert done.returncode == 0, done.stdout + done.stderr
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
@@ -76,7 +65,7 @@ def test_ten_kills_change_nothing(tiny: Callable[..., list[str]], tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on(
+def test_fault_07_a_signal_saves_and_the_run_goes_on(
     tiny: Callable[..., list[str]], tmp_path: Path, number: signal.Signals
 ) -> None:
     process = start(tiny("run.name=stopped", *LONG))
@@ -93,7 +82,7 @@ def test_a_signal_saves_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_fault_07_a_signal_to_one_rank_stops_all(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     process = start(tiny("run.name=pair", *LONG), ranks=2)
     wait_until(lambda: steps_taken(tmp_path / "pair") > 5, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
@@ -107,7 +96,7 @@ def test_a_signal_to_one_rank_stops_all(tiny: Callable[..., list[str]], tmp_path
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_is_refused(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_fault_22_a_second_run_in_the_same_folder_is_refused(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     process = start(tiny("run.name=busy", *LONG))
     wait_until(lambda: steps_taken(tmp_path / "busy") > 0, process)
     second = launch(tiny("run.name=busy", *LONG))

@@ -28,7 +28,7 @@ def test_a_run_leaves_everything_and_learns(run: Callable[..., Path]) -> None:
     assert json.loads((folder / "run.json").read_text())["starts"][0]["versions"]["torch"] == torch.__version__
 
 
-def test_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(run: Callable[..., Path]) -> None:
+def test_fault_14_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(run: Callable[..., Path]) -> None:
     folder = run("schedule.max_lr=0.5", "schedule.warmup_tokens=300")
     power = Power(max_lr=0.5, warmup_tokens=300, decay=Decay(start=3072 - 768, tokens=768))
     lines = read_lines(folder / "metrics.jsonl")
@@ -123,7 +123,9 @@ def test_wandb_offline_without_an_account(run: Callable[..., Path]) -> None:
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_a_skipped_step_leaves_weights_and_moments(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_09_a_skipped_step_leaves_weights_and_moments(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from train.engine import Engine
 
     original, seen = Engine.backward, {"calls": 0}
@@ -146,7 +148,7 @@ def test_a_skipped_step_leaves_weights_and_moments(run: Callable[..., Path], mon
     assert states[1]["state"]["tokens"] == 6 * 256  # the data was used
 
 
-def test_gradients_that_are_never_finite_stop_the_run(
+def test_fault_10_gradients_that_are_never_finite_stop_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.config import RunFailed

@@ -1,0 +1,352 @@
+"""The faults that a run has to survive, by the numbers of docs/reliability.md; others are beside their part.
+
+`pytest -k fault_` runs all of them. Faults are made by train.faults, in the process that they happen to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import launch, start, without_timing
+from safetensors.torch import load_file
+
+from train import checkpoint, faults
+from train.config import ConfigError
+from train.track import read_lines
+
+SETTINGS = ("model.attention_dropout=0.1", "checkpoint.every=3", "checkpoint.keep=9")
+Overrides = Callable[..., list[str]]
+
+
+def succeed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_same_files(one: Path, other: Path, step: int = 12) -> None:
+    """Metrics, and every tensor and number of the checkpoint at `step`."""
+    lines, others = (without_timing(read_lines(folder / "metrics.jsonl")) for folder in (one, other))
+    assert others == lines
+    folders = [folder / f"checkpoints/step-{step:08d}" for folder in (one, other)]
+    files = sorted(path.relative_to(folders[0]).as_posix() for path in folders[0].rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*.safetensors"))
+    assert len(files) >= 4
+    for name in (*files, "state.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def cut(whole: Path, step: int, name: str) -> Path:
+    """A copy of a run as it was when `step` was its newest checkpoint."""
+    folder = whole.with_name(name)
+    shutil.copytree(whole, folder)
+    for path in checkpoint.available(folder / "checkpoints"):
+        if checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+    return folder
+
+
+def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Tensor]:
+    """Everything of a kind in a checkpoint, by the key in its file."""
+    files = (folder / f"checkpoints/step-{step:08d}").glob(f"{what}*.safetensors")
+    return {f"{path.name} {key}": tensor for path in sorted(files) for key, tensor in load_file(path).items()}
+
+
+# ---------------------------------------------------------------------------------------------- exactness, kills
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine=engine))
+    folder = cut(tmp_path / "whole", 6, "cut")
+    # Of one rank's part the newest is gone: all ranks go back to the one before.
+    part = "rng/rank-00001.safetensors" if engine == "ddp" else "weights-00002-of-00002.safetensors"
+    (folder / f"checkpoints/step-00000006/{part}").unlink()
+    said = succeed(launch(tiny("run.name=cut", *SETTINGS), ranks=2, engine=engine))
+    assert f"{part} is missing" in said and "step-00000003: step 3" in said
+    assert_same_files(tmp_path / "whole", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["tear@write:step=6", "kill@manifest:step=6", "kill@rename:step=6", "kill@prune:step=6"]
+)
+def test_fault_03_killed_in_a_save(tiny: Overrides, tmp_path: Path, fault: str) -> None:
+    settings = ("model.attention_dropout=0.1", "checkpoint.every=3", "checkpoint.keep=2")
+    succeed(launch(tiny("run.name=whole", *settings)))
+    assert launch(tiny("run.name=killed", *settings), POWERTRAIN_FAULT=fault).returncode == -signal.SIGKILL
+    newest = checkpoint.newest_valid(tmp_path / "killed/checkpoints")
+    assert newest is not None
+    assert checkpoint.step_of(newest) == (6 if "prune" in fault else 3)
+    succeed(launch(tiny("run.name=killed", *settings)))
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["tear@write:rank=1:step=6", "kill@step:rank=1:step=5"])
+def test_fault_03_and_16_a_rank_dies(tiny: Overrides, tmp_path: Path, fault: str) -> None:
+    succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine="zero2"))
+    done = launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2", POWERTRAIN_FAULT=fault)
+    assert done.returncode != 0
+    newest = checkpoint.newest_valid(tmp_path / "killed/checkpoints")
+    assert newest is not None and checkpoint.step_of(newest) == 3
+    assert not processes_of("run.name=killed")
+    succeed(launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2"))
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+def processes_of(argument: str) -> list[str]:
+    """Processes with this argument that are left."""
+    found = subprocess.run(["pgrep", "-f", argument], capture_output=True, text=True, check=False)
+    return found.stdout.split()
+
+
+# ------------------------------------------------------------------------------------------------------ disk full
+
+
+def test_fault_06_a_full_disk_for_a_while(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(faults, "wanted", "full@write:step=4")
+    folder = run("checkpoint.every=2", "checkpoint.keep=9")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Warning: " in said and "The checkpoint of step 4 could not be written" in said
+    assert "No space left on device. It needs about 0 MB" in said and "Training goes on." in said
+    assert [path.name[-2:] for path in sorted((folder / "checkpoints").iterdir())] == ["02", "06", "08", "10", "12"]
+    assert all(not checkpoint.faults(path) for path in (folder / "checkpoints").iterdir())
+
+
+def test_fault_06_a_full_disk_at_the_end(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(faults, "wanted", "full@write:step=12")
+    with pytest.raises(OSError, match=r"step 12 .* No space left on device. It needs about"):
+        run("checkpoint.every=9")
+    assert [path.name for path in (tmp_path / "tiny/checkpoints").iterdir()] == ["step-00000009"]
+    assert json.loads((tmp_path / "tiny/exit.json").read_text())["code"] == 1
+
+
+@pytest.mark.slow
+def test_fault_06_a_full_disk_on_one_rank(tiny: Overrides, tmp_path: Path) -> None:
+    settings = ("run.name=full", "checkpoint.every=9")
+    done = launch(tiny(*settings), ranks=2, engine="zero1", POWERTRAIN_FAULT="full@write:rank=1:step=12")
+    assert done.returncode != 0
+    assert "rank 1 could not write its part" in done.stderr
+    assert [path.name for path in (tmp_path / "full/checkpoints").iterdir()] == ["step-00000009"]
+
+
+# -------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_fault_07_sigterm_to_the_launcher(tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    longer = ("run.tokens=12800", *SETTINGS, "checkpoint.every=40")
+    succeed(launch(tiny("run.name=whole", *longer), ranks=2, engine=engine))
+    process = start(tiny("run.name=stopped", *longer), ranks=2, engine=engine)
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    ended = json.loads((tmp_path / "stopped/exit.json").read_text())
+    assert ended["code"] == 0 and ended["reason"] == "SIGTERM"
+    newest = checkpoint.newest_valid(tmp_path / "stopped/checkpoints")
+    assert newest is not None and checkpoint.step_of(newest) == ended["step"] < 50
+    succeed(launch(tiny("run.name=stopped", *longer), ranks=2, engine=engine))
+    assert_same_files(tmp_path / "whole", tmp_path / "stopped", 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["term@step:step=5,term@write:step=5", "term@evaluate:step=4"])
+def test_fault_08_a_signal_at_a_bad_moment(tiny: Overrides, tmp_path: Path, fault: str) -> None:
+    settings = (*SETTINGS, "evaluation.every=4")
+    succeed(launch(tiny("run.name=whole", *settings)))
+    succeed(launch(tiny("run.name=stopped", *settings), POWERTRAIN_FAULT=fault))
+    folder = tmp_path / "stopped/checkpoints"
+    assert checkpoint.newest_valid(folder) == folder / "step-00000005"
+    assert json.loads((tmp_path / "stopped/exit.json").read_text())["reason"] == "SIGTERM"
+    succeed(launch(tiny("run.name=stopped", *settings)))
+    assert_same_files(tmp_path / "whole", tmp_path / "stopped")
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not (lines := read_lines(folder / "metrics.jsonl")) or lines[-1]["step"] < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------- gradients that are not finite
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_fault_09_nan_on_one_rank_skips_the_step_on_all(tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    settings = ("run.name=nan", "checkpoint.every=1", "checkpoint.keep=20")
+    succeed(launch(tiny(*settings), ranks=2, engine=engine, POWERTRAIN_FAULT="nan@gradient:rank=1:step=5"))
+    lines = read_lines(tmp_path / "nan/metrics.jsonl")
+    assert [line["step"] for line in lines if line["skipped"]] == [5]
+    for what in ("weights", "exp_avg", "exp_avg_sq"):
+        four, five, six = (stored(tmp_path / "nan", step, what) for step in (4, 5, 6))
+        assert all(torch.equal(tensor, five[key]) for key, tensor in four.items()), what
+        assert not all(torch.equal(tensor, six[key]) for key, tensor in five.items()), what
+
+
+def test_fault_11_a_spike_right_after_going_on(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(faults, "wanted", "spike@gradient:step=7")
+    whole = run("run.name=whole", *SETTINGS)
+    norms = {line["step"]: line["grad_norm"] for line in read_lines(whole / "metrics.jsonl")}
+    assert norms[7] > 100 * norms[6]
+    cut(whole, 6, "cut")
+    assert_same_files(whole, run("run.name=cut", *SETTINGS))
+
+
+# -------------------------------------------------------------------------------------------------------- elastic
+
+
+@pytest.mark.slow
+def test_fault_12_other_ranks_and_engines(tiny: Overrides, tmp_path: Path) -> None:
+    """plain → ddp × 2 → plain → zero3 × 2 → zero1 × 4 → ddp × 2 → zero2 × 1."""
+    settings = ("batch.micro_sequences=2", "checkpoint.keep=9")
+    succeed(launch(tiny("run.name=alone", *settings)))
+    legs = (("plain", 1), ("ddp", 2), ("plain", 1), ("zero3", 2), ("zero1", 4), ("ddp", 2), ("zero2", 1))
+    for number, (engine, ranks) in enumerate(legs):
+        stop = {"POWERTRAIN_FAULT": f"term@step:step={2 * number + 2}"} if number < len(legs) - 1 else {}
+        said = succeed(launch(tiny("run.name=legs", *settings), ranks=ranks, engine=engine, **stop))
+        if number:
+            before = legs[number - 1]
+            assert f"trained as {before[0]} on {before[1]} rank(s); it goes on as {engine} on {ranks}" in said
+    alone, legs_lines = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "legs"))
+    for one, other in zip(alone, legs_lines, strict=True):
+        for exact in ("step", "tokens", "samples", "batch", "lr", "expert_load"):
+            assert one[exact] == other[exact], (one["step"], exact)
+        for close in ("loss", "lm_loss", "balance_loss", "z_loss"):
+            assert other[close] == pytest.approx(one[close], rel=1e-4), (one["step"], close)
+
+
+# ------------------------------------------------------------------------------------------------ ranks that hang
+
+
+@pytest.mark.slow
+def test_fault_15_a_rank_that_hangs_is_named(tiny: Overrides, tmp_path: Path) -> None:
+    settings = ("run.name=hangs", "engine.timeout=8", *SETTINGS)
+    done = launch(tiny(*settings), ranks=2, engine="ddp", POWERTRAIN_FAULT="hang@step:rank=1:step=5")
+    assert done.returncode != 0
+    ended = json.loads((tmp_path / "hangs/exit.json").read_text())
+    assert ended["code"] == 1
+    assert "No progress for 8 s (engine.timeout) after step 4: rank 1 does not answer" in ended["reason"]
+    assert ended["reason"] in done.stderr
+    assert not processes_of("run.name=hangs")
+    assert checkpoint.newest_valid(tmp_path / "hangs/checkpoints") == tmp_path / "hangs/checkpoints/step-00000003"
+
+
+# --------------------------------------------------------------------------------------------------------- safety
+
+
+def test_fault_23_and_28_age_is_told_by_the_step_alone(run: Callable[..., Path]) -> None:
+    folder = run("checkpoint.every=4", "checkpoint.keep=2")
+    checkpoints = folder / "checkpoints"
+    os.utime(checkpoints / "step-00000012", (0, 0))  # the clock was set back before it was written
+    (checkpoints / "step-12").mkdir()  # not a checkpoint's name
+    assert checkpoint.newest_valid(checkpoints) == checkpoints / "step-00000012"
+    run("run.tokens=4096", "checkpoint.every=4", "checkpoint.keep=2")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000012", "step-00000016", "step-12"]
+
+
+@pytest.mark.slow
+def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -> None:
+    canaries = {"WANDB_API_KEY": "canary-1-" + "x" * 40, "MY_SECRET": "canary-2-hush-hush"}
+    settings = (
+        "+tracker.init_kwargs.api_key=canary-3",
+        "+tracker.init_kwargs.note=canary-2-hush-hush",
+        "tracker=wandb",
+    )
+    done = launch(tiny("run.name=secret", "checkpoint.every=6", *settings), **canaries)
+    assert "canary" not in done.stdout + done.stderr
+    found = [
+        path
+        for path in (tmp_path / "secret").rglob("*")
+        if path.is_file() and not path.is_symlink() and b"canary" in path.read_bytes()
+    ]
+    assert found == []
+
+
+class _Evil:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
+def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = run("checkpoint.every=6")
+    path = folder / "checkpoints/step-00000012"
+    (path / "weights.safetensors").write_bytes(pickle.dumps(_Evil(tmp_path / "mark")))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["weights.safetensors"] = {
+        "size": (path / "weights.safetensors").stat().st_size,
+        "sha256": checkpoint._sha256(path / "weights.safetensors"),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
+        run("checkpoint.every=6", "run.tokens=4096")
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("key", ["model._target_", "data.corpora.words._target_", "tracker.init_kwargs._target_"])
+def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: str) -> None:
+    from train.cli import composed
+
+    mark = tmp_path / "mark"
+    evil = (f"+{key}=os.mkdir", f"+{key.rpartition('.')[0]}.path={mark}")
+    if key.startswith("tracker"):
+        assert composed(tiny(*evil)).tracker.init_kwargs["_target_"] == "os.mkdir"  # a text like any other
+    else:
+        with pytest.raises(ConfigError):
+            composed(tiny(*evil))
+    assert not mark.exists()
+
+
+# ------------------------------------------------------------------------------------------------------- trackers
+
+
+@pytest.mark.parametrize("wrong", ["init raises", "log raises", "init hangs", "log hangs"])
+def test_fault_27_a_tracker_that_fails_changes_nothing(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    import threading
+
+    from accelerate import Accelerator
+
+    from train import track
+
+    off = read_lines(run("run.name=off") / "metrics.jsonl")
+    never = threading.Event()
+
+    def fail(*_: object, **__: object) -> None:
+        if "hangs" in wrong:
+            never.wait(60)
+        raise ConnectionError("unreachable")
+
+    monkeypatch.setattr(track, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(Accelerator, "init_trackers", fail if "init" in wrong else lambda *a, **k: None)
+    monkeypatch.setattr(Accelerator, "log", fail)
+    began = time.monotonic()
+    on = read_lines(run("run.name=on", "tracker=wandb") / "metrics.jsonl")
+    assert time.monotonic() - began < 30  # it would have been 60
+    never.set()
+    assert without_timing(on) == without_timing(off)

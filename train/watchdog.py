@@ -1,0 +1,108 @@
+"""Ends a run in which a rank hangs: all others wait for it in a collective, where nothing else would tell.
+
+Every rank beats: a thread writes, once a second, a counter and the step to a file in the run's folder. Who has made
+no progress for `engine.timeout` seconds looks at the files of all ranks twice, some beats apart. One whose counter
+stands still has stopped; one that beats but is at an earlier step than the others is where it hangs. No clocks of
+different machines are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from train.engine import Engine
+from train.environment import replace_text
+from train.state import State
+
+BEAT_SECONDS = 1.0
+LOOKS_APART = 4  # beats
+
+
+class Watchdog:
+    """A context manager around training; `alive` says that a step, an evaluation or a save has ended."""
+
+    def __init__(self, folder: Path, engine: Engine, state: State) -> None:
+        self.folder = folder
+        self.beats = folder / ".ranks"
+        self.engine = engine
+        self.state = state
+        self._progress = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        def begin() -> None:
+            shutil.rmtree(self.beats, ignore_errors=True)
+            self.beats.mkdir()
+
+        self.engine.first_rank_decides(begin)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def alive(self) -> None:
+        """This rank has got on."""
+        self._progress = time.monotonic()
+
+    def _watch(self) -> None:
+        timeout = self.engine.config.engine.timeout
+        beat = min(BEAT_SECONDS, timeout / 4)
+        count, looked, before = 0, 0, {}
+        while not self._ended.wait(beat):
+            count += 1
+            try:
+                replace_text(self._file(self.engine.rank), json.dumps({"count": count, "step": self.state.step}))
+            except OSError:
+                continue  # a full disk is no reason to stop
+            if time.monotonic() - self._progress <= timeout:
+                looked = 0
+                continue
+            looked += 1
+            if looked == 1:
+                before = self._look()
+            elif looked == LOOKS_APART:  # the others have beaten meanwhile, or not
+                self._give_up(timeout, before, self._look())
+
+    def _file(self, rank: int) -> Path:
+        return self.beats / f"{rank:05d}.json"
+
+    def _look(self) -> dict[int, dict[str, int]]:
+        found = {}
+        for rank in range(self.engine.world_size):
+            try:
+                found[rank] = json.loads(self._file(rank).read_text())
+            except (OSError, ValueError):
+                found[rank] = {"count": 0, "step": 0}
+        return found
+
+    def _give_up(self, timeout: float, before: dict[int, dict[str, int]], after: dict[int, dict[str, int]]) -> None:
+        stopped = [rank for rank in after if after[rank]["count"] == before[rank]["count"]]
+        last = max(look["step"] for look in after.values())
+        behind = [rank for rank in after if after[rank]["step"] < last]
+        who = stopped or behind
+        named = (
+            f"rank {', '.join(map(str, who))} {'does not answer' if stopped else 'has not caught up'}"
+            if who
+            else "all ranks answer, so a collective hangs, or a step takes longer than that"
+        )
+        reason = (
+            f"No progress for {timeout:g} s (engine.timeout) after step {self.state.step}: {named}. The run ends here; "
+            "the same command goes on from the newest checkpoint."
+        )
+        if self.engine.rank == min(rank for rank in after if rank not in stopped):
+            print(f"powertrain: {reason}", file=sys.stderr, flush=True)
+            ended = {"code": 1, "reason": reason, "step": self.state.step}
+            replace_text(self.folder / "exit.json", json.dumps(ended) + "\n")
+        os._exit(1)
