@@ -1,0 +1,151 @@
+"""One mathematics: every engine starts from the same weights and follows the same losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch
+
+from train.checkpoint import Stored
+from train.config import ConfigError
+from train.track import read_lines
+
+Overrides = Callable[..., list[str]]
+
+# MoE, lagged balance, z loss, accumulation, clipping, muP groups with rates and decays of their own, a batch ramp.
+SETTINGS = (
+    "run.tokens=6400",
+    "batch.micro_sequences=1",
+    "batch.ramp=[{from_tokens: 2048, sequences: 12}]",
+    "optimizer.max_grad_norm=0.5",
+    "optimizer.weight_decay=0.5",
+    "optimizer.weight_decay_mode=independent",
+    "mup.rule=fan_in",
+    "balance.router_z_loss_coef=0.01",
+    "checkpoint.every=1",
+    "checkpoint.keep=40",
+)
+
+
+def checkpoint(folder: Path, step: int, what: str = "weights") -> Stored:
+    return Stored(folder / f"checkpoints/step-{step:08d}", what)
+
+
+@pytest.fixture(scope="module")
+def alone(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    from conftest import CONFIGS
+
+    from train.cli import composed
+    from train.run import train
+
+    folder = tmp_path_factory.mktemp("alone")
+    text = [f"--config-dir={CONFIGS}", "+experiment=tiny", f"data.corpora.words.path={words}/*.txt"]
+    config = composed([*text, f"data.cache_dir={cache}", f"run.folder={folder}", "run.name=alone", *SETTINGS])
+    train(config, ["test"])
+    return config.run_folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    [
+        ("ddp", 2),
+        ("zero1", 2),
+        ("zero2", 2),
+        ("zero3", 2),
+        ("zero3_offload", 2),
+        ("zero1", 4),
+        ("zero2", 4),
+        ("zero3", 4),
+    ],
+)
+def test_every_engine_follows_one_process(
+    alone: Path, tiny: Overrides, tmp_path: Path, engine: str, ranks: int
+) -> None:
+    done = launch(tiny("run.name=shared", *SETTINGS), ranks=ranks, engine=engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shared = tmp_path / "shared"
+    lines, others = (read_lines(folder / "metrics.jsonl") for folder in (alone, shared))
+    assert len(lines) == 20 and max(line["grad_norm"] for line in lines) > 0.5  # it is clipped
+    assert {line["batch"] for line in lines} == {0.0625, 0.09375}
+    for line, other in zip(lines, others, strict=True):
+        for exact in ("step", "tokens", "samples", "batch", "lr", "lr_per_group", "skipped"):
+            assert line[exact] == other[exact], (line["step"], exact)
+        for close in ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm"):
+            assert other[close] == pytest.approx(line[close], rel=1e-4), (line["step"], close)
+    assert len(lines[0]["lr_per_group"]) == 7 and len(set(lines[5]["lr_per_group"].values())) == 3
+    shapes = shapes_of(alone)
+    for name, size in shapes.items():
+        # The first step has the rate 0, so the checkpoint after it holds the weights that the run began with.
+        first, firsts = (checkpoint(folder, 1).read(name, 0, size) for folder in (alone, shared))
+        assert torch.equal(first, firsts), name
+        for what in ("weights", "exp_avg", "exp_avg_sq"):
+            last, lasts = (checkpoint(folder, 20, what).read(name, 0, size) for folder in (alone, shared))
+            assert (last - lasts).abs().max() <= 1e-4 * last.abs().max(), (name, what)
+
+
+def shapes_of(folder: Path) -> dict[str, int]:
+    from safetensors.torch import load_file
+
+    return {name: t.numel() for name, t in load_file(folder / "checkpoints/step-00000001/weights.safetensors").items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_bf16_follows_one_process(tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    settings = (*SETTINGS, "precision=bf16")
+    for name, ranks, kind in (("alone", 1, "plain"), ("shared", 2, engine)):
+        done = launch(tiny(f"run.name={name}", *settings), ranks=ranks, engine=kind)
+        assert done.returncode == 0, done.stdout + done.stderr
+    lines, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "shared"))
+    assert [line["lm_loss"] for line in others] == pytest.approx([line["lm_loss"] for line in lines], rel=BF16)
+    # Masters are float32 and the same to the last bit, not those that bf16 rounds to.
+    name = "model.layers.0.self_attn.q_proj.weight"
+    first, firsts = (checkpoint(tmp_path / run, 1).read(name, 0, 1024) for run in ("alone", "shared"))
+    assert torch.equal(first, firsts) and not torch.equal(first, first.bfloat16().float())
+
+
+BF16 = 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "ranks", "expect", "said"),
+    [
+        ("zero2", 2, "zero3", "engine.expect is zero3, but zero2 was started, on 2 rank(s)"),
+        ("plain", 1, "ddp", "engine.expect is ddp, but plain was started, on 1 rank(s)"),
+    ],
+)
+def test_another_engine_than_expected_is_refused(
+    tiny: Overrides, tmp_path: Path, engine: str, ranks: int, expect: str, said: str
+) -> None:
+    done = launch(tiny("run.name=other", f"engine.expect={expect}"), ranks=ranks, engine=engine)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_stored_reads_any_range_of_any_split(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    values = torch.arange(6 * 5 * 4, dtype=torch.float32).reshape(6, 5, 4)
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    whole.mkdir(), split.mkdir()
+    save_file({"x": values}, whole / "weights.safetensors")
+    for number, (start, stop) in enumerate(((0, 50), (50, 51), (51, 120))):
+        piece = {f"x[{start}:{stop}]": values.flatten()[start:stop].clone()}
+        save_file(piece, split / f"weights-{number + 1:05d}-of-00003.safetensors")
+    for folder in (whole, split):
+        stored = Stored(folder, "weights")
+        for start, stop in ((0, 120), (0, 1), (3, 3), (19, 21), (49, 52), (119, 120)):
+            assert torch.equal(stored.read("x", start, stop), values.flatten()[start:stop])
+    (split / "weights-00002-of-00003.safetensors").unlink()
+    with pytest.raises(KeyError, match="x: 119 of the elements 0 to 120"):
+        Stored(split, "weights").read("x", 0, 120)
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
+        (whole / "weights.safetensors").write_bytes(b"no")
+        Stored(whole, "weights")
