@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from schedulers.decay import SHAPES
-from train.cli import guard, run_training
+from train.cli import leave, run_training
 from train.config import Config, ConfigError, load
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", help="of the new run, beside its parent; default: PARENT-decay-STEP-TOKENS")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
-    sys.exit(guard(lambda: run_training(branch(options), ["decay", *arguments])))
+    leave(lambda: run_training(branch(options), ["decay", *arguments]))
 
 
 def branch(options: argparse.Namespace) -> Config:

@@ -130,7 +130,8 @@ class Soak:
             point = self.draw.choice(("tear@write", f"tear@write:rank={engine[1] - 1}", "kill@manifest", "kill@rename"))
             environment["POWERTRAIN_FAULT"] = f"{point}:step={next_save(run, target, steps)}"
         elif kind == "full disk":
-            environment["POWERTRAIN_FAULT"] = f"full@write:step={next_save(run, target, steps)}"
+            save = next_save(run, target, steps)
+            environment["POWERTRAIN_FAULT"], target = f"full@write:step={save}", min(save + 3, steps)
         before, began = last_step(run), time.monotonic()
         process = self.start(name, steps, engine, **environment)
         while process.poll() is None:

@@ -82,7 +82,12 @@ class Saver:
             for rank in range(self.engine.world_size):
                 (partial / _pending_file(rank)).touch()
 
-        self.engine.first_rank_decides(begin)
+        self.saved_step = state.step
+        try:
+            self.engine.first_rank_decides(begin)
+        except OSError as error:  # on all ranks
+            self._error = self._failed(error, partial, state.step)
+            return
         tensors = self._copy()
         texts = {}
         if self.engine.is_main:
@@ -95,7 +100,6 @@ class Saver:
             }
             texts["state.json"] = json.dumps(progress)
             texts["config.yaml"] = OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(self.engine.config))))
-        self.saved_step = state.step
         stood_still = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._write, args=(partial, state.step, tensors, texts, stood_still), daemon=True
@@ -108,9 +112,10 @@ class Saver:
         Raises:
             OSError: on all ranks, when it could not be written on one: a full disk, say.
         """
-        if self._thread is None:
+        if self._thread is not None:
+            self._thread.join()
+        elif self._error is None:
             return
-        self._thread.join()
         self._thread = None
         error, self._error = self._error, None
 

@@ -12,10 +12,11 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -55,7 +56,7 @@ Every setting, with its default and meaning, is in train/config.py; --cfg prints
 def main(arguments: list[str] | None = None) -> None:
     """`train`: compose, check, run."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(guard(lambda: _train(arguments)))
+    leave(lambda: _train(arguments))
 
 
 def _train(arguments: list[str]) -> int:
@@ -158,6 +159,26 @@ def guard(verb: Callable[[], int]) -> int:
     except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
+
+
+def leave(verb: Callable[[], int]) -> NoReturn:
+    """Run a verb that trains, and exit with its status. One of several ranks leaves without freeing anything.
+
+    A process group of PyTorch's that is freed joins its thread, which may be waiting for the interpreter to free a
+    tensor: once in a while they wait for each other for ever (seen with gloo, at the end of a run).
+    """
+    try:
+        status: Any = guard(verb)
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)
 
 
 def _take_config_dir(arguments: list[str]) -> list[str]:

@@ -34,6 +34,8 @@ Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its ele
 # AdamW's own names; so are those in a checkpoint.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+_KEPT: list[Engine] = []
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -272,6 +274,7 @@ class Engine:
     def close(self) -> None:
         """Leave the process group; without it a rank can abort on its way out."""
         if torch.distributed.is_initialized():
+            _KEPT.append(self)  # nothing of it may be freed before the process ends: see train.cli.leave
             torch.distributed.destroy_process_group()
 
     # ------------------------------------------------------------------ state by Hugging Face parameter name

@@ -21,7 +21,7 @@ from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
-from train.config import Config, ConfigError, as_dict, check_batch
+from train.config import Config, ConfigError, Diverged, as_dict, check_batch
 from train.console import Progressing, human
 from train.engine import Engine
 from train.evaluate import Validation
@@ -88,7 +88,8 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state, say)
         saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, say)
-        saver.saved_step = state.step if start_from is not None else None
+        if start_from is not None and start_from.parent == checkpoints:
+            saver.saved_step = state.step
 
         # ---- train
         watchdog = Watchdog(folder, engine, state)
@@ -114,7 +115,11 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             watchdog.alive()
 
         with watchdog, Stop(folder, engine) as stop:
-            reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
+            try:
+                reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
+            except Diverged:  # on all ranks
+                saver.finish()
+                raise
             if saver.saved_step != state.step:
                 save()
             saver.finish()

@@ -257,12 +257,13 @@ def test_fault_15_a_rank_that_hangs_is_named(tiny: Overrides, tmp_path: Path) ->
 
 
 def test_fault_23_and_28_age_is_told_by_the_step_alone(run: Callable[..., Path]) -> None:
-    folder = run("checkpoint.every=4", "checkpoint.keep=2")
+    settings = ("checkpoint.every=4", "checkpoint.keep=2", "schedule.decay.tokens=0")
+    folder = run(*settings)
     checkpoints = folder / "checkpoints"
     os.utime(checkpoints / "step-00000012", (0, 0))  # the clock was set back before it was written
     (checkpoints / "step-12").mkdir()  # not a checkpoint's name
     assert checkpoint.newest_valid(checkpoints) == checkpoints / "step-00000012"
-    run("run.tokens=4096", "checkpoint.every=4", "checkpoint.keep=2")
+    run(*settings, "run.tokens=4096")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000012", "step-00000016", "step-12"]
 
 
@@ -293,7 +294,8 @@ class _Evil:
 
 
 def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Path) -> None:
-    folder = run("checkpoint.every=6")
+    settings = ("checkpoint.every=6", "schedule.decay.tokens=0")
+    folder = run(*settings)
     path = folder / "checkpoints/step-00000012"
     (path / "weights.safetensors").write_bytes(pickle.dumps(_Evil(tmp_path / "mark")))
     manifest = json.loads((path / "manifest.json").read_text())
@@ -303,7 +305,7 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="is not a safetensors file"):
-        run("checkpoint.every=6", "run.tokens=4096")
+        run(*settings, "run.tokens=4096")
     assert not (tmp_path / "mark").exists()
 
 
