@@ -173,6 +173,13 @@ class Engine:
         self.module, _ = self.accelerator.prepare(module, self.optimizer)
         unset_hf_deepspeed_config()  # accelerate has set it again
         self.zero = self.module.optimizer
+        if self.kind == "zero3":
+            # In bf16 it has rounded the frequencies of the rotary embedding, too.
+            rotary = self.model.model.rotary_emb
+            with self.device:
+                exact = type(rotary)(self.model.config)
+            for name, buffer in exact.named_buffers():
+                setattr(rotary, name, buffer)
 
     def _tell_zero3_of_the_model(self, loss: LanguageModelLoss) -> None:
         import deepspeed

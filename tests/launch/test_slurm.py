@@ -28,7 +28,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "scontrol": f'[ "$1" = show ] && printf "127.0.0.1\\nn2\\n" || echo "$@" >> {tmp_path}/requeued.txt',
         "srun": 'export SLURM_NODEID=0; exec "$@"',
         "python": f'exec {sys.executable} "$@"',
-        "accelerate": f'exec {sys.executable} -m accelerate.commands.launch "$@"',
+        "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
     }
     for name, body in stand_ins.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")

@@ -103,13 +103,15 @@ def test_bf16_follows_one_process(tiny: Overrides, tmp_path: Path, engine: str) 
         assert done.returncode == 0, done.stdout + done.stderr
     lines, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "shared"))
     assert [line["lm_loss"] for line in others] == pytest.approx([line["lm_loss"] for line in lines], rel=BF16)
+    last = {name: read_lines(tmp_path / name / "evals.jsonl")[-1]["loss"] for name in ("alone", "shared")}
+    assert last["shared"] == pytest.approx(last["alone"], rel=BF16)
     # Masters are float32 and the same to the last bit, not those that bf16 rounds to.
     name = "model.layers.0.self_attn.q_proj.weight"
     first, firsts = (checkpoint(tmp_path / run, 1).read(name, 0, 1024) for run in ("alone", "shared"))
     assert torch.equal(first, firsts) and not torch.equal(first, first.bfloat16().float())
 
 
-BF16 = 2e-3
+BF16 = 1e-4  # of a loss: some ten times what was seen over these 20 steps
 
 
 @pytest.mark.slow
