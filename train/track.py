@@ -38,8 +38,8 @@ class Tracker:
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
             self._evals = open(folder / "evals.jsonl", "a", buffering=1)  # noqa: SIM115
         if self.active and config.tracker.log_with:
-            os.environ.setdefault("WANDB_DIR", str(folder))
-            init_kwargs = {"wandb": {"name": config.run.name, **config.tracker.init_kwargs}}
+            own = {"name": config.run.name, "dir": os.environ.get("WANDB_DIR", str(folder))}
+            init_kwargs = {"wandb": {**own, **config.tracker.init_kwargs}}
             settings = without_secrets(as_dict(config))
             self.accelerator, self._queue = engine.accelerator, queue.Queue()
             self._thread = threading.Thread(target=self._pass_on, args=(self._queue,), daemon=True)
