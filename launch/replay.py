@@ -73,21 +73,18 @@ def main(arguments: list[str]) -> int:
         config.data.tokenizer.path = str(options.run / "tokenizer")
         config.run.folder = scratch
         engine = Engine(config)
-        try:
-            same_machine = hardware(engine) == recorded
-            state = State(tokens=config.run.tokens_seen)
-            parts = assemble(config, engine, state, start_from, print if engine.is_main else lambda text: None)
-            first = state.step + 1
-            while state.step < last:
-                record = train_step(config, engine, parts.batches, parts.balance, state)
-                difference = _difference(
-                    lines.get(state.step), record, 0.0 if same_machine else TOLERANCE[config.precision]
-                )
-                if difference:
-                    print(f"FAIL: step {state.step}: {difference}")
-                    return 1
-        finally:
-            engine.close()
+        same_machine = hardware(engine) == recorded
+        state = State(tokens=config.run.tokens_seen)
+        parts = assemble(config, engine, state, start_from, print if engine.is_main else lambda text: None)
+        first = state.step + 1
+        while state.step < last:
+            record = train_step(config, engine, parts.batches, parts.balance, state)
+            difference = _difference(
+                lines.get(state.step), record, 0.0 if same_machine else TOLERANCE[config.precision]
+            )
+            if difference:
+                print(f"FAIL: step {state.step}: {difference}")
+                return 1
     how = "bit for bit" if same_machine else f"to {TOLERANCE[config.precision]}, on other hardware than the run's"
     print(f"PASS: steps {first} to {last} give the same tokens, samples and rates, and the same losses {how}.")
     return 0

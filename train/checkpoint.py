@@ -77,7 +77,7 @@ class Saver:
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
         def begin() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
+            clean(self.checkpoints)
             (partial / "rng").mkdir(parents=True)
             for rank in range(self.engine.world_size):
                 (partial / _pending_file(rank)).touch()
@@ -86,7 +86,7 @@ class Saver:
         try:
             self.engine.first_rank_decides(begin)
         except OSError as error:  # on all ranks
-            self._error = self._failed(error, partial, state.step)
+            self._error = self._explained(error, state.step)
             return
         tensors = self._copy()
         texts = {}
@@ -117,13 +117,10 @@ class Saver:
         elif self._error is None:
             return
         self._thread = None
-        error, self._error = self._error, None
-
-        def outcome() -> None:
-            if error is not None:
-                raise error
-
-        self.engine.first_rank_decides(outcome)
+        own, self._error = self._error, None
+        errors = [error for error in self.engine.from_all(own) if error is not None]
+        if errors:
+            raise errors[0]
 
     def _copy(self) -> dict[str, dict[str, torch.Tensor]]:
         """File → name → tensor on the CPU, of what this rank writes."""
@@ -164,29 +161,32 @@ class Saver:
             for name in (*tensors, *texts):
                 done[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
             replace_text(partial / _done_file(rank), json.dumps(done))
-        except OSError as error:
-            self._error = error
+        except Exception as error:  # whatever it is: a checkpoint that is not there must not be taken for one
+            self._error = self._explained(error, step)
         finally:
             (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space: a full disk lets it be told
         if self.engine.is_main:
             try:
                 final = self._commit(partial, step)
-                self.say(f"Saved {final} (training stood still for {stood_still:.1f} s).")
-            except OSError as error:
-                self._error = self._failed(error, partial, step)
+                if final is not None:
+                    self.say(f"Saved {final} (training stood still for {stood_still:.1f} s).")
+            except Exception as error:
+                self._error = self._explained(error, step)
+                shutil.rmtree(partial, ignore_errors=True)
 
-    def _commit(self, partial: Path, step: int) -> Path:
-        """Wait for what all ranks have written, and make the checkpoint of it."""
+    def _commit(self, partial: Path, step: int) -> Path | None:
+        """Wait until all ranks have written, and make the checkpoint of it; None when one of them has failed."""
+        ranks = range(self.engine.world_size)
+        while any((partial / _pending_file(rank)).exists() for rank in ranks):
+            time.sleep(_POLL_SECONDS)
+        done = [partial / _done_file(rank) for rank in ranks]
+        if not all(path.exists() for path in done):
+            shutil.rmtree(partial, ignore_errors=True)  # its rank tells why: see `finish`
+            return None
         files: dict[str, Any] = {}
-        if self._error is not None:
-            raise self._error
-        for rank in range(self.engine.world_size):
-            while (partial / _pending_file(rank)).exists():
-                time.sleep(_POLL_SECONDS)
-            if not (partial / _done_file(rank)).exists():
-                raise OSError(errno.EIO, f"rank {rank} could not write its part")
-            files |= json.loads((partial / _done_file(rank)).read_text())
-            (partial / _done_file(rank)).unlink()
+        for path in done:
+            files |= json.loads(path.read_text())
+            path.unlink()
         injected.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
         _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
@@ -203,15 +203,13 @@ class Saver:
             _remove(old)
         return final
 
-    def _failed(self, error: OSError, partial: Path, step: int) -> OSError:
-        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        shutil.rmtree(partial, ignore_errors=True)
+    def _explained(self, error: Exception, step: int) -> OSError:
         needed = 12 * sum(shape.numel() for shape in self.engine.shapes.values())
+        why = error.strerror or str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return OSError(
-            error.errno,
-            f"The checkpoint of step {step} could not be written to {self.checkpoints}: {error.strerror or error}. "
-            f"It needs about {needed / 1e6:,.0f} MB; {written / 1e6:,.0f} MB were written and are removed. "
-            "Older checkpoints are intact.",
+            getattr(error, "errno", None) or errno.EIO,
+            f"The checkpoint of step {step} could not be written to {self.checkpoints} by rank {self.engine.rank}: "
+            f"{why}. It needs about {needed / 1e6:,.0f} MB. Older checkpoints are intact.",
         )
 
 
@@ -278,7 +276,7 @@ def load_state(checkpoint: Path) -> State:
 
 def trained_by(checkpoint: Path) -> tuple[str, int]:
     """The kind of engine, and its number of ranks."""
-    engine = json.loads((checkpoint / "state.json").read_text())["engine"]
+    engine = json.loads((checkpoint / "state.json").read_text()).get("engine") or {"kind": "plain", "ranks": 1}
     return engine["kind"], engine["ranks"]
 
 

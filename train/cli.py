@@ -6,6 +6,7 @@ without a traceback.
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import errno
 import os
@@ -27,6 +28,7 @@ from yaml import YAMLError
 
 from data import DataError
 from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
+from train.environment import without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -148,10 +150,10 @@ def guard(verb: Callable[[], int]) -> int:
     try:
         return verb()
     except (ConfigError, DataError) as error:
-        print(f"powertrain: {error}", file=sys.stderr)
+        print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as error:
-        print(f"powertrain: {error}", file=sys.stderr)
+        print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
         print(f"powertrain: {error}", file=sys.stderr)
@@ -162,11 +164,15 @@ def guard(verb: Callable[[], int]) -> int:
 
 
 def leave(verb: Callable[[], int]) -> NoReturn:
-    """Run a verb that trains, and exit with its status. One of several ranks leaves without freeing anything.
+    """Run a verb that trains, and exit with its status. A rank leaves without freeing its process group.
 
     A process group of PyTorch's that is freed joins its thread, which may be waiting for the interpreter to free a
-    tensor: once in a while they wait for each other for ever (seen with gloo, at the end of a run).
+    tensor: once in a while they wait for each other for ever (seen with gloo, at the end of a run). And after an error
+    on one rank, the others' part in it would be waited for.
     """
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        # Launchers give ranks a session of their own: one that is killed would leave them training.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         status: Any = guard(verb)
     except SystemExit as leaving:
@@ -174,7 +180,7 @@ def leave(verb: Callable[[], int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if "LOCAL_RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)

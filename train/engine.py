@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -33,8 +33,6 @@ Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its ele
 
 # AdamW's own names; so are those in a checkpoint.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-_KEPT: list[Engine] = []
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ class Engine:
         self.accelerator = Accelerator(
             mixed_precision="no",  # precision is ours: see optim.BFloat16Weights
             log_with=config.tracker.log_with or None,
+            project_dir=str(config.run_folder),
             kwargs_handlers=handlers,
         )
         self.device = self.accelerator.device
@@ -84,11 +83,17 @@ class Engine:
         self._check_launch()
         if self.sharded:
             self._configure_deepspeed()
-        if self.device.type == "cpu":
-            # accelerate launch leaves one thread to a single process, however many cores there are.
+        if self.device.type == "cpu" or self._offloads():
+            # accelerate launch leaves one thread to a process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(config.threads or max(1, cores // local))
+
+    def _offloads(self) -> bool:
+        if not self.sharded:
+            return False
+        zero = self.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        return bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
 
     def _kind(self) -> str:
         found = self.accelerator.distributed_type
@@ -163,23 +168,23 @@ class Engine:
         }
         casting = self.config.precision == "bf16" and self.kind != "zero3"
         module: nn.Module = optim.BFloat16Weights(loss) if casting else loss
+        self._take_module(module, rows)
+        # By the CPU, as Transformers has them when it loads a model; and ZeRO-3 in bf16 has rounded them, too.
+        rotary = self.model.model.rotary_emb
+        for name, frequencies in type(rotary)(self.model.config).named_buffers():
+            setattr(rotary, name, frequencies.to(self.device))
+
+    def _take_module(self, module: nn.Module, rows: dict[str, mup.Row]) -> None:
         groups = optim.parameter_groups(self.model.named_parameters(), rows, self.config.optimizer)
         self.optimizer = optim.adamw(groups, self.config.optimizer)
         if not self.sharded:
             self.module = self.accelerator.prepare_model(module)
             return
         if self.kind == "zero3":
-            self._tell_zero3_of_the_model(loss)
+            self._tell_zero3_of_the_model(self.loss)
         self.module, _ = self.accelerator.prepare(module, self.optimizer)
         unset_hf_deepspeed_config()  # accelerate has set it again
         self.zero = self.module.optimizer
-        if self.kind == "zero3":
-            # In bf16 it has rounded the frequencies of the rotary embedding, too.
-            rotary = self.model.model.rotary_emb
-            with self.device:
-                exact = type(rotary)(self.model.config)
-            for name, buffer in exact.named_buffers():
-                setattr(rotary, name, buffer)
 
     def _tell_zero3_of_the_model(self, loss: LanguageModelLoss) -> None:
         import deepspeed
@@ -199,13 +204,12 @@ class Engine:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
             return self.module(**batch)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of this rank's share of the loss. After the `last` one it is the global sum."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the loss. After the last one it is the global sum."""
         loss = loss * self.world_size  # DDP and ZeRO take the mean over ranks; ours are shares of a sum
         if self.sharded:
             self.module.backward(loss)
-            return
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.module):
+        else:
             loss.backward()
 
     def step(self, lr: float) -> tuple[float, bool]:
@@ -248,6 +252,10 @@ class Engine:
         summed: Tensor = self.accelerator.reduce(tensor.to(self.device), "sum")
         return summed.to(tensor.device)
 
+    def from_all(self, value: T) -> list[T]:
+        """The values of all ranks, on all of them."""
+        return list(gather_object([value])) if self.world_size > 1 else [value]
+
     def first_rank_decides(self, decide: Callable[[], T]) -> T:
         """What `decide` returned on the first rank, on all of them; its ConfigError is raised on all, too."""
         decision: list[Any] = [None, None]
@@ -277,12 +285,6 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
-
-    def close(self) -> None:
-        """Leave the process group; without it a rank can abort on its way out."""
-        if torch.distributed.is_initialized():
-            _KEPT.append(self)  # nothing of it may be freed before the process ends: see train.cli.leave
-            torch.distributed.destroy_process_group()
 
     # ------------------------------------------------------------------ state by Hugging Face parameter name
 

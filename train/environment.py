@@ -24,11 +24,9 @@ if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports t
     from train.engine import Engine
 
 HIDDEN = "(hidden)"
-_SECRET = re.compile(
-    r"api_?key|access_?key|passw(?:or)?d|secret|credential|(?:access|auth|hf|hub|api|security)_?token\b", re.I
-)
-_SETTING = re.compile(rf"([\w.]*(?:{_SECRET.pattern})\w*['\"]?\s*[:=]\s*)[^\s,}}\]]+", re.I)
+_SECRET = re.compile(r"(?:api|access|private)_?key|token(?!iz)|passw(?:or)?d|secret|credential", re.I)
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+_SETTING = re.compile(rf"((?:{_SECRET.pattern})\w*['\"]?\s*[:=]\s*).*", re.I)
 
 
 def write(
@@ -62,22 +60,28 @@ def write(
     replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
 
 
-def without_secrets(value: Any) -> Any:
+def without_secrets(value: Any, named: bool = False) -> Any:
     """The same containers and texts, with what nobody should read replaced by HIDDEN.
 
-    These are the values of environment variables that are named as secrets are, wherever they stand, and the values
-    of settings that are.
+    These are the values of environment variables that are named as secrets are, wherever they stand, user and password
+    in an address, and what `tracker.init_kwargs` gives to such a name (`named`: value lies inside it).
     """
     if isinstance(value, dict):
-        return {k: HIDDEN if v and _SECRET.search(str(k)) else without_secrets(v) for k, v in value.items()}
+        return {
+            key: HIDDEN
+            if named and entry and _SECRET.search(str(key))
+            else without_secrets(entry, named or key == "init_kwargs")
+            for key, entry in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [without_secrets(entry) for entry in value]
+        return [without_secrets(entry, named) for entry in value]
     if isinstance(value, str):
         for name, secret in os.environ.items():
-            if len(secret) >= 8 and _SECRET.search(name):
+            if len(secret) >= 8 and not secret.startswith("/") and _SECRET.search(name):
                 value = value.replace(secret, HIDDEN)
         value = re.sub(r"://[^/\s:@]+:[^/\s@]+@", f"://{HIDDEN}@", value)
-        return _SETTING.sub(rf"\1{HIDDEN}", value)
+        if "init_kwargs" in value:  # an argument of the command line
+            value = _SETTING.sub(rf"\1{HIDDEN}", value)
     return value
 
 
@@ -95,6 +99,8 @@ def lock(path: Path) -> IO[str] | None:
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:  # a file system without locks
+        print(f"Warning: {path} cannot be locked ({error.strerror}): take care that nothing else writes beside it.")
     return file
 
 

@@ -52,13 +52,10 @@ def train(config: Config, command: list[str]) -> Outcome:
         ConfigError, data.DataError: something the user can mend.
     """
     engine = Engine(config)
-    try:
-        with environment.claimed(config.run_folder, engine), leaving_exit_json(config.run_folder, engine) as ended:
-            outcome = _train(config, engine, command)
-            ended |= {"code": 0, "reason": outcome.reason, "step": outcome.step}
-            return outcome
-    finally:
-        engine.close()
+    with environment.claimed(config.run_folder, engine), leaving_exit_json(config.run_folder, engine) as ended:
+        outcome = _train(config, engine, command)
+        ended |= {"code": 0, "reason": outcome.reason, "step": outcome.step}
+        return outcome
 
 
 def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
@@ -111,26 +108,32 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             return lines
 
         def save() -> None:
-            saver.save(state, parts.balance)
-            watchdog.alive()
+            with watchdog.paused():  # a disk may be slow
+                saver.save(state, parts.balance)
 
-        with watchdog, Stop(folder, engine) as stop:
-            try:
-                reason = train_loop(config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save)
-            except Diverged:  # on all ranks
+        def finish_saving() -> None:
+            with watchdog.paused():
                 saver.finish()
-                raise
-            if saver.saved_step != state.step:
-                save()
-            saver.finish()
+
+        with watchdog:
+            with Stop(folder, engine) as stop:
+                try:
+                    reason = train_loop(
+                        config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save
+                    )
+                except Diverged:  # on all ranks
+                    finish_saving()
+                    raise
+                if saver.saved_step != state.step:
+                    save()
+                finish_saving()
+            lines = evaluate() if reason is None else []
+        tracker.close()
         if reason is not None:
             say(
                 f"\nStopped by {reason} at step {state.step:,}, saved in {folder}. The same command goes on from there."
             )
-            tracker.close()
             return Outcome(reason, state.step)
-        lines = evaluate()
-        tracker.close()
 
     # ---- what is left to the user
     probe = parts.batches.batch(0, 1)["input_ids"]
@@ -149,7 +152,6 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             }
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         say_result(config, folder, parts, lines, picture, difference, say)
-    engine.barrier()
     return Outcome("finished", state.step)
 
 

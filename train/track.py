@@ -65,16 +65,16 @@ class Tracker:
             for file in (self._metrics, self._evals):
                 os.fsync(file.fileno())
                 file.close()
-        if self._queue:
-            self._queue.put(self.accelerator.end_training)
-            self._queue.put(None)
+        if waiting := self._queue:  # which the thread may drop at any moment
+            waiting.put(self.accelerator.end_training)
+            waiting.put(None)
             self._thread.join(MOST_SECONDS)
             if self._thread.is_alive():
                 self.say(f"Warning: a tracker did not end in {MOST_SECONDS:g} s and is left behind.")
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
-        if self._queue:
-            self._queue.put(lambda: self.accelerator.log(numbers, step=step))
+        if waiting := self._queue:
+            waiting.put(lambda: self.accelerator.log(numbers, step=step))
 
     def _pass_on(self, waiting: queue.Queue[Callable[[], None] | None]) -> None:
         while (call := waiting.get()) is not None:

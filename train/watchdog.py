@@ -1,19 +1,22 @@
 """Ends a run in which a rank hangs: all others wait for it in a collective, where nothing else would tell.
 
-Every rank beats: a thread writes, once a second, a counter and the step to a file in the run's folder. Who has made
-no progress for `engine.timeout` seconds looks at the files of all ranks twice, some beats apart. One whose counter
-stands still has stopped; one that beats but is at an earlier step than the others is where it hangs. No clocks of
-different machines are compared.
+Every rank beats: a thread writes now and then a counter and the step to a file in the run's folder. Who has made no
+progress for `engine.timeout` seconds looks at the files of all ranks twice, some beats apart. One whose counter stands
+still has stopped; one that beats but is at an earlier step than the others is where it hangs. No clocks of different
+machines are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -21,7 +24,7 @@ from train.engine import Engine
 from train.environment import replace_text
 from train.state import State
 
-BEAT_SECONDS = 1.0
+BEAT_SECONDS = 10.0  # at most: a file system of many machines may show a file seconds late
 LOOKS_APART = 4  # beats
 
 
@@ -56,16 +59,23 @@ class Watchdog:
         """This rank has got on."""
         self._progress = time.monotonic()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is inside may take as long as it likes."""
+        self._progress = math.inf
+        try:
+            yield
+        finally:
+            self.alive()
+
     def _watch(self) -> None:
         timeout = self.engine.config.engine.timeout
-        beat = min(BEAT_SECONDS, timeout / 4)
+        beat = min(BEAT_SECONDS, timeout / 20)
         count, looked, before = 0, 0, {}
         while not self._ended.wait(beat):
             count += 1
-            try:
+            with contextlib.suppress(OSError):  # on a full disk it will be taken for one that has stopped, if any hangs
                 replace_text(self._file(self.engine.rank), json.dumps({"count": count, "step": self.state.step}))
-            except OSError:
-                continue  # a full disk is no reason to stop
             if time.monotonic() - self._progress <= timeout:
                 looked = 0
                 continue
@@ -101,8 +111,10 @@ class Watchdog:
             f"No progress for {timeout:g} s (engine.timeout) after step {self.state.step}: {named}. The run ends here; "
             "the same command goes on from the newest checkpoint."
         )
-        if self.engine.rank == min(rank for rank in after if rank not in stopped):
-            print(f"powertrain: {reason}", file=sys.stderr, flush=True)
-            ended = {"code": 1, "reason": reason, "step": self.state.step}
-            replace_text(self.folder / "exit.json", json.dumps(ended) + "\n")
-        os._exit(1)
+        try:
+            if self.engine.rank == min({*after} - {*stopped}, default=self.engine.rank):
+                print(f"powertrain: {reason}", file=sys.stderr, flush=True)
+                ended = {"code": 1, "reason": reason, "step": self.state.step}
+                replace_text(self.folder / "exit.json", json.dumps(ended) + "\n")
+        finally:
+            os._exit(1)

@@ -26,7 +26,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     folder.mkdir()
     stand_ins = {
         "scontrol": f'[ "$1" = show ] && printf "127.0.0.1\\nn2\\n" || echo "$@" >> {tmp_path}/requeued.txt',
-        "srun": 'export SLURM_NODEID=0; exec "$@"',
+        "srun": 'export SLURM_NODEID=0; shift; exec "$@"',
         "python": f'exec {sys.executable} "$@"',
         "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
     }

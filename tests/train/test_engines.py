@@ -25,6 +25,7 @@ SETTINGS = (
     "optimizer.weight_decay_mode=independent",
     "mup.rule=fan_in",
     "balance.router_z_loss_coef=0.01",
+    "evaluation.every=5",
     "checkpoint.every=1",
     "checkpoint.keep=40",
 )

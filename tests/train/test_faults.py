@@ -142,7 +142,7 @@ def test_fault_06_a_full_disk_on_one_rank(tiny: Overrides, tmp_path: Path) -> No
     settings = ("run.name=full", "checkpoint.every=9")
     done = launch(tiny(*settings), ranks=2, engine="zero1", POWERTRAIN_FAULT="full@write:rank=1:step=12")
     assert done.returncode != 0
-    assert "rank 1 could not write its part" in done.stderr
+    assert "could not be written to" in done.stderr and "by rank 1: No space left on device" in done.stderr
     assert [path.name for path in (tmp_path / "full/checkpoints").iterdir()] == ["step-00000009"]
 
 
@@ -270,19 +270,35 @@ def test_fault_23_and_28_age_is_told_by_the_step_alone(run: Callable[..., Path])
 @pytest.mark.slow
 def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -> None:
     canaries = {"WANDB_API_KEY": "canary-1-" + "x" * 40, "MY_SECRET": "canary-2-hush-hush"}
-    settings = (
-        "+tracker.init_kwargs.api_key=canary-3",
-        "+tracker.init_kwargs.note=canary-2-hush-hush",
-        "tracker=wandb",
-    )
+    settings = ("+tracker.init_kwargs.api_key=canary-3", "+tracker.init_kwargs.notes=canary-2-hush-hush")
     done = launch(tiny("run.name=secret", "checkpoint.every=6", *settings), **canaries)
-    assert "canary" not in done.stdout + done.stderr
-    found = [
-        path
-        for path in (tmp_path / "secret").rglob("*")
-        if path.is_file() and not path.is_symlink() and b"canary" in path.read_bytes()
-    ]
+    tracked = launch(tiny("run.name=tracked", "tracker=wandb"), **canaries)
+    refused = launch(tiny("run.name=canary-2-hush-hush/x"), **canaries)
+    assert (done.returncode, tracked.returncode, refused.returncode) == (0, 0, 2)
+    assert list((tmp_path / "tracked").glob("wandb/offline-run-*/*.wandb"))
+    for process in (done, tracked, refused):
+        assert "canary" not in process.stdout + process.stderr
+    found = [path for path in tmp_path.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert found == []
+
+
+def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.environment import without_secrets
+
+    monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
+    monkeypatch.setenv("SECRETS_DIR", "/workspace")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "perhaps-not")
+    harmless = {
+        "data": {"corpora": {"secret_garden": {"path": "/workspace/secret: of"}}, "tokenizer": {"path": "perhaps-not"}},
+        "run": {"tokens": 5, "name": "passwords"},
+    }
+    assert without_secrets(harmless) == harmless
+    assert without_secrets({"x": ["see abcdefgh"]}) == {"x": ["see (hidden)"]}
+    given = {"tracker": {"init_kwargs": {"api_key": "k", "settings": {"hf_token": "t", "tags": ["a"]}}}}
+    hidden = {"tracker": {"init_kwargs": {"api_key": "(hidden)", "settings": {"hf_token": "(hidden)", "tags": ["a"]}}}}
+    assert without_secrets(given) == hidden
+    assert without_secrets("tracker.init_kwargs.password='two words'") == "tracker.init_kwargs.password=(hidden)"
+    assert without_secrets("https://me:pass@host/a:b@c") == "https://(hidden)@host/a:b@c"
 
 
 class _Evil:

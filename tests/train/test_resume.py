@@ -147,7 +147,7 @@ def test_fault_10_steps_skipped_before_the_cut_still_count(
 
     original = Engine.backward
     monkeypatch.setattr(checkpoint, "faults", lambda path: [])
-    monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("nan"), last))
+    monkeypatch.setattr(Engine, "backward", lambda self, loss: original(self, loss * float("nan")))
     with pytest.raises(RunFailed, match="10 steps in a row, up to step 7"):
         go_on(6, prepare=nine)
 

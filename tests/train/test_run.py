@@ -130,9 +130,9 @@ def test_fault_09_a_skipped_step_leaves_weights_and_moments(
 
     original, seen = Engine.backward, {"calls": 0}
 
-    def poisoned(self: Engine, loss: torch.Tensor, last: bool) -> None:
+    def poisoned(self: Engine, loss: torch.Tensor) -> None:
         seen["calls"] += 1
-        original(self, loss * float("nan") if seen["calls"] == 12 else loss, last)  # second micro-batch of step 6
+        original(self, loss * float("nan") if seen["calls"] == 12 else loss)  # second micro-batch of step 6
 
     monkeypatch.setattr(Engine, "backward", poisoned)
     folder = run("checkpoint.every=1", "checkpoint.keep=20", "run.tokens=2048")
@@ -155,7 +155,7 @@ def test_fault_10_gradients_that_are_never_finite_stop_the_run(
     from train.engine import Engine
 
     original = Engine.backward
-    monkeypatch.setattr(Engine, "backward", lambda self, loss, last: original(self, loss * float("inf"), last))
+    monkeypatch.setattr(Engine, "backward", lambda self, loss: original(self, loss * float("inf")))
     with pytest.raises(RunFailed, match="10 steps in a row"):
         run()
 
