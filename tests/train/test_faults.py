@@ -101,14 +101,14 @@ def test_fault_03_and_16_a_rank_dies(tiny: Overrides, tmp_path: Path, fault: str
     assert done.returncode != 0
     newest = checkpoint.newest_valid(tmp_path / "killed/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == 3
-    assert not processes_of("run.name=killed")
+    assert not processes_of(tmp_path)
     succeed(launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2"))
     assert_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
-def processes_of(argument: str) -> list[str]:
-    """Processes with this argument that are left."""
-    found = subprocess.run(["pgrep", "-f", argument], capture_output=True, text=True, check=False)
+def processes_of(folder: Path) -> list[str]:
+    """Processes that are left of runs in a folder."""
+    found = subprocess.run(["pgrep", "-f", f"run.folder={folder}"], capture_output=True, text=True, check=False)
     return found.stdout.split()
 
 
@@ -249,7 +249,7 @@ def test_fault_15_a_rank_that_hangs_is_named(tiny: Overrides, tmp_path: Path) ->
     assert ended["code"] == 1
     assert "No progress for 8 s (engine.timeout) after step 4: rank 1 does not answer" in ended["reason"]
     assert ended["reason"] in done.stderr
-    assert not processes_of("run.name=hangs")
+    assert not processes_of(tmp_path)
     assert checkpoint.newest_valid(tmp_path / "hangs/checkpoints") == tmp_path / "hangs/checkpoints/step-00000003"
 
 
