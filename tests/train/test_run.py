@@ -54,6 +54,7 @@ def test_micro_batches_only_split_the_batch(run: Callable[..., Path], micro: int
     assert [line["lm_loss"] for line in split] == pytest.approx([line["lm_loss"] for line in whole], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_one_process(run: Callable[..., Path], tiny: Callable[..., list[str]]) -> None:
     alone = read_lines(run("run.name=alone") / "metrics.jsonl")
     done = launch(tiny("run.name=pair"), ranks=2)
