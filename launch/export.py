@@ -39,7 +39,7 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
 
     from train import checkpoint
     from train.export import check_target, export, in_working_precision
-    from train.loss import LanguageModelLoss
+    from train.loss import LanguageModelLoss, logits_of
     from train.model import granite
     from train.optim import BFloat16Weights
 
@@ -47,7 +47,7 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
     chosen = checkpoint.newest_valid(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
     if chosen is None:
         raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
-    loss = LanguageModelLoss(granite.build(config)).eval()
+    loss = LanguageModelLoss(granite.build(config))
     checkpoint.load_weights(chosen, loss.model)
     state = checkpoint.load_state(chosen)
     folder = out or run / ("model" if step is None else f"model-{step}")
@@ -56,10 +56,8 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
     probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size
     facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
     trained = BFloat16Weights(loss) if config.precision == "bf16" else loss
-    with torch.no_grad():
-        logits = trained(input_ids=probe, labels=None, position_ids=torch.arange(length).expand_as(probe)).float()
     weights = {name: in_working_precision(config, tensor) for name, tensor in loss.model.named_parameters()}
-    difference = export(config, weights, logits, probe, run / "tokenizer", folder, facts)
+    difference = export(config, weights, logits_of(trained, probe), probe, run / "tokenizer", folder, facts)
     print(f"{chosen} → {folder} (logits within {difference:.1e} of the trainer's)")
     return 0
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,21 +47,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def tiny_overrides(words: Path, cache: Path, folder: Path, *more: str) -> list[str]:
+    """Of a tiny run on `words` in `folder`."""
+    text = [f"data.corpora.words.path={words}/*.txt", f"data.cache_dir={cache}"]
+    return [f"--config-dir={CONFIGS}", "+experiment=tiny", *text, f"run.folder={folder}", *more]
+
+
+def train_here(overrides: list[str]) -> Path:
+    """Train in this process; the run's folder."""
+    from train.cli import composed
+    from train.run import train
+
+    config = composed(overrides)
+    train(config, ["test"])
+    return config.run_folder
+
+
 @pytest.fixture
 def tiny(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Overrides for a tiny run in `tmp_path`, with more of them appended."""
 
-    def overrides(*more: str) -> list[str]:
-        return [
-            f"--config-dir={CONFIGS}",
-            "+experiment=tiny",
-            f"data.corpora.words.path={words}/*.txt",
-            f"data.cache_dir={cache}",
-            f"run.folder={tmp_path}",
-            *more,
-        ]
-
-    return overrides
+    return lambda *more: tiny_overrides(words, cache, tmp_path, *more)
 
 
 @pytest.fixture
@@ -68,15 +75,7 @@ def run(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Call
     """Train in this process; returns the run's folder. Its page is not drawn, which takes as long as all the rest."""
     monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
 
-    def train_tiny(*more: str) -> Path:
-        from train.cli import composed
-        from train.run import train
-
-        config = composed(tiny(*more))
-        train(config, ["test"])
-        return config.run_folder
-
-    return train_tiny
+    return lambda *more: train_here(tiny(*more))
 
 
 def launch_command(arguments: list[str], ranks: int, engine: str) -> tuple[list[str], dict[str, str]]:
@@ -110,6 +109,32 @@ def start(arguments: list[str], ranks: int = 1, engine: str | None = None, **env
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what depends on the clock."""
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path, step: int = 12) -> None:
+    """Metrics without timing, and at `step` every tensor, number and random state of the checkpoint: equal bits."""
+    from train.track import read_lines
+
+    lines, others = (without_timing(read_lines(folder / "metrics.jsonl")) for folder in (one, other))
+    assert others == lines
+    folders = [folder / f"checkpoints/step-{step:08d}" for folder in (one, other)]
+    files = sorted(path.relative_to(folders[0]).as_posix() for path in folders[0].rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*.safetensors"))
+    assert len(files) >= 4
+    for name in (*files, "state.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def cut_at(whole: Path, step: int, name: str) -> Path:
+    """A copy of a run as it was when `step` was its newest checkpoint."""
+    from train import checkpoint
+
+    folder = whole.with_name(name)
+    shutil.copytree(whole, folder)
+    for path in checkpoint.available(folder / "checkpoints"):
+        if checkpoint.step_of(path) > step:
+            shutil.rmtree(path)
+    return folder
 
 
 # A small GraniteMoe whose multipliers all differ from 1, so that a forgotten one shows.

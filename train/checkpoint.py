@@ -32,15 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from train import faults as injected
 from train.balance import Balance
-from train.config import ConfigError, as_dict
+from train.config import ConfigError
 from train.engine import MOMENTS, Engine, Read
-from train.environment import replace_text, without_secrets
+from train.environment import replace_text, settings_text
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -99,7 +98,7 @@ class Saver:
                 "engine": {"kind": self.engine.kind, "ranks": self.engine.world_size},
             }
             texts["state.json"] = json.dumps(progress)
-            texts["config.yaml"] = OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(self.engine.config))))
+            texts["config.yaml"] = settings_text(self.engine.config)
         stood_still = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._write, args=(partial, state.step, tensors, texts, stood_still), daemon=True

@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from train import optim
 from train.config import Config, ConfigError
-from train.loss import LanguageModelLoss, Outputs
+from train.loss import LanguageModelLoss, Outputs, logits_of
 from train.model import mup
 
 T = TypeVar("T")
@@ -181,20 +181,20 @@ class Engine:
             self.module = self.accelerator.prepare_model(module)
             return
         if self.kind == "zero3":
-            self._tell_zero3_of_the_model(self.loss)
+            self._tell_zero3_of_the_model()
         self.module, _ = self.accelerator.prepare(module, self.optimizer)
         unset_hf_deepspeed_config()  # accelerate has set it again
         self.zero = self.module.optimizer
 
-    def _tell_zero3_of_the_model(self, loss: LanguageModelLoss) -> None:
+    def _tell_zero3_of_the_model(self) -> None:
         import deepspeed
 
         # Ranks that reach different experts would wait for each other for ever.
-        blocks = {type(module) for module in loss.modules() if type(module).__name__ == "GraniteMoeMoE"}
+        blocks = {type(module) for module in self.loss.modules() if type(module).__name__ == "GraniteMoeMoE"}
         if blocks:
-            deepspeed.utils.set_z3_leaf_modules(loss, list(blocks))
+            deepspeed.utils.set_z3_leaf_modules(self.loss, list(blocks))
         # The loss multiplies with the head's weight itself, without going through the head.
-        deepspeed.zero.register_external_parameter(loss, loss.model.lm_head.weight)
+        deepspeed.zero.register_external_parameter(self.loss, self.model.lm_head.weight)
 
     def forward(self, batch: dict[str, Tensor], last: bool) -> Outputs:
         """One micro-batch forward. Gradients of a step are complete with the `last` one."""
@@ -231,15 +231,9 @@ class Engine:
         self.optimizer.zero_grad()
         return norm, skipped
 
-    @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """(B, S, V) float32, by the forward pass that trains. Collective: the same `input_ids` on every rank."""
-        self.module.eval()
-        ids = input_ids.to(self.device)
-        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        logits: Tensor = self.module(input_ids=ids, labels=None, position_ids=positions)
-        self.module.train()
-        return logits.float()
+        return logits_of(self.module, input_ids.to(self.device))
 
     def learning_rates(self) -> dict[str, float]:
         """The rate of each group in the last step."""

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from train.config import ConfigError
+from omegaconf import OmegaConf
+
+from train.config import Config, ConfigError, as_dict
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
     import torch
@@ -83,6 +85,11 @@ def without_secrets(value: Any, named: bool = False) -> Any:
         if "init_kwargs" in value:  # an argument of the command line
             value = _SETTING.sub(rf"\1{HIDDEN}", value)
     return value
+
+
+def settings_text(config: Config) -> str:
+    """A configuration as it is written to config.yaml."""
+    return OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(config))))
 
 
 def parent(path: Path) -> Path | None:

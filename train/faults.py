@@ -22,11 +22,15 @@ import os
 import signal
 from pathlib import Path
 
+from torch import Tensor
+
 wanted = os.environ.get("POWERTRAIN_FAULT", "")
 
 
 def at(point: str, rank: int, step: int, file: Path | None = None) -> str | None:
     """Fail here if this is the place; returns the action when it is the caller's to carry out."""
+    if not wanted:
+        return None
     action = next((action for action in wanted.split(",") if _is_here(action, point, rank, step)), "").partition("@")[0]
     if not action:
         return None
@@ -51,6 +55,7 @@ def _is_here(fault: str, point: str, rank: int, step: int) -> bool:
     return name == point and int(limits.get("rank", rank)) == rank and int(limits.get("step", step)) == step
 
 
-def factor(rank: int, step: int) -> float:
-    """What the gradient of a step is multiplied with: 1, unless it is to go wrong."""
-    return {"nan": float("nan"), "spike": 1e3}.get(at("gradient", rank, step) or "", 1.0)
+def spoiled(loss: Tensor, rank: int, step: int) -> Tensor:
+    """The same loss, unless its gradient is to go wrong at this step."""
+    action = at("gradient", rank, step)
+    return loss if action is None else loss * {"nan": float("nan"), "spike": 1e3}[action]

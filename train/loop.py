@@ -72,7 +72,7 @@ def train_step(
         last = first + micro >= share
         outputs = engine.forward({name: part[first : first + micro] for name, part in samples.items()}, last)
         terms = loss_terms(outputs, balance, targets, batch_tokens)
-        engine.backward(total_loss(terms, config.balance) * faults.factor(engine.rank, step))
+        engine.backward(faults.spoiled(total_loss(terms, config.balance), engine.rank, step))
         sums += torch.stack(terms).detach().double().cpu()
 
     grad_norm, skipped = engine.step(lr)

@@ -132,6 +132,17 @@ class LanguageModelLoss(nn.Module):
         return Outputs(cross_entropy, (labels != IGNORE_INDEX).sum(), *_router_sums(routed, hidden))
 
 
+@torch.no_grad()
+def logits_of(module: nn.Module, input_ids: Tensor) -> Tensor:
+    """(B, S, V) float32 of whole windows, by the LanguageModelLoss in `module` as an engine has wrapped it."""
+    training = module.training
+    module.eval()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    logits: Tensor = module(input_ids=input_ids, labels=None, position_ids=positions)
+    module.train(training)
+    return logits.float()
+
+
 def documents_in_a_row(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """The batch (B, S) as one row (1, B·S) with its documents' boundaries, as FlashAttention's varlen kernels want it.
 

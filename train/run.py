@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from data import DataError
@@ -21,7 +20,7 @@ from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
-from train.config import Config, ConfigError, Diverged, as_dict, check_batch
+from train.config import Config, ConfigError, Diverged, check_batch
 from train.console import Progressing, human
 from train.engine import Engine
 from train.evaluate import Validation
@@ -79,8 +78,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
             if start_from is None or not (folder / "tokenizer").exists():
                 environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
             (folder / "exit.json").unlink(missing_ok=True)
-            settings = environment.without_secrets(as_dict(config))
-            environment.replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings)))
+            environment.replace_text(folder / "config.yaml", environment.settings_text(config))
             environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state, say)

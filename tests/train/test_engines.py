@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch
+from conftest import launch, tiny_overrides, train_here
 
 from train.checkpoint import Stored
 from train.config import ConfigError
@@ -38,16 +38,8 @@ def checkpoint(folder: Path, step: int, what: str = "weights") -> Stored:
 @pytest.fixture(scope="module")
 def alone(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
-    from conftest import CONFIGS
-
-    from train.cli import composed
-    from train.run import train
-
     folder = tmp_path_factory.mktemp("alone")
-    text = [f"--config-dir={CONFIGS}", "+experiment=tiny", f"data.corpora.words.path={words}/*.txt"]
-    config = composed([*text, f"data.cache_dir={cache}", f"run.folder={folder}", "run.name=alone", *SETTINGS])
-    train(config, ["test"])
-    return config.run_folder
+    return train_here(tiny_overrides(words, cache, folder, "run.name=alone", *SETTINGS))
 
 
 @pytest.mark.slow

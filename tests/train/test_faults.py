@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import launch, start, without_timing
+from conftest import assert_same_run, cut_at, launch, start, without_timing
 from safetensors.torch import load_file
 
 from train import checkpoint, faults
@@ -34,28 +33,6 @@ def succeed(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
-def assert_same_files(one: Path, other: Path, step: int = 12) -> None:
-    """Metrics, and every tensor and number of the checkpoint at `step`."""
-    lines, others = (without_timing(read_lines(folder / "metrics.jsonl")) for folder in (one, other))
-    assert others == lines
-    folders = [folder / f"checkpoints/step-{step:08d}" for folder in (one, other)]
-    files = sorted(path.relative_to(folders[0]).as_posix() for path in folders[0].rglob("*.safetensors"))
-    assert files == sorted(path.relative_to(folders[1]).as_posix() for path in folders[1].rglob("*.safetensors"))
-    assert len(files) >= 4
-    for name in (*files, "state.json"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
-
-
-def cut(whole: Path, step: int, name: str) -> Path:
-    """A copy of a run as it was when `step` was its newest checkpoint."""
-    folder = whole.with_name(name)
-    shutil.copytree(whole, folder)
-    for path in checkpoint.available(folder / "checkpoints"):
-        if checkpoint.step_of(path) > step:
-            shutil.rmtree(path)
-    return folder
-
-
 def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Tensor]:
     """Everything of a kind in a checkpoint, by the key in its file."""
     files = (folder / f"checkpoints/step-{step:08d}").glob(f"{what}*.safetensors")
@@ -69,13 +46,13 @@ def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Te
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
 def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(tiny: Overrides, tmp_path: Path, engine: str) -> None:
     succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine=engine))
-    folder = cut(tmp_path / "whole", 6, "cut")
+    folder = cut_at(tmp_path / "whole", 6, "cut")
     # Of one rank's part the newest is gone: all ranks go back to the one before.
     part = "rng/rank-00001.safetensors" if engine == "ddp" else "weights-00002-of-00002.safetensors"
     (folder / f"checkpoints/step-00000006/{part}").unlink()
     said = succeed(launch(tiny("run.name=cut", *SETTINGS), ranks=2, engine=engine))
     assert f"{part} is missing" in said and "step-00000003: step 3" in said
-    assert_same_files(tmp_path / "whole", folder)
+    assert_same_run(tmp_path / "whole", folder)
 
 
 @pytest.mark.slow
@@ -90,7 +67,7 @@ def test_fault_03_killed_in_a_save(tiny: Overrides, tmp_path: Path, fault: str) 
     assert newest is not None
     assert checkpoint.step_of(newest) == (6 if "prune" in fault else 3)
     succeed(launch(tiny("run.name=killed", *settings)))
-    assert_same_files(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
@@ -103,7 +80,7 @@ def test_fault_03_and_16_a_rank_dies(tiny: Overrides, tmp_path: Path, fault: str
     assert newest is not None and checkpoint.step_of(newest) == 3
     assert not processes_of(tmp_path)
     succeed(launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2"))
-    assert_same_files(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -163,7 +140,7 @@ def test_fault_07_sigterm_to_the_launcher(tiny: Overrides, tmp_path: Path, engin
     newest = checkpoint.newest_valid(tmp_path / "stopped/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == ended["step"] < 50
     succeed(launch(tiny("run.name=stopped", *longer), ranks=2, engine=engine))
-    assert_same_files(tmp_path / "whole", tmp_path / "stopped", 50)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 50)
 
 
 @pytest.mark.slow
@@ -176,7 +153,7 @@ def test_fault_08_a_signal_at_a_bad_moment(tiny: Overrides, tmp_path: Path, faul
     assert checkpoint.newest_valid(folder) == folder / "step-00000005"
     assert json.loads((tmp_path / "stopped/exit.json").read_text())["reason"] == "SIGTERM"
     succeed(launch(tiny("run.name=stopped", *settings)))
-    assert_same_files(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -210,8 +187,8 @@ def test_fault_11_a_spike_right_after_going_on(
     whole = run("run.name=whole", *SETTINGS)
     norms = {line["step"]: line["grad_norm"] for line in read_lines(whole / "metrics.jsonl")}
     assert norms[7] > 100 * norms[6]
-    cut(whole, 6, "cut")
-    assert_same_files(whole, run("run.name=cut", *SETTINGS))
+    cut_at(whole, 6, "cut")
+    assert_same_run(whole, run("run.name=cut", *SETTINGS))
 
 
 # -------------------------------------------------------------------------------------------------------- elastic

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import without_timing
+from conftest import assert_same_run, cut_at, tiny_overrides, train_here, without_timing
 from safetensors.torch import load_file
 
 from train import checkpoint
@@ -21,43 +21,11 @@ from train.track import read_lines
 SETTINGS = ("model.attention_dropout=0.1", "checkpoint.every=1", "checkpoint.keep=20")
 
 
-def assert_same_run(one: Path, other: Path, steps: int = 12) -> None:
-    """Losses, rates, loads; weights, moments, progress, balance and random state: equal bits."""
-    lines, others = (without_timing(read_lines(folder / "metrics.jsonl")) for folder in (one, other))
-    assert others == lines
-    last = f"checkpoints/step-{steps:08d}"
-    for name in ("weights", "exp_avg", "exp_avg_sq", "rng/rank-00000"):
-        tensors, other_tensors = (load_file(folder / last / f"{name}.safetensors") for folder in (one, other))
-        assert tensors.keys() == other_tensors.keys()
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, other_tensors[key]), (name, key)
-    states = [json.loads((folder / last / "state.json").read_text()) for folder in (one, other)]
-    assert states[0] == states[1]
-
-
-def cut_at(whole: Path, step: int, name: str) -> Path:
-    """A copy of a run as it was when `step` was its newest checkpoint."""
-    folder = whole.with_name(name)
-    shutil.copytree(whole, folder)
-    for path in checkpoint.available(folder / "checkpoints"):
-        if checkpoint.step_of(path) > step:
-            shutil.rmtree(path)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def whole(request: pytest.FixtureRequest, words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run with every checkpoint kept."""
-    from conftest import CONFIGS
-
-    from train.cli import composed
-    from train.run import train
-
-    overrides = [f"--config-dir={CONFIGS}", "+experiment=tiny", f"data.corpora.words.path={words}/*.txt"]
     folder = tmp_path_factory.mktemp("whole")
-    config = composed([*overrides, f"data.cache_dir={cache}", f"run.folder={folder}", "run.name=whole", *SETTINGS])
-    train(config, ["test"])
-    return config.run_folder
+    return train_here(tiny_overrides(words, cache, folder, "run.name=whole", *SETTINGS))
 
 
 @pytest.fixture
