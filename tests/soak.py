@@ -185,7 +185,8 @@ class Soak:
         same_bits = len(files) == 3 and all((last[0] / f).read_bytes() == (last[1] / f).read_bytes() for f in files)
         starts = [json.loads(line) for line in self.log.read_text().splitlines()]
         wrong = [
-            f"{line['run']} {line['start']}: {line['what']}, status {line['status']}, to step {line['to_step']}, left behind {line['orphans']}"
+            f"{line['run']} {line['start']}: {line['what']}, status {line['status']}, "
+            f"from step {line['from_step']} to {line['to_step']}, left behind {line['orphans']}"
             for line in starts
             if line["run"] == name
             and (
