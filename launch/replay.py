@@ -85,7 +85,11 @@ def main(arguments: list[str]) -> int:
             if difference:
                 print(f"FAIL: step {state.step}: {difference}")
                 return 1
-    how = "bit for bit" if same_machine else f"to {TOLERANCE[config.precision]}, on other hardware than the run's"
+    how = (
+        "bit for bit"
+        if same_machine
+        else f"to {TOLERANCE[config.precision]}, with other ranks, threads or hardware than the run's"
+    )
     print(f"PASS: steps {first} to {last} give the same tokens, samples and rates, and the same losses {how}.")
     return 0
 

@@ -81,10 +81,13 @@ def run(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Call
 def launch_command(arguments: list[str], ranks: int, engine: str) -> tuple[list[str], dict[str, str]]:
     """`train.py` on CPU ranks of an engine, as a user launches it, and the environment that it takes."""
     script = [str(ROOT / "train.py"), *arguments]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     if engine == "plain":
         return [sys.executable, *script], {}
+    if engine == "launched":  # plain, by a launcher
+        return [*launcher, *script], {}
     configuration = ["--config_file", str(ROOT / f"launch/accelerate/{engine}.yaml"), "--num_processes", str(ranks)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "--main_process_port", "0", *script]
+    command = [*launcher, *configuration, "--main_process_port", "0", *script]
     return command, {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}
 
 

@@ -39,7 +39,7 @@ from train import faults as injected
 from train.balance import Balance
 from train.config import ConfigError
 from train.engine import MOMENTS, Engine, Read
-from train.environment import replace_text, settings_text
+from train.environment import as_others_are, replace_text, settings_text
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -430,6 +430,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     except SafetensorError as error:  # how safetensors reports a full disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, str(error)) from error
+    as_others_are(path)
     _sync_file(path)
 
 

@@ -6,9 +6,11 @@ without a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import difflib
 import errno
+import logging
 import os
 import re
 import signal
@@ -32,6 +34,9 @@ from train.environment import without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+# Its successor is not in the torch that we admit at least.
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -79,8 +84,10 @@ def run_training(config: Config, arguments: list[str]) -> int:
     # Only now: a mistake in the configuration should not have to wait for these imports.
     from train.run import train
 
-    # Outside the loop, which saves first, a SIGTERM ends the process in a way that exit.json can tell.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Outside the loop, which saves first, a signal ends the process in a way that exit.json can tell.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     train(config, [Path(sys.argv[0]).name, *arguments])
     return 0
 
@@ -150,7 +157,8 @@ def guard(verb: Callable[[], int]) -> int:
     try:
         return verb()
     except (ConfigError, DataError) as error:
-        print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine see the same configuration and files
+            print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
@@ -170,8 +178,9 @@ def leave(verb: Callable[[], int]) -> NoReturn:
     tensor: once in a while they wait for each other for ever (seen with gloo, at the end of a run). And after an error
     on one rank, the others' part in it would be waited for.
     """
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        # Launchers give ranks a session of their own: one that is killed would leave them training.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+    if launched and sys.platform == "linux":
+        # A launcher that is killed, or only told to end when it has a single process, would leave it training.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         status: Any = guard(verb)
@@ -181,8 +190,9 @@ def leave(verb: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         status = 1
     if "LOCAL_RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody listens any more
+                stream.flush()
         os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
 

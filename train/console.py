@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 from typing import Any
 
@@ -13,11 +14,16 @@ from train.engine import Engine
 from train.state import State
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # rich would end the process; that nobody reads any more is no reason to lose a run
+
+
 class Progressing:
     """A context manager whose `step` shows tokens, loss, rate, tokens/s and time left."""
 
     def __init__(self, config: Config, engine: Engine, state: State) -> None:
-        self.console = Console(stderr=False)
+        self.console = _Console(stderr=False)
         self.active = engine.is_main
         self.config = config
         self.end = config.run.tokens
@@ -43,7 +49,8 @@ class Progressing:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        with contextlib.suppress(OSError):
+            self.progress.stop()
 
     def step(self, record: dict[str, Any], state: State) -> None:
         """Show one step's metrics."""
@@ -69,7 +76,10 @@ class Progressing:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.active:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            try:
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            except OSError:  # a terminal that was closed
+                self.console.quiet = True
 
 
 def human(count: float) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +111,16 @@ class Engine:
     def _check_launch(self) -> None:
         """What was asked for is what runs."""
         expected = int(os.environ.get("WORLD_SIZE", 1))
-        if self.world_size != expected:
+        if self.world_size != expected or (expected > 1 and self.kind == "plain"):
             raise ConfigError(
-                f"The launcher started {expected} processes but accelerate sees {self.world_size}: every rank would "
-                "train a run of its own. For CPU ranks use `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N "
-                "train.py …`, or one of the files launch/accelerate/zero*.yaml."
+                f"The launcher started {expected} processes but accelerate, on {self.device.type}, did not join them: "
+                "every rank would train a run of its own. Where there are no GPUs, data parallel takes "
+                "`ACCELERATE_USE_CPU=true` before the command; the files launch/accelerate/zero*.yaml do not."
+            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not self.sharded:
+            raise ConfigError(
+                "The accelerate file asks for DeepSpeed, but ACCELERATE_USE_CPU is set in the environment, which makes "
+                f"it {self.kind}. Unset it: on CPUs only launch/accelerate/ddp.yaml needs it."
             )
         if self.kind == "zero0":
             raise ConfigError(
@@ -271,6 +277,10 @@ class Engine:
                 f"{blind} of {self.world_size} ranks do not see {path.parent}: run.folder has to lie on a file system "
                 "that all machines share."
             )
+
+    def lost_a_rank(self, error: RuntimeError) -> bool:
+        """Whether an error comes from a collective that another rank has left by dying."""
+        return self.world_size > 1 and re.search(r"\bpeer\b|remote process exited|Broken pipe", str(error)) is not None
 
     def main_first(self) -> contextlib.AbstractContextManager[None]:
         """The first rank runs the block before the others do."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports t
     from train.engine import Engine
 
 HIDDEN = "(hidden)"
+_UMASK = os.umask(0)  # which can only be read by setting it: here, before there are threads
+os.umask(_UMASK)
 _SECRET = re.compile(r"(?:api|access|private)_?key|token(?!iz)|passw(?:or)?d|secret|credential", re.I)
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 _SETTING = re.compile(rf"((?:{_SECRET.pattern})\w*['\"]?\s*[:=]\s*).*", re.I)
@@ -56,6 +58,7 @@ def write(
             "commit": _commit(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in _PACKAGES},
+            "engine": engine.kind,
             "hardware": hardware(engine),
         }
     )
@@ -133,6 +136,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
                 "another run.name."
             )
         held.append(file)
+        (folder / "stop").unlink(missing_ok=True)  # from before; one that comes from now on is meant for this start
 
     engine.first_rank_decides(claim)
     try:
@@ -149,10 +153,18 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     for left_over in (partial, replaced):
         shutil.rmtree(left_over, ignore_errors=True)
     write(partial)
+    for path in partial.iterdir():
+        if path.is_file():
+            as_others_are(path)
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(partial, folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def as_others_are(path: Path) -> None:
+    """Give a file the permissions of a new one; safetensors makes its own for the owner alone."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -108,7 +108,9 @@ def train_step(
 
 
 class Stop:
-    """Collects requests to stop: SIGINT, SIGTERM, SIGUSR1 to any rank, or a file `stop` in the run folder."""
+    """Collects requests to stop: a signal of SIGNALS to any rank, or a file `stop` in the run folder."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.file = folder / "stop"
@@ -117,8 +119,10 @@ class Stop:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._receive)
+        for number in self.SIGNALS:
+            # nohup has the closing of a terminal ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

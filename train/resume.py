@@ -84,8 +84,9 @@ def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[st
             advice = "Put them back, or begin another run (run.name=…)."
             if old.phase(n) == "decay":
                 advice = (
-                    "The decay had begun. Go on from a checkpoint before it, or say that the rate is to be warmed up "
-                    f"again from here: schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
+                    "The decay had begun. Branch off a checkpoint before it (run.resume=PATH run.name=ANOTHER), or say "
+                    "that the rate is to be warmed up again from here: "
+                    f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
                 )
             raise ConfigError(
                 f"Step {step:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from data.prepare import Prepared, prepare
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
-from train.config import Config, ConfigError, Diverged, check_batch
+from train.config import Config, ConfigError, Diverged, RunFailed, check_batch
 from train.console import Progressing, human
 from train.engine import Engine
 from train.evaluate import Validation
@@ -50,14 +51,23 @@ def train(config: Config, command: list[str]) -> Outcome:
     Raises:
         ConfigError, data.DataError: something the user can mend.
     """
-    engine = Engine(config)
-    with environment.claimed(config.run_folder, engine), leaving_exit_json(config.run_folder, engine) as ended:
-        outcome = _train(config, engine, command)
+    engine, state = Engine(config), State(tokens=config.run.tokens_seen)
+    folder = config.run_folder
+    with environment.claimed(folder, engine), leaving_exit_json(folder, engine, state) as ended:
+        try:
+            outcome = _train(config, engine, state, command)
+        except RuntimeError as error:
+            if not engine.lost_a_rank(error):
+                raise
+            raise RunFailed(
+                f"Another rank is gone; this one had come to step {state.step}. What ended it is in its own last lines "
+                "or its machine's log. The same command goes on from the newest checkpoint."
+            ) from error
         ended |= {"code": 0, "reason": outcome.reason, "step": outcome.step}
         return outcome
 
 
-def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
+def _train(config: Config, engine: Engine, state: State, command: list[str]) -> Outcome:
     check_batch(config, engine.world_size)
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
@@ -67,9 +77,7 @@ def _train(config: Config, engine: Engine, command: list[str]) -> Outcome:
     if engine.is_main:
         checkpoint.clean(checkpoints)
         checkpoint.set_aside(checkpoints, start_from if start_from and start_from.parent == checkpoints else None)
-        (folder / "stop").unlink(missing_ok=True)
 
-    state = State(tokens=config.run.tokens_seen)
     with Progressing(config, engine, state) as progress:
         say = progress.say
         parts = assemble(config, engine, state, start_from, say)
@@ -340,17 +348,19 @@ def say_result(
 
 
 @contextlib.contextmanager
-def leaving_exit_json(folder: Path, engine: Engine) -> Iterator[dict[str, Any]]:
+def leaving_exit_json(folder: Path, engine: Engine, state: State) -> Iterator[dict[str, Any]]:
     """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
-    ended: dict[str, Any] = {"code": 1, "reason": "the process broke off", "step": None}
+    ended: dict[str, Any] = {"code": 1}
     try:
         yield ended
     except BaseException as error:
-        ended["reason"] = f"{type(error).__name__}: {error}"
+        ended |= {"reason": f"{type(error).__name__}: {error}", "step": state.step}
         if isinstance(error, (ConfigError, DataError)):
             ended["code"] = 2
         elif isinstance(error, SystemExit) and isinstance(error.code, int):
             ended["code"] = error.code
+            if error.code > 128:
+                ended["reason"] = f"{signal.Signals(error.code - 128).name}, when no step was under way"
         raise
     finally:
         if engine.is_main:

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_run, cut_at, launch, start, without_timing
+from conftest import assert_same_run, cut_at, launch, launch_command, start, without_timing
 from safetensors.torch import load_file
 
+import train.run
 from train import checkpoint, faults
 from train.config import ConfigError
 from train.track import read_lines
@@ -79,6 +80,9 @@ def test_fault_03_and_16_a_rank_dies(tiny: Overrides, tmp_path: Path, fault: str
     newest = checkpoint.newest_valid(tmp_path / "killed/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == 3
     assert not processes_of(tmp_path)
+    ended = json.loads((tmp_path / "killed/exit.json").read_text())
+    assert ended["code"] == 1 and "Another rank is gone" in ended["reason"] and 3 <= ended["step"] <= 6
+    assert "Another rank is gone" in done.stderr
     succeed(launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2"))
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -127,20 +131,60 @@ def test_fault_06_a_full_disk_on_one_rank(tiny: Overrides, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_fault_07_sigterm_to_the_launcher(tiny: Overrides, tmp_path: Path, engine: str) -> None:
-    longer = ("run.tokens=12800", *SETTINGS, "checkpoint.every=40")
-    succeed(launch(tiny("run.name=whole", *longer), ranks=2, engine=engine))
-    process = start(tiny("run.name=stopped", *longer), ranks=2, engine=engine)
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [
+        ("launched", signal.SIGTERM),
+        ("launched", signal.SIGHUP),
+        ("ddp", signal.SIGTERM),
+        ("ddp", signal.SIGHUP),
+        ("zero3", signal.SIGTERM),
+    ],
+)
+def test_fault_07_a_signal_to_the_launcher(
+    tiny: Overrides, tmp_path: Path, engine: str, number: signal.Signals
+) -> None:
+    longer, ranks = ("run.tokens=12800", *SETTINGS, "checkpoint.every=40"), 1 if engine == "launched" else 2
+    succeed(launch(tiny("run.name=whole", *longer), ranks=ranks, engine=engine))
+    process = start(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine)
     wait_for_step(tmp_path / "stopped", 5, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.send_signal(number)
+    process.communicate(timeout=120)  # until nobody can write to its output any more
     ended = json.loads((tmp_path / "stopped/exit.json").read_text())
-    assert ended["code"] == 0 and ended["reason"] == "SIGTERM"
+    assert ended["code"] == 0 and ended["reason"] in ("SIGTERM", number.name)  # launchers may pass on either
     newest = checkpoint.newest_valid(tmp_path / "stopped/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == ended["step"] < 50
-    succeed(launch(tiny("run.name=stopped", *longer), ranks=2, engine=engine))
+    succeed(launch(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", 50)
+
+
+def test_fault_07_a_stop_while_the_run_is_starting(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assemble = train.run.assemble
+
+    def asked_meanwhile(*arguments: Any) -> Any:
+        (tmp_path / "tiny/stop").touch()
+        return assemble(*arguments)
+
+    monkeypatch.setattr("train.run.assemble", asked_meanwhile)
+    ended = json.loads((run() / "exit.json").read_text())
+    assert ended == {"code": 0, "reason": "the file 'stop' in the run folder", "step": 1}
+    monkeypatch.undo()
+    # That file is still there, and means nothing to the next start.
+    assert (tmp_path / "tiny/stop").exists()
+    assert json.loads((run() / "exit.json").read_text())["reason"] == "finished"
+
+
+@pytest.mark.slow
+def test_fault_07_nobody_reads_the_output_any_more(tiny: Overrides, tmp_path: Path) -> None:
+    command, _ = launch_command(tiny("run.name=piped", "run.tokens=12800"), 1, "plain")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=120)
+    assert json.loads((tmp_path / "piped/exit.json").read_text()) == {"code": 0, "reason": "finished", "step": 50}
 
 
 @pytest.mark.slow
