@@ -54,8 +54,11 @@ def branch(options: argparse.Namespace) -> Config:
 
     name = options.name or f"{options.run.resolve().name}-decay-{options.at}-{options.tokens}"
     own = options.run.resolve().parent / name
+    place = {"run.name": name, "run.folder": str(own.parent)}
     if checkpoint.available(own / "checkpoints"):  # it has begun, and needs its parent no more
-        return load(own / "config.yaml", {}, options.overrides)
+        begun = load(own / "config.yaml", place, options.overrides)
+        _check_same(begun, options, own)
+        return begun
     if not (options.run / "config.yaml").is_file():
         raise ConfigError(f"{options.run} is not the folder of a run: it has no config.yaml.")
     checkpoints = options.run / "checkpoints"
@@ -78,8 +81,7 @@ def branch(options: argparse.Namespace) -> Config:
         raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
     begins = n - parent.run.tokens_seen
     changed: dict[str, Any] = {
-        "run.name": name,
-        "run.folder": str(options.run.resolve().parent),
+        **place,
         "run.resume": str(chosen.resolve()),
         "run.tokens": begins + options.tokens,
         "schedule.decay": {
@@ -99,6 +101,19 @@ def branch(options: argparse.Namespace) -> Config:
         ]
         changed["data.stages"] = [*earlier, {"from_tokens": begins, "mixture": _weights(options.mixture)}]
     return load(chosen / "config.yaml", changed, options.overrides)
+
+
+def _check_same(begun: Config, options: argparse.Namespace, own: Path) -> None:
+    """Raises ConfigError unless the options are those that the branch was begun with."""
+    decay = begun.schedule["decay"]
+    was = {name: decay[name] for name in ("tokens", "shape", "floor")}
+    asked = {name: getattr(options, name) for name in was}
+    was["at"], asked["at"] = Path(begun.run.resume).name, f"step-{options.at:08d}"
+    if options.mixture:
+        was["mixture"], asked["mixture"] = begun.stages()[-1][1], _weights(options.mixture)
+    if was != asked:
+        differing = ", ".join(f"{name} {was[name]}, not {asked[name]}" for name in was if was[name] != asked[name])
+        raise ConfigError(f"{own} holds a branch with {differing}. Give the new one a --name of its own.")
 
 
 def _weights(text: str) -> dict[str, float]:

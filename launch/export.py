@@ -51,6 +51,8 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
     checkpoint.load_weights(chosen, loss.model)
     state = checkpoint.load_state(chosen)
     folder = out or run / ("model" if step is None else f"model-{step}")
+    if out is not None and ".." in out.parts:
+        raise ConfigError(f"--out is {out}, which goes through '..'; give the plain path of the model folder.")
     check_target(folder)
     length = min(64, config.data.sequence_length)
     probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size

@@ -18,8 +18,8 @@ every file matches. The newest valid one is found by its step: no pointer file h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -37,13 +37,14 @@ from safetensors.torch import load_file, save_file
 
 from train import faults as injected
 from train.balance import Balance
-from train.config import ConfigError
+from train.config import ConfigError, RunFailed
 from train.engine import MOMENTS, Engine, Read
 from train.environment import as_others_are, replace_text, settings_text
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, whatever becomes of it
 _POLL_SECONDS = 0.01
 
 
@@ -64,14 +65,14 @@ class Saver:
         self.say = say
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: str | None = None  # why it could not be written here
 
     def save(self, state: State, balance: Balance) -> None:
         """Begin the checkpoint of `state`. One that could not be written before is reported, and forgotten."""
         began = time.perf_counter()
         try:
             self.finish()
-        except OSError as error:
+        except RunFailed as error:
             self.say(f"Warning: {error} Training goes on.")
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
@@ -109,7 +110,7 @@ class Saver:
         """Wait for the save under way.
 
         Raises:
-            OSError: on all ranks, when it could not be written on one: a full disk, say.
+            RunFailed: on all ranks, when it could not be written on one: a full disk, say.
         """
         if self._thread is not None:
             self._thread.join()
@@ -119,7 +120,7 @@ class Saver:
         own, self._error = self._error, None
         errors = [error for error in self.engine.from_all(own) if error is not None]
         if errors:
-            raise errors[0]
+            raise RunFailed(errors[0])
 
     def _copy(self) -> dict[str, dict[str, torch.Tensor]]:
         """File → name → tensor on the CPU, of what this rank writes."""
@@ -197,18 +198,19 @@ class Saver:
             shutil.rmtree(final)
         os.replace(partial, final)
         _sync_folder(self.checkpoints)
+        with contextlib.suppress(OSError):
+            replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
         injected.at("prune", 0, step)
         for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
             _remove(old)
         return final
 
-    def _explained(self, error: Exception, step: int) -> OSError:
+    def _explained(self, error: Exception, step: int) -> str:
         needed = 12 * sum(shape.numel() for shape in self.engine.shapes.values())
         why = error.strerror or str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        return OSError(
-            getattr(error, "errno", None) or errno.EIO,
+        return (
             f"The checkpoint of step {step} could not be written to {self.checkpoints} by rank {self.engine.rank}: "
-            f"{why}. It needs about {needed / 1e6:,.0f} MB. Older checkpoints are intact.",
+            f"{why}. It needs about {needed / 1e6:,.0f} MB. Older checkpoints are intact."
         )
 
 
@@ -217,7 +219,10 @@ class Stored:
 
     def __init__(self, checkpoint: Path, what: str) -> None:
         self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
-        for path in sorted((*checkpoint.glob(f"{what}.safetensors"), *checkpoint.glob(f"{what}-*.safetensors"))):
+        self.checkpoint = checkpoint
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        for name in sorted(name for name in files if re.fullmatch(rf"{what}(-.*)?\.safetensors", name)):
+            path = checkpoint / name
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -232,7 +237,7 @@ class Stored:
         """Elements [start, stop) of the flattened parameter; only they are read from disk, or the rows they lie in.
 
         Raises:
-            KeyError: the files do not hold them all.
+            ConfigError: the files do not hold them all.
         """
         values = torch.empty(stop - start)
         found = 0
@@ -242,7 +247,10 @@ class Stored:
                 values[low - start : high - start] = _elements(file.get_slice(key), low - begin, high - begin)
                 found += high - low
         if found != stop - start:
-            raise KeyError(f"{name}: {found:,} of the elements {start:,} to {stop:,}")
+            raise ConfigError(
+                f"{self.checkpoint} holds {found:,} of the {stop - start:,} elements of {name} from {start:,} on: its "
+                "files were changed, or it belongs to another model."
+            )
         return values
 
 
@@ -312,7 +320,7 @@ def faults(checkpoint: Path) -> list[str]:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         kinds = {name.partition("-")[0].partition(".")[0] for name in files}
-        if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state"} <= kinds:
+        if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state", "rng/rank"} <= kinds:
             return ["manifest.json is not this checkpoint's"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json cannot be read: {error}"]
@@ -321,7 +329,7 @@ def faults(checkpoint: Path) -> list[str]:
         path = checkpoint / name
         if ".." in Path(name).parts or (path.is_absolute() and not path.is_relative_to(checkpoint)):
             wrong.append(f"{name} lies outside the checkpoint")
-        elif path.is_symlink() or not path.is_file():
+        elif path.is_symlink() or path.parent.is_symlink() or not path.is_file():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != size:
             wrong.append(f"{name} has {path.stat().st_size} bytes, not {size}")

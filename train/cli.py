@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
-import errno
 import logging
 import os
 import re
@@ -30,7 +29,7 @@ from yaml import YAMLError
 
 from data import DataError
 from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
-from train.environment import without_secrets
+from train.environment import status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -82,12 +81,17 @@ def _train(arguments: list[str]) -> int:
 def run_training(config: Config, arguments: list[str]) -> int:
     """Train; the run's folder tells in exit.json how it ended."""
     # Only now: a mistake in the configuration should not have to wait for these imports.
+    from train.loop import Stop
     from train.run import train
 
+    def end(number: int, frame: object) -> None:
+        Stop.early = number  # an exception is lost when it meets Python in a destructor
+        sys.exit(128 + number)
+
     # Outside the loop, which saves first, a signal ends the process in a way that exit.json can tell.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves the last one
+            signal.signal(number, end)
     train(config, [Path(sys.argv[0]).name, *arguments])
     return 0
 
@@ -164,8 +168,8 @@ def guard(verb: Callable[[], int]) -> int:
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
-        print(f"powertrain: {error}", file=sys.stderr)
-        return 1 if error.errno == errno.ENOSPC else 2
+        print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
+        return status_of(error)
     except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
@@ -187,7 +191,7 @@ def leave(verb: Callable[[], int]) -> NoReturn:
     except SystemExit as leaving:
         status = leaving.code
     except BaseException:
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         status = 1
     if "LOCAL_RANK" in os.environ:
         for stream in (sys.stdout, sys.stderr):

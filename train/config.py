@@ -474,10 +474,11 @@ def _check_mixtures(data: DataConfig) -> None:
                 raise ConfigError(f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
 
 
-def check_batch(config: Config, world_size: int) -> None:
-    """Raises ConfigError unless every phase of the batch splits evenly over ranks and micro-batches."""
+def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:
+    """Raises ConfigError unless the batch, `tokens` into the run and later, splits over ranks and micro-batches."""
     micro = config.batch.micro_sequences
-    for sequences in (config.batch.sequences, *(phase.sequences for phase in config.batch.ramp)):
+    ahead = [phase.sequences for phase in config.batch.ramp if phase.from_tokens > tokens]
+    for sequences in (config.batch_at(tokens), *ahead):
         unit = micro * world_size
         if sequences % unit:
             below, above = sequences // unit * unit, -(-sequences // unit) * unit

@@ -76,10 +76,8 @@ class Progressing:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.active:
-            try:
+            with contextlib.suppress(OSError):  # a terminal that was closed, a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-            except OSError:  # a terminal that was closed
-                self.console.quiet = True
 
 
 def human(count: float) -> str:

@@ -24,6 +24,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from data import DataError
 from train import optim
 from train.config import Config, ConfigError
 from train.loss import LanguageModelLoss, Outputs, logits_of
@@ -257,12 +258,12 @@ class Engine:
         return list(gather_object([value])) if self.world_size > 1 else [value]
 
     def first_rank_decides(self, decide: Callable[[], T]) -> T:
-        """What `decide` returned on the first rank, on all of them; its ConfigError is raised on all, too."""
+        """What `decide` returned on the first rank, on all of them; an error of its is raised on all, too."""
         decision: list[Any] = [None, None]
         if self.is_main:
             try:
                 decision[0] = decide()
-            except (ConfigError, OSError) as error:
+            except (ConfigError, DataError, OSError) as error:
                 decision[1] = error
         if self.world_size > 1:
             broadcast_object_list(decision)
@@ -281,14 +282,6 @@ class Engine:
     def lost_a_rank(self, error: RuntimeError) -> bool:
         """Whether an error comes from a collective that another rank has left by dying."""
         return self.world_size > 1 and re.search(r"\bpeer\b|remote process exited|Broken pipe", str(error)) is not None
-
-    def main_first(self) -> contextlib.AbstractContextManager[None]:
-        """The first rank runs the block before the others do."""
-        return self.accelerator.main_process_first()
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------ state by Hugging Face parameter name
 

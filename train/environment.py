@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from data import DataError
 from train.config import Config, ConfigError, as_dict
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
@@ -45,7 +47,13 @@ def write(
 
     `parent` is the checkpoint of another run that this one branched off.
     """
-    record = json.loads(path.read_text()) if path.exists() else {"parent": None, "starts": []}
+    record: dict[str, Any] = {"parent": None, "starts": []}
+    try:
+        record |= json.loads(path.read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError:  # a power cut can leave it so
+        os.replace(path, path.with_name("run.json.unreadable"))
     record["parameters"] = parameters
     if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
         record["parent"] = str(start_from.resolve())
@@ -90,6 +98,39 @@ def without_secrets(value: Any, named: bool = False) -> Any:
     return value
 
 
+def check_no_secrets(config: Config) -> None:
+    """Raises ConfigError when a setting that a later start has to read would be written as HIDDEN."""
+    settings = as_dict(config)
+    settings["tracker"] = {**settings["tracker"], "init_kwargs": {}}
+    for name, value in _texts(settings):
+        if without_secrets(value) != value:
+            raise ConfigError(
+                f"{name} holds a secret: a password in an address, or the value of an environment variable whose name "
+                "says that it is one. The run's records leave secrets out, so it could not go on. Give the setting "
+                "another value, or the variable another name."
+            )
+
+
+def _texts(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _texts(value, f"{name}[{number}]")
+    elif isinstance(node, str):
+        yield name, node
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, OSError):
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
+    return 2 if isinstance(error, (ConfigError, DataError)) else 1
+
+
 def settings_text(config: Config) -> str:
     """A configuration as it is written to config.yaml."""
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(config))))
@@ -97,7 +138,10 @@ def settings_text(config: Config) -> str:
 
 def parent(path: Path) -> Path | None:
     """The checkpoint of another run that this one branched off, from its run.json."""
-    recorded = json.loads(path.read_text())["parent"] if path.exists() else None
+    try:
+        recorded = json.loads(path.read_text())["parent"]
+    except (FileNotFoundError, ValueError):
+        recorded = None
     return None if recorded is None else Path(recorded)
 
 
@@ -170,7 +214,10 @@ def as_others_are(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -61,7 +63,11 @@ def export(
 
     def write(partial: Path) -> None:
         nonlocal difference
-        model.save_pretrained(partial, state_dict=weights)
+        try:
+            model.save_pretrained(partial, state_dict=weights)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunFailed(f"The model could not be written to {folder}: {error}. Checkpoints are intact.") from error
         hf_config.save_pretrained(partial)
         GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -80,8 +86,8 @@ def export(
 
 def check_target(folder: Path) -> None:
     """Raises ConfigError unless `folder` is new, or an earlier export to replace."""
-    if ".." in folder.parts or folder.is_symlink():
-        raise ConfigError(f"{folder} goes through '..' or is a link; give the plain path of the model folder.")
+    if folder.is_symlink():
+        raise ConfigError(f"{folder} is a link; give the plain path of the model folder.")
     if folder.exists() and not (folder / _MARK).is_file():
         raise ConfigError(f"{folder} exists and was not written by an export; it is not replaced. Choose another.")
 

@@ -103,7 +103,7 @@ def train_step(
     record["tokens_per_second"] = batch_tokens / seconds
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
-            record[name] = None  # JSON has no NaN; `skipped` says what happened
+            record[name] = None  # `skipped` says what happened
     return record
 
 
@@ -111,11 +111,12 @@ class Stop:
     """Collects requests to stop: a signal of SIGNALS to any rank, or a file `stop` in the run folder."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    early = 0  # one that came before
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         self.file = folder / "stop"
         self.engine = engine
-        self._signal = 0
+        self._signal = self.early
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from data import DataError
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
 from data.prepare import Prepared, prepare
@@ -25,7 +25,7 @@ from train.config import Config, ConfigError, Diverged, RunFailed, check_batch
 from train.console import Progressing, human
 from train.engine import Engine
 from train.evaluate import Validation
-from train.export import export, generate, in_working_precision
+from train.export import check_target, export, generate, in_working_precision
 from train.loop import Stop, train_loop
 from train.loss import LanguageModelLoss
 from train.metrics import count_parameters, flops_per_token, peak_flops
@@ -68,15 +68,14 @@ def train(config: Config, command: list[str]) -> Outcome:
 
 
 def _train(config: Config, engine: Engine, state: State, command: list[str]) -> Outcome:
-    check_batch(config, engine.world_size)
+    environment.check_no_secrets(config)
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
+    check_target(folder / "model")
 
     # ---- where to begin
-    start_from, changes = engine.first_rank_decides(lambda: where_to_begin(config))
-    if engine.is_main:
-        checkpoint.clean(checkpoints)
-        checkpoint.set_aside(checkpoints, start_from if start_from and start_from.parent == checkpoints else None)
+    start_from, changes, tokens = engine.first_rank_decides(lambda: where_to_begin(config))
+    check_batch(config, engine.world_size, tokens - config.run.tokens_seen)
 
     with Progressing(config, engine, state) as progress:
         say = progress.say
@@ -133,7 +132,12 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
                 if saver.saved_step != state.step:
                     save()
                 finish_saving()
-            lines = evaluate() if reason is None else []
+                lines = evaluate() if reason is None else []
+            if reason is None:
+                probe = parts.batches.batch(0, 1)["input_ids"]
+                logits = engine.logits(probe)
+                whole = engine.full_parameters()
+                weights = {name: in_working_precision(config, tensor) for name, tensor in whole if engine.is_main}
         tracker.close()
         if reason is not None:
             say(
@@ -142,11 +146,6 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
             return Outcome(reason, state.step)
 
     # ---- what is left to the user
-    probe = parts.batches.batch(0, 1)["input_ids"]
-    logits = engine.logits(probe)
-    weights = {
-        name: in_working_precision(config, tensor) for name, tensor in engine.full_parameters() if engine.is_main
-    }
     if engine.is_main:
         picture = folder / "report.html"
         environment.replace_text(picture, report.runs_page([folder]))
@@ -235,8 +234,10 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts)
 
 
-def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
-    """The checkpoint to go on from, and the settings that have changed since.
+def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]], int]:
+    """The checkpoint to go on from, the settings that have changed since, and the tokens seen until then.
+
+    What an interrupted save left is removed, and what is not valid is put aside.
 
     Raises:
         ConfigError: there is none that is valid, or a changed setting affects what is already trained.
@@ -265,7 +266,17 @@ def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]]]:
                 f"{config.run_folder} has gone further than run.resume={wanted}: it holds {newer[-1].name}. Move the "
                 "newer checkpoints away to go on from there, or choose another run.name to branch off."
             )
-    return chosen, {} if chosen is None else resume.changes(chosen, config)
+    saved = config.run_folder / checkpoint.SAVED
+    if wanted != "never" and saved.exists() and not checkpoint.available(checkpoints):
+        raise ConfigError(
+            f"{config.run_folder} had saved step {saved.read_text().strip()}, but there is no checkpoint in "
+            f"{checkpoints}. Bring them back to go on; to begin again choose another run.name, or run.resume=never."
+        )
+    checkpoint.clean(checkpoints)
+    checkpoint.set_aside(checkpoints, chosen if chosen and chosen.parent == checkpoints else None)
+    if chosen is None:
+        return None, {}, config.run.tokens_seen
+    return chosen, resume.changes(chosen, config), checkpoint.load_state(chosen).tokens
 
 
 def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
@@ -282,8 +293,11 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
             said.add(description)
             say(description)
 
-    with engine.main_first():
-        prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress)
+    def prepared_data() -> Prepared:
+        return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress)
+
+    engine.first_rank_decides(lambda: prepared_data() and None)
+    prepared = prepared_data()  # from the cache; on a machine with one of its own not yet
     if prepared.tokenizer_folder is None:
         raise ConfigError(
             "All corpora are token files, which do not say how they were made: name the tokenizer, a folder or a "
@@ -350,18 +364,18 @@ def say_result(
 @contextlib.contextmanager
 def leaving_exit_json(folder: Path, engine: Engine, state: State) -> Iterator[dict[str, Any]]:
     """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
-    ended: dict[str, Any] = {"code": 1}
+    ended: dict[str, Any] = {}
     try:
         yield ended
     except BaseException as error:
-        ended |= {"reason": f"{type(error).__name__}: {error}", "step": state.step}
-        if isinstance(error, (ConfigError, DataError)):
-            ended["code"] = 2
-        elif isinstance(error, SystemExit) and isinstance(error.code, int):
-            ended["code"] = error.code
-            if error.code > 128:
-                ended["reason"] = f"{signal.Signals(error.code - 128).name}, when no step was under way"
+        code = environment.status_of(error)
+        ended |= {"code": code, "reason": f"{type(error).__name__}: {error}", "step": state.step}
+        if code > 128:
+            ended["reason"] = f"{signal.Signals(code - 128).name}, when no step was under way"
         raise
     finally:
         if engine.is_main:
-            environment.replace_text(folder / "exit.json", json.dumps(environment.without_secrets(ended)) + "\n")
+            try:
+                environment.replace_text(folder / "exit.json", json.dumps(environment.without_secrets(ended)) + "\n")
+            except OSError as error:
+                print(f"powertrain: exit.json cannot be written: {error}", file=sys.stderr)

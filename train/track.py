@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import queue
 import threading
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from train.state import State
 
 
+FILES = ("metrics.jsonl", "evals.jsonl")
 MOST_SECONDS = 5.0
 
 
@@ -33,10 +36,10 @@ class Tracker:
         self.say = say
         self._queue: queue.Queue[Callable[[], None] | None] | None = None
         if self.active:
-            for name in ("metrics.jsonl", "evals.jsonl"):
+            for name in FILES:
                 _cut_after(folder / name, state.step)
-            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._evals = open(folder / "evals.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
+            self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
             own = {"name": config.run.name, "dir": os.environ.get("WANDB_DIR", str(folder))}
             init_kwargs = {"wandb": {**own, **config.tracker.init_kwargs}}
@@ -48,21 +51,20 @@ class Tracker:
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step done again after a resume is written again; the last line counts."""
-        if self.active:
-            self._metrics.write(json.dumps(metrics) + "\n")
+        self._append("metrics.jsonl", metrics)
         self._log(_numbers(metrics), metrics["step"])
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """One evaluation of one corpus, or of all together."""
-        if self.active:
-            self._evals.write(json.dumps(metrics) + "\n")
+        self._append("evals.jsonl", metrics)
         prefix = f"evaluation/{metrics['corpus']}/"
         self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""
         if self.active:
-            for file in (self._metrics, self._evals):
+            for name, file in self._files.items():
+                self._write(name)
                 os.fsync(file.fileno())
                 file.close()
         if waiting := self._queue:  # which the thread may drop at any moment
@@ -71,6 +73,23 @@ class Tracker:
             self._thread.join(MOST_SECONDS)
             if self._thread.is_alive():
                 self.say(f"Warning: a tracker did not end in {MOST_SECONDS:g} s and is left behind.")
+
+    def _append(self, name: str, metrics: dict[str, Any]) -> None:
+        if self.active:
+            # JSON has no NaN.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            complained = bool(self._unwritten[name])
+            self._unwritten[name] += json.dumps(finite).encode() + b"\n"
+            self._write(name)
+            if self._unwritten[name] and not complained:
+                self.say(
+                    f"Warning: {name} cannot be written, on a full disk for example; its lines are kept for later."
+                )
+
+    def _write(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            written = self._files[name].write(self._unwritten[name])  # perhaps a part
+            self._unwritten[name] = self._unwritten[name][written:]
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
         if waiting := self._queue:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -37,6 +36,7 @@ class Watchdog:
         self.engine = engine
         self.state = state
         self._progress = time.monotonic()
+        self._patient = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -61,11 +61,12 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is inside may take as long as it likes."""
-        self._progress = math.inf
+        """What is inside may take as long as it likes, as long as all ranks answer."""
+        self._patient = True
         try:
             yield
         finally:
+            self._patient = False
             self.alive()
 
     def _watch(self) -> None:
@@ -83,7 +84,11 @@ class Watchdog:
             if looked == 1:
                 before = self._look()
             elif looked == LOOKS_APART:  # the others have beaten meanwhile, or not
-                self._give_up(timeout, before, self._look())
+                after = self._look()
+                stopped = [rank for rank in after if after[rank]["count"] == before[rank]["count"]]
+                if stopped or not self._patient:
+                    self._give_up(timeout, stopped, after)
+                looked = 0
 
     def _file(self, rank: int) -> Path:
         return self.beats / f"{rank:05d}.json"
@@ -97,8 +102,7 @@ class Watchdog:
                 found[rank] = {"count": 0, "step": 0}
         return found
 
-    def _give_up(self, timeout: float, before: dict[int, dict[str, int]], after: dict[int, dict[str, int]]) -> None:
-        stopped = [rank for rank in after if after[rank]["count"] == before[rank]["count"]]
+    def _give_up(self, timeout: float, stopped: list[int], after: dict[int, dict[str, int]]) -> None:
         last = max(look["step"] for look in after.values())
         behind = [rank for rank in after if after[rank]["step"] < last]
         who = stopped or behind

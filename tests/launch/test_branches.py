@@ -47,6 +47,11 @@ def test_a_branch_is_the_run_that_had_been_planned_so(run: Callable[..., Path], 
     assert decay(str(trunk), "--at", "6", "--tokens", "768", "--name", "branch") == 0
     assert decay(str(trunk), "--at", "6", "--tokens", "1024", "--shape", "sqrt") == 0
     assert contents(trunk) == before
+    # The branch goes on, or is done, only as what it was begun as.
+    assert decay(str(trunk), "--at", "6", "--tokens", "768", "--name", "branch") == 0
+    for other in (("--at", "4"), ("--tokens", "900"), ("--shape", "linear"), ("--floor", "0.5")):
+        asked = {"--at": "6", "--tokens": "768", **dict([other])}
+        assert decay(str(trunk), *(part for pair in asked.items() for part in pair), "--name", "branch") == 2
 
     planned = run("run.name=planned", "run.tokens=2304", "schedule.decay.tokens=768")
     branch = tmp_path / "branch"

@@ -252,6 +252,10 @@ def test_fault_13_a_batch_that_does_not_split_is_told_what_would(
 
 def test_every_phase_of_a_ramp_has_to_split(quickstart: Config) -> None:
     check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 48))}), 1)
+    growing = change(quickstart, {"batch.ramp": ramp((100, 48))})
+    with pytest.raises(ConfigError, match="A batch of 16"):
+        check_batch(growing, 3, tokens=99)
+    check_batch(growing, 3, tokens=100)  # what has been trained need not divide any more
     with pytest.raises(ConfigError, match="A batch of 24 sequences"):
         check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 24))}), 1)
     with pytest.raises(ConfigError, match="A batch of 48 sequences"):

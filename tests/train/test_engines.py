@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import json
 import pytest
 import torch
 from conftest import launch, tiny_overrides, train_here
@@ -134,12 +135,15 @@ def test_stored_reads_any_range_of_any_split(tmp_path: Path) -> None:
     for number, (start, stop) in enumerate(((0, 50), (50, 51), (51, 120))):
         piece = {f"x[{start}:{stop}]": values.flatten()[start:stop].clone()}
         save_file(piece, split / f"weights-{number + 1:05d}-of-00003.safetensors")
-    for folder in (whole, split):
+    (split / "weights-00004-of-00003.safetensors").write_bytes(b"a manifest does not list it")
+    for folder, count in ((whole, 0), (split, 3)):
+        names = [f"weights-{n + 1:05d}-of-00003.safetensors" for n in range(count)] or ["weights.safetensors"]
+        (folder / "manifest.json").write_text(json.dumps({"files": dict.fromkeys(names, {})}))
         stored = Stored(folder, "weights")
         for start, stop in ((0, 120), (0, 1), (3, 3), (19, 21), (49, 52), (119, 120)):
             assert torch.equal(stored.read("x", start, stop), values.flatten()[start:stop])
-    (split / "weights-00002-of-00003.safetensors").unlink()
-    with pytest.raises(KeyError, match="x: 119 of the elements 0 to 120"):
+    (split / "manifest.json").write_text(json.dumps({"files": {names[0]: {}, names[2]: {}}}))
+    with pytest.raises(ConfigError, match="holds 119 of the 120 elements of x from 0 on"):
         Stored(split, "weights").read("x", 0, 120)
     with pytest.raises(ConfigError, match="is not a safetensors file"):
         (whole / "weights.safetensors").write_bytes(b"no")

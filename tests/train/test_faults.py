@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ from safetensors.torch import load_file
 
 import train.run
 from train import checkpoint, faults
-from train.config import ConfigError
-from train.track import read_lines
+from train.cli import composed
+from train.config import ConfigError, RunFailed
+from train.state import State
+from train.track import Tracker, read_lines
 
 SETTINGS = ("model.attention_dropout=0.1", "checkpoint.every=3", "checkpoint.keep=9")
 Overrides = Callable[..., list[str]]
@@ -112,10 +115,24 @@ def test_fault_06_a_full_disk_at_the_end(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(faults, "wanted", "full@write:step=12")
-    with pytest.raises(OSError, match=r"step 12 .* No space left on device. It needs about"):
+    with pytest.raises(RunFailed, match=r"step 12 .* No space left on device. It needs about"):
         run("checkpoint.every=9")
     assert [path.name for path in (tmp_path / "tiny/checkpoints").iterdir()] == ["step-00000009"]
     assert json.loads((tmp_path / "tiny/exit.json").read_text())["code"] == 1
+
+
+def test_fault_06_metrics_wait_for_a_disk_that_is_full(tiny: Overrides, tmp_path: Path) -> None:
+    said: list[str] = []
+    engine: Any = SimpleNamespace(is_main=True)
+    tracker = Tracker(tmp_path, composed(tiny()), engine, State(), said.append)
+    disk = tracker._files["metrics.jsonl"]
+    for step in range(1, 6):
+        full = 2 <= step <= 3
+        tracker._files["metrics.jsonl"] = open("/dev/full", "ab", buffering=0) if full else disk  # noqa: SIM115
+        tracker.step({"step": step, "loss": float("nan")})
+    tracker.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": step, "loss": None} for step in range(1, 6)]
+    assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
 
 
 @pytest.mark.slow
@@ -262,19 +279,82 @@ def test_fault_12_other_ranks_and_engines(tiny: Overrides, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_fault_15_a_rank_that_hangs_is_named(tiny: Overrides, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("point", "step", "after", "saved"), [("step", 5, 4, 3), ("write", 12, 12, 9)])
+def test_fault_15_a_rank_that_hangs_is_named(
+    tiny: Overrides, tmp_path: Path, point: str, step: int, after: int, saved: int
+) -> None:
     settings = ("run.name=hangs", "engine.timeout=8", *SETTINGS)
-    done = launch(tiny(*settings), ranks=2, engine="ddp", POWERTRAIN_FAULT="hang@step:rank=1:step=5")
+    done = launch(tiny(*settings), ranks=2, engine="ddp", POWERTRAIN_FAULT=f"hang@{point}:rank=1:step={step}")
     assert done.returncode != 0
     ended = json.loads((tmp_path / "hangs/exit.json").read_text())
     assert ended["code"] == 1
-    assert "No progress for 8 s (engine.timeout) after step 4: rank 1 does not answer" in ended["reason"]
+    assert f"No progress for 8 s (engine.timeout) after step {after}: rank 1 does not answer" in ended["reason"]
     assert ended["reason"] in done.stderr
     assert not processes_of(tmp_path)
-    assert checkpoint.newest_valid(tmp_path / "hangs/checkpoints") == tmp_path / "hangs/checkpoints/step-00000003"
+    checkpoints = tmp_path / "hangs/checkpoints"
+    assert checkpoint.newest_valid(checkpoints) == checkpoints / f"step-{saved:08d}"
 
 
 # --------------------------------------------------------------------------------------------------------- safety
+
+
+def test_fault_04_checkpoints_that_are_gone_are_no_new_beginning(run: Callable[..., Path]) -> None:
+    folder = run("checkpoint.every=6")
+    lines = (folder / "metrics.jsonl").read_bytes()
+    (folder / "checkpoints").rename(folder / "away")  # a disk that is not mounted, say
+    with pytest.raises(ConfigError, match="had saved step 12, but there is no checkpoint"):
+        run("checkpoint.every=6")
+    assert (folder / "metrics.jsonl").read_bytes() == lines
+    assert json.loads((folder / "exit.json").read_text())["code"] == 2
+    run("checkpoint.every=6", "run.resume=never")
+    assert len(read_lines(folder / "metrics.jsonl")) == 12
+
+
+def test_fault_04_what_no_manifest_lists_is_not_read(run: Callable[..., Path]) -> None:
+    settings = ("checkpoint.every=6", "schedule.decay.tokens=0")
+    newest = run(*settings) / "checkpoints/step-00000012"
+    for extra in ("weights-00001-of-00002.safetensors", "exp_avg-x.safetensors"):
+        (newest / extra).write_bytes(b"of another kind")
+    assert json.loads((run(*settings, "run.tokens=4096") / "exit.json").read_text())["step"] == 16
+
+
+def test_fault_04_a_manifest_without_its_random_state(run: Callable[..., Path]) -> None:
+    newest = run("checkpoint.every=6") / "checkpoints/step-00000012"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest["files"]["rng/rank-00000.safetensors"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.faults(newest) == ["manifest.json is not this checkpoint's"]
+
+
+def test_a_record_that_a_power_cut_has_emptied_stops_nothing(run: Callable[..., Path]) -> None:
+    settings = ("checkpoint.every=6", "schedule.decay.tokens=0")
+    (run(*settings) / "run.json").write_text("")
+    folder = run(*settings, "run.tokens=4096")
+    assert len(json.loads((folder / "run.json").read_text())["starts"]) == 1
+    assert (folder / "run.json.unreadable").exists()
+
+
+def test_a_folder_may_be_named_by_a_way_up(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert (run(f"run.folder={tmp_path}/there/../here") / "model/config.json").exists()
+
+
+def test_files_have_the_permissions_of_new_ones(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    folder = run("checkpoint.every=6")
+    files = [*folder.glob("model/*"), *folder.glob("checkpoints/step-*/**/*.safetensors")]
+    assert len(files) > 10
+    assert {path.stat().st_mode for path in files if path.is_file()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_fault_24_a_secret_where_it_would_be_needed_again(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "corpora-2")
+    with pytest.raises(ConfigError, match=r"^run\.name holds a secret"):
+        run("run.name=on-corpora-2")
+    with pytest.raises(ConfigError, match=r"^data\.corpora\.words\.path holds a secret"):
+        run("data.corpora.words.path=s3://me:password@host/x")
 
 
 def test_fault_23_and_28_age_is_told_by_the_step_alone(run: Callable[..., Path]) -> None:

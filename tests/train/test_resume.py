@@ -343,6 +343,7 @@ def test_a_start_before_any_checkpoint_leaves_no_tokenizer_behind(
 ) -> None:
     run()
     shutil.rmtree(tmp_path / "tiny/checkpoints")  # as if it had been killed before the first
+    (tmp_path / "tiny/.saved").unlink()
     folder = run("data.tokenizer.vocab_size=280")
     for name in ("tokenizer", "model"):
         vocabulary = json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
