@@ -1,0 +1,158 @@
+"""One measurement of launch.bench, in a process of its own: `python -m launch.contest WHAT TOKENS STEPS [overrides]`.
+
+WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`: transformers.Trainer on the same model and tokens.
+Prints one JSON object on the last line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from data.loader import Batches, num_windows, window
+from data.order import Order, Stage
+from data.tokens import TokenFile
+from train.cli import composed
+from train.config import Config
+
+PEAK_SECONDS = 1.5  # of products in each precision
+Clock = Callable[[float | None], None]  # called at the end of a step, with its loss
+
+
+def main() -> None:
+    """Measure, and print."""
+    if sys.argv[1] == "peak":
+        print(json.dumps({"float32": peak(torch.float32), "bfloat16": peak(torch.bfloat16)}))
+        return
+    what, tokens, steps, *overrides = sys.argv[1:]
+    config, file = composed(overrides), TokenFile(tokens)
+    ends: list[float] = []
+    losses: list[float | None] = []
+
+    def clock(loss: float | None) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends.append(time.time())
+        losses.append(loss)
+
+    if what == "powertrain":
+        train_ours(config, file, int(steps), clock)
+    else:
+        _, experts, precision = what.split("/")
+        train_theirs(config, file, int(steps), experts, precision, clock)
+    on_gpu = torch.cuda.is_available()
+    peak_memory = (
+        torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    seconds = [end - begin for begin, end in itertools.pairwise(ends)]
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,  # of each step but the first
+                "seconds_to_first_step": ends[0] - psutil.Process().create_time(),
+                "peak_memory": peak_memory,  # bytes, of the GPU where there is one
+                "losses": losses,
+            }
+        )
+    )
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a square matrix product, the median of those that fit into PEAK_SECONDS."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    seconds: list[float] = []
+    until = time.perf_counter() + PEAK_SECONDS
+    while len(seconds) < 5 or time.perf_counter() < until:
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / sorted(seconds[1:])[len(seconds[1:]) // 2]
+
+
+def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> None:
+    """Our own loop, without a run's folder: nothing is logged, saved or evaluated."""
+    from train.balance import Balance
+    from train.engine import Engine
+    from train.loop import train_step
+    from train.loss import LanguageModelLoss
+    from train.model import granite, mup
+    from train.state import State
+
+    engine, length = Engine(config), config.data.sequence_length
+    windows = {"synthetic": num_windows(file.num_tokens, length)}
+    batches = Batches({"synthetic": file}, Order(0, (Stage(0, {"synthetic": 1.0}),), windows), length)
+    with engine.building():
+        model = granite.build(config, engine.device)
+    rows = mup.table(config)
+    engine.prepare(LanguageModelLoss(model), rows)
+    engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
+    moe = config.model.model_type == "granitemoe"
+    layers, experts = (config.model.num_hidden_layers, config.model.num_local_experts) if moe else (0, 0)
+    balance, state = Balance(config.balance, layers, experts, engine.reduce), State()
+    for _ in range(steps):
+        clock(train_step(config, engine, batches, balance, state)["lm_loss"])
+
+
+def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, precision: str, clock: Clock) -> None:
+    """transformers.Trainer with its defaults, on the same windows; `precision` is fp32, autocast or bf16.
+
+    `autocast` is Trainer's bf16=True. `bf16` holds weights and moments in bf16: no float32 masters.
+    """
+    from transformers import GraniteForCausalLM, GraniteMoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from train.model import granite
+
+    class Clocked(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock(None)
+
+    class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+        def __len__(self) -> int:
+            return num_windows(file.num_tokens, config.data.sequence_length)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            ids = torch.from_numpy(window(file, index, config.data.sequence_length)[0])
+            return {"input_ids": ids, "labels": ids}
+
+    hf_config = granite.transformers_config(config)
+    chosen = {}
+    if config.model.model_type == "granitemoe":
+        hf_config.output_router_logits = True  # for the auxiliary loss
+        chosen["experts_implementation"] = experts
+    model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = model_class._from_config(hf_config, dtype=dtype, **chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=config.batch.micro_sequences,
+            gradient_accumulation_steps=config.batch.sequences // config.batch.micro_sequences,
+            bf16=precision == "autocast",
+            learning_rate=1e-4,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=settings, train_dataset=Windows(), callbacks=[Clocked()]).train()
+
+
+if __name__ == "__main__":
+    main()
