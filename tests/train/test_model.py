@@ -243,7 +243,7 @@ def test_auto_goes_by_the_device(
     assert granite.experts_implementation("auto", device) == experts
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["sorted", "grouped_mm", "batched_mm"])
 def test_expert_implementations_agree(
     small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss], implementation: str
 ) -> None:

@@ -54,7 +54,7 @@ class _SortedExperts(torch.autograd.Function):
         grads = grad[token]  # (T·K, H)
         down_grad = _outer_products(grads, unweighted * row_weights, counts)  # (E, H, I)
         activations_grad = _products(grads, down_proj, counts)  # (T·K, I), of the weighted ones
-        weights_grad = (activations_grad.float() * unweighted).sum(-1).to(weights.dtype)[place]
+        weights_grad = (activations_grad * unweighted).sum(-1)[place]  # summed in float32, whatever the type
         activations_grad *= row_weights
         gate_up_grad = torch.empty_like(gate_up)
         gate_grad, up_grad = gate_up_grad.chunk(2, dim=-1)

@@ -10,6 +10,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 from train.model import mup
+from train.model.attention import NAME as BLOCKED
+from train.model.experts import NAME as SORTED
 
 if TYPE_CHECKING:
     from train.config import Config
