@@ -9,9 +9,9 @@ from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, Gr
 from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
+import train.model.attention
+import train.model.experts  # noqa: F401  both register what they are with Transformers
 from train.model import mup
-from train.model.attention import NAME as BLOCKED
-from train.model.experts import NAME as SORTED
 
 if TYPE_CHECKING:
     from train.config import Config
