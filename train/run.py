@@ -90,7 +90,8 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state, say)
         saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, say)
-        if start_from is not None and start_from.parent == checkpoints:
+        own = start_from is not None and start_from.parent == checkpoints  # and not another run's
+        if own:
             saver.saved_step = state.step
 
         # ---- train
@@ -122,6 +123,9 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
 
         with watchdog:
             with Stop(folder, engine) as stop:
+                due = config.evaluation.every and state.step and state.step % config.evaluation.every == 0
+                if due and own and not engine.first_rank_decides(lambda: tracker.has_evaluated(state.step)):
+                    evaluate()  # the stop had come before it
                 try:
                     reason = train_loop(
                         config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save

@@ -33,6 +33,7 @@ class Tracker:
 
     def __init__(self, folder: Path, config: Config, engine: Engine, state: State, say: Callable[[str], None]) -> None:
         self.active = engine.is_main
+        self.folder = folder
         self.say = say
         self._queue: queue.Queue[Callable[[], None] | None] | None = None
         if self.active:
@@ -59,6 +60,10 @@ class Tracker:
         self._append("evals.jsonl", metrics)
         prefix = f"evaluation/{metrics['corpus']}/"
         self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
+
+    def has_evaluated(self, step: int) -> bool:
+        """Whether evals.jsonl has a line of this step. On the first rank."""
+        return any(line["step"] == step for line in read_lines(self.folder / "evals.jsonl"))
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""

@@ -283,6 +283,27 @@ def test_fault_07_the_file_stop_stops_and_the_run_goes_on(
     assert_same_run(whole, folder)
 
 
+def test_an_evaluation_that_a_stop_came_before_is_made_up_for(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from train.track import Tracker
+
+    settings, original = ("evaluation.every=4", "schedule.decay.tokens=0"), Tracker.step
+
+    def stop_at_4(self: Tracker, record: dict[str, Any]) -> None:
+        original(self, record)
+        if record["step"] == 4:
+            (tmp_path / "stopped/stop").touch()
+
+    whole = (run("run.name=whole", *settings) / "evals.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in whole.splitlines()][::2] == [4, 8, 12]
+    monkeypatch.setattr(Tracker, "step", stop_at_4)
+    run("run.name=stopped", *settings)
+    monkeypatch.setattr(Tracker, "step", original)
+    evaluations = run("run.name=stopped", *settings) / "evals.jsonl"
+    assert evaluations.read_text() == whole
+
+
 # ------------------------------------------------------------------------------------- what a run must not lose
 
 
