@@ -300,8 +300,9 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
     def prepared_data() -> Prepared:
         return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress)
 
-    engine.first_rank_decides(lambda: prepared_data() and None)
-    prepared = prepared_data()  # from the cache; on a machine with one of its own not yet
+    first: list[Prepared] = []
+    engine.first_rank_decides(lambda: first.append(prepared_data()))
+    prepared = first[0] if first else prepared_data()  # from the cache; on a machine with one of its own not yet
     if prepared.tokenizer_folder is None:
         raise ConfigError(
             "All corpora are token files, which do not say how they were made: name the tokenizer, a folder or a "
