@@ -2,14 +2,17 @@
 
     y = Σ_k w_k · (silu(x·G_k) ∘ (x·U_k)) · D_k        over the top-k experts of a token
 
-The products are all of the arithmetic; what surrounds them is gathers of rows, so nothing is scattered or added
-where two rows could meet, and the result does not depend on the number of threads. The routing weight multiplies
-the activations, not the outputs: they are the narrower ones. Of a pass only the inputs and the first product are
-kept; the rest is elementwise, and computed again (as in SonicMoE, arXiv 2512.14080).
+One expert after the other, in scratch memory that stays in the cache: at these sizes memory, not arithmetic, sets the
+pace. An expert's rows are filled up to a multiple of ROWS with rows of weight 0, because oneDNN compiles a bf16 product
+for every shape that it has not met, which takes longer than the product. What surrounds the products are gathers of
+rows, so nothing is added where two rows could meet, and the result does not depend on the number of threads. The
+routing weight multiplies the activations, not the outputs: they are the narrower ones. Of a pass only the first
+product is kept; the rest is elementwise, and computed again (as in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "sorted"
+ROWS = 32
+
+aten = torch.ops.aten
 
 
 class _SortedExperts(torch.autograd.Function):
@@ -25,60 +31,80 @@ class _SortedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
-        tokens, top_k = chosen.shape
-        order = chosen.flatten().argsort(stable=True)  # (T·K,) assignments, by expert and then by token
-        counts = torch.bincount(chosen.flatten(), minlength=gate_up_proj.shape[0]).tolist()
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device)
-        place = place.view(tokens, top_k)  # the row of a token's k-th assignment
+        width = down_proj.shape[2]  # I
+        place, counts = _sorted_by_expert(chosen, len(gate_up_proj))
+        token = place.new_zeros(sum(counts))  # of each row
+        token[place] = torch.arange(len(hidden), device=hidden.device)[:, None]
+        row_weights = weights.new_zeros(len(token))
+        row_weights[place] = weights
+        row_weights.unsqueeze_(1)
 
-        rows = hidden[order // top_k]  # (T·K, H)
-        gate_up = _products(rows, gate_up_proj.mT, counts)  # (T·K, 2I)
-        gate, up = gate_up.chunk(2, dim=-1)
-        activations = (F.silu(gate) * up).mul_(weights.flatten()[order, None])  # (T·K, I)
-        outputs = _products(activations, down_proj.mT, counts)  # (T·K, H)
-        ctx.save_for_backward(hidden, weights, gate_up_proj, down_proj, order, place, gate_up)
+        gate_up = hidden.new_empty(len(token), 2 * width)
+        outputs = hidden.new_empty(len(token), hidden.shape[1])
+        rows, activations = _scratch(hidden, counts, hidden.shape[1], width)
+        for expert, of, (x, a) in _each(counts, rows, activations):
+            torch.index_select(hidden, 0, token[of], out=x)
+            gate, up = torch.mm(x, gate_up_proj[expert].T, out=gate_up[of]).chunk(2, dim=-1)
+            aten.silu.out(gate, out=a).mul_(up).mul_(row_weights[of])
+            torch.mm(a, down_proj[expert].T, out=outputs[of])
+        ctx.save_for_backward(hidden, gate_up_proj, down_proj, place, token, row_weights, gate_up)
         ctx.counts = counts
         return _sums_of_rows(outputs, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weights, gate_up_proj, down_proj, order, place, gate_up = ctx.saved_tensors
-        counts, top_k = ctx.counts, place.shape[1]
-        token = order // top_k
-        row_weights = weights.flatten()[order, None]
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        unweighted = activated * up
-
-        grads = grad[token]  # (T·K, H)
-        down_grad = _outer_products(grads, unweighted * row_weights, counts)  # (E, H, I)
-        activations_grad = _products(grads, down_proj, counts)  # (T·K, I), of the weighted ones
-        weights_grad = (activations_grad * unweighted).sum(-1)[place]  # summed in float32, whatever the type
-        activations_grad *= row_weights
-        gate_up_grad = torch.empty_like(gate_up)
-        gate_grad, up_grad = gate_up_grad.chunk(2, dim=-1)
-        torch.mul(activations_grad, activated, out=up_grad)
-        gate_grad.copy_(torch.ops.aten.silu_backward(activations_grad.mul_(up), gate))
-        rows_grad = _products(gate_up_grad, gate_up_proj, counts)  # (T·K, H)
-        gate_up_proj_grad = _outer_products(gate_up_grad, hidden[token], counts)  # (E, 2I, H)
-        return _sums_of_rows(rows_grad, place), None, weights_grad, gate_up_proj_grad, down_grad
-
-
-def _products(rows: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    """(N, A) rows sorted by expert, each times its expert's (A, B) of `matrices` (E, A, B)."""
-    result = rows.new_empty(rows.shape[0], matrices.shape[2])
-    for part, out, matrix in zip(rows.split(counts), result.split(counts), matrices, strict=True):
-        torch.mm(part, matrix, out=out)
-    return result
+        hidden, gate_up_proj, down_proj, place, token, row_weights, gate_up = ctx.saved_tensors
+        size, width = down_proj.shape[1:]  # H, I
+        rows_grad = hidden.new_empty(len(token), size)
+        # Summed in float32 (or better), whatever the type.
+        weights_grad = row_weights.new_empty(len(token), dtype=torch.promote_types(row_weights.dtype, torch.float32))
+        gate_up_proj_grad, down_proj_grad = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
+        scratch = _scratch(hidden, ctx.counts, size, size, width, width, width, 2 * width)
+        for expert, of, (x, y_grad, a, b, a_grad, gate_up_grad) in _each(ctx.counts, *scratch):
+            gate, up = gate_up[of].chunk(2, dim=-1)
+            gate_grad, up_grad = gate_up_grad.chunk(2, dim=-1)
+            torch.index_select(hidden, 0, token[of], out=x)
+            torch.index_select(grad, 0, token[of], out=y_grad)
+            torch.mm(y_grad, down_proj[expert], out=a_grad)  # of the weighted activations
+            aten.silu.out(gate, out=a)
+            torch.mul(a, up, out=b)  # the unweighted activations
+            torch.sum(a_grad * b, -1, dtype=weights_grad.dtype, out=weights_grad[of])
+            torch.mm(y_grad.T, b.mul_(row_weights[of]), out=down_proj_grad[expert])
+            torch.mul(a_grad.mul_(row_weights[of]), a, out=up_grad)
+            aten.silu_backward.grad_input(a_grad.mul_(up), gate, grad_input=gate_grad)
+            torch.mm(gate_up_grad.T, x, out=gate_up_proj_grad[expert])
+            torch.mm(gate_up_grad, gate_up_proj[expert], out=rows_grad[of])
+        hidden_grad, weights_grad = _sums_of_rows(rows_grad, place), weights_grad[place].to(row_weights.dtype)
+        return hidden_grad, None, weights_grad, gate_up_proj_grad, down_proj_grad
 
 
-def _outer_products(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
-    """(E, A, B): for each expert the sum over its rows of outer products; 0 for one without rows."""
-    result = left.new_empty(len(counts), left.shape[1], right.shape[1])
-    for a, b, out in zip(left.split(counts), right.split(counts), result, strict=True):
-        torch.mm(a.T, b, out=out)
-    return result
+def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Where the row of each assignment lies, (T, K), and how many rows each expert has, multiples of ROWS.
+
+    Rows are in the order of experts, then of tokens, then filling.
+    """
+    flat = chosen.flatten()
+    counts = torch.bincount(flat, minlength=num_experts)
+    filled = (counts + ROWS - 1) // ROWS * ROWS
+    before = (filled - counts).cumsum(0) - (filled - counts)  # rows of filling ahead of each expert
+    order = flat.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) + before[flat[order]]
+    return place.view_as(chosen), filled.tolist()
+
+
+def _scratch(like: Tensor, counts: list[int], *widths: int) -> list[Tensor]:
+    """Room for the rows of any one expert, in each of the widths."""
+    return [like.new_empty(max(counts), width) for width in widths]
+
+
+def _each(counts: list[int], *scratch: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
+    """(expert, its rows, scratch for them), for those that have any."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count), [room[:count] for room in scratch]
+        start += count
 
 
 def _sums_of_rows(rows: Tensor, place: Tensor) -> Tensor:
