@@ -28,7 +28,7 @@ T = TypeVar("T")
 # The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
 LAW_SEQUENCE_LENGTH = 4096
 
-ATTENTION = ("auto", "eager", "sdpa", "blocked", "flex_attention", "flash_attention_2")
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")
 EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm")
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")

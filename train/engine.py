@@ -10,6 +10,7 @@ parameter's elements. `fragments` and `load` speak of these alone, so a checkpoi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import os
 import re
@@ -32,6 +33,10 @@ from train.model import mup
 
 T = TypeVar("T")
 Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its elements [start, stop), flat
+
+# glibc's options of malloc.h: the threshold to give memory back at, what is asked for at a time, and how much may lie
+# outside the heap.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 # AdamW's own names; so are those in a checkpoint.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -85,6 +90,8 @@ class Engine:
         self._check_launch()
         if self.sharded:
             self._configure_deepspeed()
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         if self.device.type == "cpu" or self._offloads():
             # accelerate launch leaves one thread to a process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -356,3 +363,15 @@ class Engine:
                 yield name, safe_get_full_fp32_param(parameter).view(self.shapes[name])
             else:
                 yield name, parameter.detach()
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library, where it is glibc, keep what is freed for what is allocated next.
+
+    It gives large blocks back at once, and a step then waits while the system finds and zeroes its pages again.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**28)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from train.model.granite import CausalLM
 
 _CHUNK_LOGITS = 1 << 24  # logits that exist at one time: 64 MiB in float32
+_CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -22,24 +23,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float, needs_gradient: bool
     ) -> Tensor:
-        chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
+        vocabulary = weight.shape[0]
+        chunk = max(1, _CHUNK_LOGITS // vocabulary)
+        piece = max(1, _CACHED_LOGITS // vocabulary) if hidden.device.type == "cpu" else chunk
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.zeros_like(hidden) if needs_gradient else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            kept = labels[rows] != IGNORE_INDEX
-            target = torch.where(kept, labels[rows], 0)[:, None]
-            logits = (hidden[rows] @ weight.T).float().div_(logits_scaling)  # (chunk, V)
-            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += torch.where(kept, (normaliser - logits.gather(1, target)).squeeze(1), 0.0).sum()
+            logits = hidden.new_empty(len(labels[rows]), vocabulary)  # and, in their place, their gradient
+            for x, target, out in zip(
+                hidden[rows].split(piece), labels[rows].split(piece), logits.split(piece), strict=True
+            ):
+                torch.mm(x, weight.T, out=out)
+                loss += _cross_entropy_(out, target, logits_scaling)
             if hidden_grad is not None and weight_grad is not None:
-                # d loss / d (hidden @ weight.T) = (softmax − one-hot) / logits_scaling, zero where not kept
-                gradient = logits.sub_(normaliser).exp_()
-                gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
-                gradient = gradient.mul_((kept / logits_scaling)[:, None]).to(hidden.dtype)
-                hidden_grad[rows] = gradient @ weight
-                weight_grad += gradient.T @ hidden[rows]
+                hidden_grad[rows] = logits @ weight
+                weight_grad += logits.T @ hidden[rows]
         if needs_gradient:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.weight_dtype = weight.dtype
@@ -50,6 +50,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         hidden_grad = (hidden_grad.float() * grad).to(hidden_grad.dtype)  # grad in bf16 would be off by 0.4%
         return hidden_grad, (weight_grad * grad).to(ctx.weight_dtype), None, None, None
+
+
+def _cross_entropy_(logits: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:
+    """Sum of the cross-entropies of (N, V) logits, which are overwritten with its gradient; all of it in float32."""
+    kept = labels != IGNORE_INDEX
+    target = torch.where(kept, labels, 0)[:, None]
+    log_probabilities = torch.log_softmax(logits.float().div_(logits_scaling), dim=-1)
+    loss = torch.where(kept, -log_probabilities.gather(1, target).squeeze(1), 0.0).sum()
+    # d loss / d logits = (softmax − one-hot) / logits_scaling, zero where not kept
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+    torch.mul(gradient, (kept / logits_scaling)[:, None], out=logits)
+    return loss
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_scaling: float) -> Tensor:

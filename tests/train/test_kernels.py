@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.model import attention, experts
+from train.model import experts
 
 # Of a whole tensor, relative to its norm; a few unit roundoffs (1e-16, 6e-8, 4e-3), which add up like a random walk.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -23,8 +23,6 @@ def values_and_gradients(function: Callable[..., Tensor], tensors: list[Tensor],
     result = function(*tensors)
     return [result.detach(), *torch.autograd.grad(result, tensors, grad)]
 
-
-# ------------------------------------------------------------------------------------------------------ experts
 
 # name → (tokens, hidden, intermediate, experts, top-k, how experts are chosen)
 ROUTINGS: dict[str, tuple[int, int, int, int, int, str]] = {
@@ -92,39 +90,3 @@ def test_sorted_experts_do_not_depend_on_threads() -> None:
         )
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------- attention
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(
-    ("batch", "heads", "key_heads", "length", "size"),
-    [(2, 4, 2, 300, 16), (1, 3, 3, 2 * attention.BLOCK, 8), (3, 2, 1, 17, 5), (1, 1, 1, 1, 4)],
-)
-def test_blocked_attention_equals_the_formula(
-    batch: int, heads: int, key_heads: int, length: int, size: int, documents: bool, dtype: torch.dtype
-) -> None:
-    torch.manual_seed(0)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    sees = causal.expand(batch, 1, -1, -1)
-    if documents:
-        number = torch.randint(0, 5, (batch, length)).sort(-1)[0]
-        sees = causal & (number[:, None, :, None] == number[:, None, None, :])
-    inputs = [torch.randn(batch, n, length, size, dtype=torch.float64).to(dtype) for n in (heads, key_heads, key_heads)]
-    grad = torch.randn(batch, length, heads, size, dtype=torch.float64).to(dtype)
-
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attention.blocked_attention(nn.Module(), query, key, value, sees if documents else None, scaling=0.3)[0]
-
-    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        key, value = (part.repeat_interleave(heads // key_heads, dim=1) for part in (key, value))
-        scores = torch.where(sees, 0.3 * query @ key.mT, -torch.inf)
-        return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2)
-
-    got = values_and_gradients(ours, inputs, grad)
-    expected = values_and_gradients(plain, [tensor.double() for tensor in inputs], grad.double())
-    for name, ours_, theirs in zip(("output", "query", "key", "value"), got, expected, strict=True):
-        assert ours_.dtype == dtype
-        assert relative(ours_, theirs) < BOUNDS[dtype], name

@@ -52,6 +52,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("scaling", [1.0, 0.5, 6.0])
 def test_value_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, scaling: float) -> None:
     monkeypatch.setattr(train.loss, "_CHUNK_LOGITS", chunk * V)
+    monkeypatch.setattr(train.loss, "_CACHED_LOGITS", 2 * V)
     hidden, weight, labels = inputs()
     assert 0 < (labels == IGNORE_INDEX).sum() < N
     value, hidden_grad, weight_grad = reference(hidden, weight, labels, scaling)

@@ -9,9 +9,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, Gr
 from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
-import train.model.attention
-import train.model.experts  # noqa: F401  both register what they are with Transformers
-from train.model import mup
+from train.model import experts, mup
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -84,10 +82,10 @@ def attention_implementation(name: str, device: torch.device | str, precision: s
 
 
 def experts_implementation(name: str, device: torch.device | str) -> str:
-    """`auto`: grouped products on a GPU; on a CPU a loop over experts is faster than they are."""
+    """`auto`: grouped products on a GPU, ours on a CPU."""
     if name != "auto":
         return name
-    return "grouped_mm" if _on_gpu(device) else "eager"
+    return "grouped_mm" if _on_gpu(device) else experts.NAME
 
 
 def _on_gpu(device: torch.device | str) -> bool:
