@@ -28,8 +28,8 @@ T = TypeVar("T")
 # The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
 LAW_SEQUENCE_LENGTH = 4096
 
-ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2")
-EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm")
+ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm", "sonicmoe")
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
@@ -173,6 +173,8 @@ class EngineConfig:
     """What has to run the model, and how long all ranks may wait for one."""
 
     expect: str | None = None  # one of ENGINES: refuse to begin with another
+    activation_checkpointing: bool = False  # keep only the layers' inputs, and compute the rest again: a quarter slower
+    torch_compile: bool = False  # compile the layers, which takes half a minute and a C++ compiler on a CPU
     timeout: float = 1800.0  # seconds for a step, an evaluation or a save
 
 

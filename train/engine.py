@@ -176,11 +176,18 @@ class Engine:
         """Take the float32 model, whose weights `load` brings; make its optimizer."""
         self.loss = loss.to(self.device)
         self.model = loss.model
+        if self.config.engine.torch_compile:
+            for layer in self.model.model.layers:
+                layer.compile()
         self.shapes = {
             name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in self.model.named_parameters()
         }
         casting = self.config.precision == "bf16" and self.kind != "zero3"
+        if self.config.engine.activation_checkpointing:
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            for layer in self.model.model.layers if casting else ():
+                layer._gradient_checkpointing_func = optim.checkpoint_on_copies
         module: nn.Module = optim.BFloat16Weights(loss) if casting else loss
         self._take_module(module, rows)
         # By the CPU, as Transformers has them when it loads a model; and ZeRO-3 in bf16 has rounded them, too.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from train.config import OptimizerConfig
 from train.model.mup import Row, role_of
@@ -44,6 +46,25 @@ def parameter_groups(
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's AdamW; the loop writes each group's rate before each step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def checkpoint_on_copies(function: partial[Tensor], *arguments: Any) -> Any:
+    """Activation checkpointing of a layer that BFloat16Weights runs: recomputed, it has the same copies again.
+
+    Args:
+        function: the layer's forward pass, the layer, and keywords, as Transformers hands them over.
+    """
+    layer: Any = function.args[0]
+    copies: dict[str, Tensor] = dict(layer.named_parameters())
+
+    def run(*arguments: Any) -> Any:
+        layer.gradient_checkpointing = False  # or the call would come here again
+        try:
+            return functional_call(layer, copies, arguments, function.keywords)
+        finally:
+            layer.gradient_checkpointing = True
+
+    return checkpoint(run, *arguments, use_reentrant=False)
 
 
 class BFloat16Weights(nn.Module):

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import launch, tiny_overrides, train_here
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from train.checkpoint import Stored
+from train.cli import composed
 from train.config import ConfigError
 from train.track import read_lines
 
@@ -148,3 +151,40 @@ def test_stored_reads_any_range_of_any_split(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a safetensors file"):
         (whole / "weights.safetensors").write_bytes(b"no")
         Stored(whole, "weights")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_computes_twice_and_changes_nothing(
+    tiny: Overrides, tmp_path: Path, precision: str
+) -> None:
+    routed: list[nn.Module] = []
+    hook = register_module_forward_hook(
+        lambda module, *_: routed.append(module) if type(module).__name__ == "GraniteMoeTopKRouter" else None
+    )
+    counts, losses, weights = [], [], []
+    for on in (False, True):
+        name = f"run.name={on}"
+        folder = train_here(tiny(name, f"precision={precision}", f"engine.activation_checkpointing={on}"))
+        losses.append([line["loss"] for line in read_lines(folder / "metrics.jsonl")])
+        weights.append((folder / "model/model.safetensors").read_bytes())
+        counts.append(len(routed) - sum(counts))
+    hook.remove()
+    config = composed(tiny())
+    micro_batches = config.batch.sequences // config.batch.micro_sequences
+    assert counts[1] - counts[0] == config.model.num_hidden_layers * len(losses[0]) * micro_batches
+    assert losses[0] == losses[1] and weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "engine", "ranks"),
+    [("activation_checkpointing", "ddp", 2), ("activation_checkpointing", "zero3", 2), ("torch_compile", "plain", 1)],
+)
+def test_what_makes_a_step_smaller_or_faster_follows_the_plain_run(
+    alone: Path, tiny: Overrides, tmp_path: Path, option: str, engine: str, ranks: int
+) -> None:
+    done = launch(tiny("run.name=other", *SETTINGS, f"engine.{option}=true"), ranks=ranks, engine=engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines, others = (read_lines(folder / "metrics.jsonl") for folder in (alone, tmp_path / "other"))
+    assert [line["loss"] for line in others] == pytest.approx([line["loss"] for line in lines], rel=1e-4)
+    assert [line["grad_norm"] for line in others] == pytest.approx([line["grad_norm"] for line in lines], rel=1e-3)

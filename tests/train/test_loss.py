@@ -279,7 +279,6 @@ def test_a_dense_model_has_no_router_statistics(
     assert outputs.z.shape == (0,)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_recomputation_counts_no_token_twice_and_gives_the_same_gradients(
     small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss]
 ) -> None:
@@ -291,7 +290,7 @@ def test_recomputation_counts_no_token_twice_and_gives_the_same_gradients(
         router = loss.model.model.layers[1].block_sparse_moe.router
         router.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if recompute:
-            loss.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            loss.model.activation_checkpointing_enable({"use_reentrant": False})
         for _ in range(2):  # what the backward pass recomputed must not reach the next forward pass
             outputs = loss(**parts)
             (outputs.cross_entropy + outputs.probabilities.square().sum() + outputs.z.sum()).backward()
@@ -304,7 +303,6 @@ def test_recomputation_counts_no_token_twice_and_gives_the_same_gradients(
         torch.testing.assert_close(recomputed_gradients[name], gradient)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_nothing_of_a_pass_is_kept_after_it(
     small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss], recompute: bool
@@ -312,7 +310,7 @@ def test_nothing_of_a_pass_is_kept_after_it(
     config = small_config()
     loss = small_loss(config).train()
     if recompute:
-        loss.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss.model.activation_checkpointing_enable({"use_reentrant": False})
     logits: list[weakref.ref[Tensor]] = []
     for layer in loss.model.model.layers:
         router = layer.block_sparse_moe.router

@@ -244,7 +244,7 @@ def test_no_gradient_crosses_documents_in_flash_attentions_calls(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", MICRO_BATCHES)
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "sdpa"])
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "sdpa"])
 @pytest.mark.parametrize("kind", ["granitemoe", "granite"])
 def test_no_gradient_crosses_documents_on_a_gpu(
     small_config: Callable[..., Config],
@@ -255,8 +255,8 @@ def test_no_gradient_crosses_documents_on_a_gpu(
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
+    if attention.startswith("flash"):
+        pytest.importorskip("flash_attn" if attention == "flash_attention_2" else "flash_attn_interface")
     # Heads of 16: FlexAttention's kernel takes no smaller ones.
     heads = ("model.num_attention_heads=2", "model.num_key_value_heads=1")
     config = small_config(f"model.model_type={kind}", f"model.attn_implementation={attention}", *heads)

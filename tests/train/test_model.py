@@ -223,22 +223,23 @@ def test_named_implementations_are_taken(small_config: Callable[..., Config]) ->
 @pytest.mark.parametrize(
     ("device", "precision", "installed", "attention", "experts"),
     [
-        ("cpu", "bf16", True, "sdpa", "sorted"),
-        ("cuda", "bf16", False, "sdpa", "grouped_mm"),
-        ("cuda", "fp32", True, "sdpa", "grouped_mm"),
-        ("cuda", "bf16", True, "flash_attention_2", "grouped_mm"),
-        (torch.device("cuda", 1), "bf16", True, "flash_attention_2", "grouped_mm"),
+        ("cpu", "bf16", (2, 3), "sdpa", "sorted"),
+        ("cuda", "bf16", (), "sdpa", "grouped_mm"),
+        ("cuda", "fp32", (2, 3), "sdpa", "grouped_mm"),
+        ("cuda", "bf16", (2,), "flash_attention_2", "grouped_mm"),
+        (torch.device("cuda", 1), "bf16", (2, 3), "flash_attention_3", "grouped_mm"),
     ],
 )
 def test_auto_goes_by_the_device(
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device | str,
     precision: str,
-    installed: bool,
+    installed: tuple[int, ...],
     attention: str,
     experts: str,
 ) -> None:
-    monkeypatch.setattr(granite, "is_flash_attn_2_available", lambda: installed)
+    monkeypatch.setattr(granite, "is_flash_attn_2_available", lambda: 2 in installed)
+    monkeypatch.setattr(granite, "is_flash_attn_3_available", lambda: 3 in installed)
     assert granite.attention_implementation("auto", device, precision) == attention
     assert granite.experts_implementation("auto", device) == experts
 

@@ -112,6 +112,7 @@ def _sums_of_rows(rows: Tensor, place: Tensor) -> Tensor:
     return F.embedding_bag(place, rows, mode="sum")
 
 
+@torch.compiler.disable  # the sizes of its products are those of the batch
 def sorted_experts(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """(T, H) outputs of Transformers' GraniteMoeExperts for (T, H) tokens and their (T, K) experts and weights."""
     return _SortedExperts.apply(hidden, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj)

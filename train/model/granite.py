@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 from transformers.initialization import no_init_weights
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from train.model import experts, mup
 
@@ -77,8 +77,12 @@ def attention_implementation(name: str, device: torch.device | str, precision: s
     """`auto`: FlashAttention in bf16 where there is a GPU and the package, else PyTorch's fused attention."""
     if name != "auto":
         return name
-    flash = precision == "bf16" and _on_gpu(device) and is_flash_attn_2_available()  # it has no float32 kernels
-    return "flash_attention_2" if flash else "sdpa"
+    if precision == "bf16" and _on_gpu(device):  # it has no float32 kernels
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
 
 
 def experts_implementation(name: str, device: torch.device | str) -> str:
