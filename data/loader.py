@@ -1,5 +1,6 @@
 """Windows of a token file, and batches of them in the order of training."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,9 +55,20 @@ class Batches:
         for name, count in order.windows.items():
             assert count == num_windows(files[name].num_tokens, sequence_length, name), f"windows of {name}"
         self.files, self.order, self.sequence_length = files, order, sequence_length
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._ahead: tuple[tuple[int, int], Future[dict[str, torch.Tensor]]] | None = None
 
     def batch(self, first_sample: int, count: int) -> "dict[str, torch.Tensor]":
         """Samples first_sample … first_sample + count - 1: input_ids, labels, position_ids, each (count, S) int64."""
+        if self._ahead is not None and self._ahead[0] == (first_sample, count):
+            return self._ahead[1].result()
+        return self._read(first_sample, count)
+
+    def prefetch(self, first_sample: int, count: int) -> None:
+        """Read a batch in the background, which `batch` will be asked for: a disk may be slow where the step is not."""
+        self._ahead = (first_sample, count), self._reader.submit(self._read, first_sample, count)
+
+    def _read(self, first_sample: int, count: int) -> "dict[str, torch.Tensor]":
         import torch
 
         samples = map(self.order.sample, range(first_sample, first_sample + count))

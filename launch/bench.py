@@ -52,6 +52,7 @@ SHAPES = {
 _RUN = ("run.tokens=1_000_000_000_000_000", "run.name=bench")
 OURS = ("powertrain/bf16", "powertrain/fp32")
 EXPERTS, PRECISIONS = ("eager", "grouped_mm", "batched_mm"), ("fp32", "autocast", "bf16")
+GPU_EXPERTS = ("sonicmoe", "deepgemm")
 BUSY = 0.1  # of the machine, while nothing of ours runs
 VERSIONS = ("torch", "transformers", "accelerate")
 
@@ -94,11 +95,14 @@ class Shape:
 
     def measured(self, rounds: int) -> dict[str, Any]:
         """Try everything once, then measure the best of each in turn."""
+        import torch
+
         from train import metrics
 
         flops = metrics.flops_per_token(self.config, metrics.parameters_of(self.config))
         moe = self.config.model.model_type == "granitemoe"
-        theirs = [f"trainer/{e}/{p}" for e in (EXPERTS if moe else ("dense",)) for p in PRECISIONS]
+        experts = (*EXPERTS, *(GPU_EXPERTS if torch.cuda.is_available() else ())) if moe else ("dense",)
+        theirs = [f"trainer/{e}/{p}" for e in experts for p in PRECISIONS]
         with tempfile.TemporaryDirectory() as folder:
             tokens = Path(folder) / "tokens"
             write_tokens(tokens, self.config, (self.steps + 1) * self.tokens_a_step)
@@ -113,6 +117,7 @@ class Shape:
         peak = {dtype: statistics.median(each[dtype] for each in peaks) for dtype in peaks[0]}
         fastest = max(peak.values())
         contenders = {what: self._summary(of, flops / fastest) for what, of in runs.items()}
+        own = runs[best[0]]
         ours, trainers = ([statistics.median(run["tokens_per_second"]) for run in runs[what]] for what in best)
         return {
             "name": self.name,
@@ -125,6 +130,10 @@ class Shape:
                 what: run.get("error") or statistics.median(run["tokens_per_second"]) for what, run in tried.items()
             },
             "contenders": contenders,
+            "seconds_to_import": statistics.median(run["seconds_to_import"] for run in own),
+            "share_waiting_for_data": (
+                sum(sum(run["data_seconds"][1:]) for run in own) / sum(sum(run["seconds"]) for run in own)
+            ),
             "speedup": spread([a / b for a, b in zip(ours, trainers, strict=True)]),
             "peaks": peaks,
             "runs": runs,
@@ -226,9 +235,14 @@ def table(measured: dict[str, Any]) -> str:
         )
     ratio = measured["speedup"]
     lines.append(f"speedup {ratio['median']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})")
+    lines.append(
+        f"ours: {measured['seconds_to_import']:.1f} s of the time to the first step are imports; "
+        f"{measured['share_waiting_for_data']:.2%} of a step waits for data"
+    )
     others = {what: of for what, of in measured["tried"].items() if what not in measured["contenders"]}
     lines += [
-        f"  {what:<26}{of if isinstance(of, str) else f'{of:10,.0f}'}   (tried once)" for what, of in others.items()
+        f"  {what:<26} {of[:80] if isinstance(of, str) else f'{of:9,.0f}'}   (tried once)"
+        for what, of in others.items()
     ]
     if (disturbed := sum(share > BUSY for share in measured["busy"])) > 0:
         lines.append(

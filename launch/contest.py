@@ -44,12 +44,14 @@ def main() -> None:
         ends.append(time.time())
         losses.append(loss)
 
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:  # better an error here than a machine out of memory
+        resource.setrlimit(resource.RLIMIT_DATA, 2 * (psutil.virtual_memory().available,))
     if what == "powertrain":
-        train_ours(config, file, int(steps), clock)
+        facts = train_ours(config, file, int(steps), clock)
     else:
         _, experts, precision = what.split("/")
-        train_theirs(config, file, int(steps), experts, precision, clock)
-    on_gpu = torch.cuda.is_available()
+        facts = train_theirs(config, file, int(steps), experts, precision, clock)
     peak_memory = (
         torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
@@ -61,6 +63,7 @@ def main() -> None:
                 "seconds_to_first_step": ends[0] - psutil.Process().create_time(),
                 "peak_memory": peak_memory,  # bytes, of the GPU where there is one
                 "losses": losses,
+                **facts,
             }
         )
     )
@@ -83,8 +86,18 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * size**3 / sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
-def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> None:
-    """Our own loop, without a run's folder: nothing is logged, saved or evaluated."""
+def train_ours(
+    config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0
+) -> dict[str, Any]:
+    """Our own loop, without a run's folder: nothing is logged, saved or evaluated.
+
+    Args:
+        seen: tokens that the run has trained on before; a multiple of a step's.
+
+    Returns:
+        seconds_to_import: from the start of the process until there was nothing to import.
+        data_seconds: of each step, waiting for its batch.
+    """
     from train.balance import Balance
     from train.engine import Engine
     from train.loop import train_step
@@ -93,6 +106,7 @@ def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> Non
     from train.state import State
 
     engine, length = Engine(config), config.data.sequence_length
+    imported = time.time() - psutil.Process().create_time()
     windows = {"synthetic": num_windows(file.num_tokens, length)}
     batches = Batches({"synthetic": file}, Order(0, (Stage(0, {"synthetic": 1.0}),), windows), length)
     with engine.building():
@@ -102,12 +116,19 @@ def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> Non
     engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
     moe = config.model.model_type == "granitemoe"
     layers, experts = (config.model.num_hidden_layers, config.model.num_local_experts) if moe else (0, 0)
-    balance, state = Balance(config.balance, layers, experts, engine.reduce), State()
+    balance = Balance(config.balance, layers, experts, engine.reduce)
+    state = State(samples=seen // length, tokens=seen)
+    waited = []
     for _ in range(steps):
-        clock(train_step(config, engine, batches, balance, state)["lm_loss"])
+        record = train_step(config, engine, batches, balance, state)
+        clock(record["lm_loss"])
+        waited.append(record["data_seconds"])
+    return {"seconds_to_import": imported, "data_seconds": waited}
 
 
-def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, precision: str, clock: Clock) -> None:
+def train_theirs(
+    config: Config, file: TokenFile, steps: int, experts: str, precision: str, clock: Clock
+) -> dict[str, Any]:
     """transformers.Trainer with its defaults, on the same windows; `precision` is fp32, autocast or bf16.
 
     `autocast` is Trainer's bf16=True. `bf16` holds weights and moments in bf16: no float32 masters.
@@ -143,6 +164,7 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
             per_device_train_batch_size=config.batch.micro_sequences,
             gradient_accumulation_steps=config.batch.sequences // config.batch.micro_sequences,
             bf16=precision == "autocast",
+            gradient_checkpointing=config.engine.activation_checkpointing,
             learning_rate=1e-4,
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -152,6 +174,7 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
             disable_tqdm=True,
         )
         Trainer(model=model, args=settings, train_dataset=Windows(), callbacks=[Clocked()]).train()
+    return {}
 
 
 if __name__ == "__main__":

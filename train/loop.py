@@ -63,6 +63,9 @@ def train_step(
     # ---- this rank's share of samples [k, k + sequences): one contiguous run of them
     share = sequences // engine.world_size
     samples = to_device(batches.batch(state.samples + engine.rank * share, share), engine.device)
+    data_seconds = time.perf_counter() - start
+    upcoming = config.batch_at(state.tokens - config.run.tokens_seen + sequences * length) // engine.world_size
+    batches.prefetch(state.samples + sequences + engine.rank * upcoming, upcoming)
     batch_tokens = sequences * length
     targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)
 
@@ -101,6 +104,7 @@ def train_step(
     state.advance(sequences, length, skipped)
     seconds = time.perf_counter() - start
     record["tokens_per_second"] = batch_tokens / seconds
+    record["data_seconds"] = data_seconds  # of them the first rank waited for its batch
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
             record[name] = None  # `skipped` says what happened

@@ -90,6 +90,9 @@ def test_batches_do_not_depend_on_how_they_are_split(tmp_path):
     for name in ("input_ids", "labels", "position_ids"):
         assert whole[name].shape == (12, 4) and whole[name].dtype == torch.int64
         assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+    batches.prefetch(10, 12)
+    assert torch.equal(batches.batch(13, 3)["input_ids"], parts[1]["input_ids"])
+    assert torch.equal(batches.batch(10, 12)["labels"], whole["labels"])
     for row in range(12):
         corpus, index = order.sample(10 + row)
         assert whole["input_ids"][row].tolist() == window(files[corpus], index, 4)[0].tolist()

@@ -77,6 +77,8 @@ def test_the_table_says_that_the_machine_was_busy() -> None:
         "contenders": {"powertrain/bf16": contender},
         "tried": {"powertrain/bf16": 1000.0, "trainer/eager/fp32": "out of memory"},
         "speedup": bench.spread([1.5, 2.0, 2.5]),
+        "seconds_to_import": 4.0,
+        "share_waiting_for_data": 0.001,
         "busy": [0.0, 0.0, 0.05],
     }
     quiet = bench.table(measured)
