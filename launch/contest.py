@@ -86,9 +86,7 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * size**3 / sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
-def train_ours(
-    config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0
-) -> dict[str, Any]:
+def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0) -> dict[str, Any]:
     """Our own loop, without a run's folder: nothing is logged, saved or evaluated.
 
     Args:

@@ -30,6 +30,8 @@ ROUTINGS: dict[str, tuple[int, int, int, int, int, str]] = {
     "odd sizes": (33, 23, 7, 5, 3, "random"),
     "most experts empty": (5, 8, 4, 16, 1, "random"),
     "one expert takes all": (12, 8, 4, 4, 1, "last"),
+    "one expert takes many": (700, 8, 4, 4, 1, "last"),
+    "many rows": (900, 8, 4, 3, 2, "random"),
     "every expert takes all": (9, 8, 4, 3, 3, "random"),
     "a single token": (1, 64, 32, 5, 4, "random"),
     "a single expert": (6, 8, 4, 1, 1, "random"),
@@ -73,6 +75,14 @@ def test_sorted_experts_equal_a_loop_over_tokens(name: str, dtype: torch.dtype) 
     for name_of, ours_, theirs in zip(("output", "tokens", "weights", "gate_up", "down"), got, expected, strict=True):
         assert ours_.dtype == dtype
         assert relative(ours_, theirs) < BOUNDS[dtype], name_of
+
+
+def test_rows_come_in_few_sizes_with_little_filling() -> None:
+    counts = range(1, 1 << 16)
+    sizes = [experts._filled(count) for count in counts]
+    assert experts._filled(0) == 0
+    assert all(0 <= size - count < max(experts.ROWS, count / 16) for size, count in zip(sizes, counts, strict=True))
+    assert len(set(sizes)) < 150  # oneDNN keeps 1024 compiled products, and there are five of each size
 
 
 def test_sorted_experts_do_not_depend_on_threads() -> None:

@@ -2,12 +2,12 @@
 
     y = Σ_k w_k · (silu(x·G_k) ∘ (x·U_k)) · D_k        over the top-k experts of a token
 
-One expert after the other, in scratch memory that stays in the cache: at these sizes memory, not arithmetic, sets the
-pace. An expert's rows are filled up to a multiple of ROWS with rows of weight 0, because oneDNN compiles a bf16 product
-for every shape that it has not met, which takes longer than the product. What surrounds the products are gathers of
-rows, so nothing is added where two rows could meet, and the result does not depend on the number of threads. The
-routing weight multiplies the activations, not the outputs: they are the narrower ones. Of a pass only the first
-product is kept; the rest is elementwise, and computed again (as in SonicMoE, arXiv 2512.14080).
+One expert after the other, in scratch memory that stays in the cache: at these sizes memory, not arithmetic, sets
+the pace. An expert's rows are filled up to one of few sizes with rows of weight 0, because oneDNN compiles a bf16
+product for every shape that it has not met, which takes longer than the product. What surrounds the products are
+gathers of rows, so nothing is added where two rows could meet, and the result does not depend on the number of
+threads. The routing weight multiplies the activations, not the outputs: they are the narrower ones. Of a pass only
+the first product is kept; the rest is elementwise, and computed again (as in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -79,18 +79,25 @@ class _SortedExperts(torch.autograd.Function):
 
 
 def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Where the row of each assignment lies, (T, K), and how many rows each expert has, multiples of ROWS.
+    """Where the row of each assignment lies, (T, K), and how many rows each expert has.
 
     Rows are in the order of experts, then of tokens, then filling.
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
-    filled = (counts + ROWS - 1) // ROWS * ROWS
-    before = (filled - counts).cumsum(0) - (filled - counts)  # rows of filling ahead of each expert
+    filled = [_filled(count) for count in counts.tolist()]
+    filling = torch.tensor(filled, device=counts.device) - counts
+    ahead = filling.cumsum(0) - filling  # rows of filling ahead of each expert
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device) + before[flat[order]]
-    return place.view_as(chosen), filled.tolist()
+    place[order] = torch.arange(len(order), device=order.device) + ahead[flat[order]]
+    return place.view_as(chosen), filled
+
+
+def _filled(count: int) -> int:
+    """`count`, up to the next multiple of ROWS and of a sixteenth of its power of two: few sizes, little filling."""
+    step = max(ROWS, 1 << max(0, count.bit_length() - 5))
+    return -(-count // step) * step
 
 
 def _scratch(like: Tensor, counts: list[int], *widths: int) -> list[Tensor]:
