@@ -49,7 +49,7 @@ SHAPES = {
     "hidden 512": (*_SHAPE, "model.hidden_size=512", "model.intermediate_size=256", "model.num_attention_heads=8"),
 }
 # A run that is never finished, whose schedule is of no interest.
-_RUN = ("run.tokens=1_000_000_000_000_000", "run.name=bench")
+RUN = ("run.tokens=1_000_000_000_000_000", "run.name=bench")
 OURS = ("powertrain/bf16", "powertrain/fp32")
 EXPERTS, PRECISIONS = ("eager", "grouped_mm", "batched_mm"), ("fp32", "autocast", "bf16")
 GPU_EXPERTS = ("sonicmoe", "deepgemm")
@@ -76,7 +76,7 @@ def _bench(options: argparse.Namespace) -> int:
         shapes = {named[0].partition("=")[2]: ()}
     measured = []
     for name, overrides in shapes.items():
-        shape = Shape(name, [*overrides, *options.overrides, *_RUN], options.steps)
+        shape = Shape(name, [*overrides, *options.overrides, *RUN], options.steps)
         measured.append(shape.measured(options.rounds))
         print(table(measured[-1]))
     if options.out is not None:

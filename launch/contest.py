@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -21,8 +22,14 @@ import torch
 from data.loader import Batches, num_windows, window
 from data.order import Order, Stage
 from data.tokens import TokenFile
+from train.balance import Balance
 from train.cli import composed
 from train.config import Config
+from train.engine import Engine
+from train.loop import train_step
+from train.loss import LanguageModelLoss
+from train.model import granite, mup
+from train.state import State
 
 PEAK_SECONDS = 1.5  # of products in each precision
 Clock = Callable[[float | None], None]  # called at the end of a step, with its loss
@@ -47,11 +54,13 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:  # better an error here than a machine out of memory
         resource.setrlimit(resource.RLIMIT_DATA, 2 * (psutil.virtual_memory().available,))
+    facts: dict[str, Any] = {}
     if what == "powertrain":
-        facts = train_ours(config, file, int(steps), clock)
+        facts["seconds_to_import"] = time.time() - psutil.Process().create_time()
+        facts["data_seconds"] = train_ours(config, file, int(steps), clock)
     else:
         _, experts, precision = what.split("/")
-        facts = train_theirs(config, file, int(steps), experts, precision, clock)
+        train_theirs(config, file, int(steps), experts, precision, clock)
     peak_memory = (
         torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
@@ -86,25 +95,18 @@ def peak(dtype: torch.dtype) -> float:
     return 2 * size**3 / sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
-def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0) -> dict[str, Any]:
-    """Our own loop, without a run's folder: nothing is logged, saved or evaluated.
+@dataclass
+class Ours:
+    """What a step of ours takes, without a run's folder."""
 
-    Args:
-        seen: tokens that the run has trained on before; a multiple of a step's.
+    engine: Engine
+    batches: Batches
+    balance: Balance
 
-    Returns:
-        seconds_to_import: from the start of the process until there was nothing to import.
-        data_seconds: of each step, waiting for its batch.
-    """
-    from train.balance import Balance
-    from train.engine import Engine
-    from train.loop import train_step
-    from train.loss import LanguageModelLoss
-    from train.model import granite, mup
-    from train.state import State
 
+def assemble(config: Config, file: TokenFile) -> Ours:
+    """A model with the weights that its run would begin with, and the file as its only corpus."""
     engine, length = Engine(config), config.data.sequence_length
-    imported = time.time() - psutil.Process().create_time()
     windows = {"synthetic": num_windows(file.num_tokens, length)}
     batches = Batches({"synthetic": file}, Order(0, (Stage(0, {"synthetic": 1.0}),), windows), length)
     with engine.building():
@@ -114,26 +116,33 @@ def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: 
     engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
     moe = config.model.model_type == "granitemoe"
     layers, experts = (config.model.num_hidden_layers, config.model.num_local_experts) if moe else (0, 0)
-    balance = Balance(config.balance, layers, experts, engine.reduce)
-    state = State(samples=seen // length, tokens=seen)
+    return Ours(engine, batches, Balance(config.balance, layers, experts, engine.reduce))
+
+
+def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0) -> list[float]:
+    """Our own loop: nothing is logged, saved or evaluated.
+
+    Args:
+        seen: tokens that the run has trained on before; a multiple of a step's.
+
+    Returns:
+        Seconds of each step spent waiting for its batch.
+    """
+    ours, state = assemble(config, file), State(samples=seen // config.data.sequence_length, tokens=seen)
     waited = []
     for _ in range(steps):
-        record = train_step(config, engine, batches, balance, state)
+        record = train_step(config, ours.engine, ours.batches, ours.balance, state)
         clock(record["lm_loss"])
         waited.append(record["data_seconds"])
-    return {"seconds_to_import": imported, "data_seconds": waited}
+    return waited
 
 
-def train_theirs(
-    config: Config, file: TokenFile, steps: int, experts: str, precision: str, clock: Clock
-) -> dict[str, Any]:
+def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, precision: str, clock: Clock) -> None:
     """transformers.Trainer with its defaults, on the same windows; `precision` is fp32, autocast or bf16.
 
     `autocast` is Trainer's bf16=True. `bf16` holds weights and moments in bf16: no float32 masters.
     """
     from transformers import GraniteForCausalLM, GraniteMoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    from train.model import granite
 
     class Clocked(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -172,7 +181,6 @@ def train_theirs(
             disable_tqdm=True,
         )
         Trainer(model=model, args=settings, train_dataset=Windows(), callbacks=[Clocked()]).train()
-    return {}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from data.loader import IGNORE_INDEX
 if TYPE_CHECKING:
     from train.model.granite import CausalLM
 
-_CHUNK_LOGITS = 1 << 24  # logits that exist at one time: 64 MiB in float32
+_CHUNK_LOGITS = 1 << 25  # logits that exist at one time: 128 MiB in float32
 _CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache
 
 

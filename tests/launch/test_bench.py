@@ -38,7 +38,7 @@ def test_everything_is_measured_and_written(
         bench.main(["--rounds", "2", "--steps", "2", "--out", str(out)])
     assert ended.value.code == 0
     (measured,) = json.loads(out.read_text())["shapes"]
-    config = composed([*TINY, *bench._RUN])
+    config = composed([*TINY, *bench.RUN])
     assert measured["flops_per_token"] == metrics.flops_per_token(config, metrics.parameters_of(config))
     assert "no_such_thing" in measured["tried"]["trainer/no_such_thing/fp32"]  # its error; the rest went on
     ours, theirs = measured["contenders"]
@@ -56,7 +56,7 @@ def test_everything_is_measured_and_written(
 
 
 def test_tokens_are_enough_and_hold_documents(tmp_path: Path) -> None:
-    bench.write_tokens(tmp_path / "tokens", composed([*TINY, *bench._RUN]), 20_000)
+    bench.write_tokens(tmp_path / "tokens", composed([*TINY, *bench.RUN]), 20_000)
     file = TokenFile(tmp_path / "tokens")
     assert file.num_tokens > 20_000 and 5 < file.num_documents < 60
     file.check(64)

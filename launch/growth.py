@@ -1,0 +1,175 @@
+"""How a step's cost grows: with tokens seen, the corpus, experts and layers. `python -m launch.growth FOLDER`
+
+Writes FOLDER/growth.json and growth.png. What is compared is measured in turn, round by round, in one process; a
+value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens over a sparse file.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data.loader import Batches, num_windows
+from data.order import Order, Stage
+from data.tokens import HEADER, MAGIC, VERSION, TokenFile
+from launch import bench
+from launch.contest import Ours, assemble
+from train.cli import composed
+from train.config import Config
+from train.loop import loss_terms, to_device, total_loss, train_step
+from train.state import State
+
+ROUNDS, STEPS = 5, 3
+DOCUMENT = 1_000_000  # tokens
+CORPORA = tuple(10**power for power in range(7, 14))  # tokens
+SEEN = (0, 10**9, 10**10, 10**11, 10**12, 9 * 10**12)  # tokens
+EXPERTS = (8, 16, 32, 64, 128)
+LAYERS = (2, 4, 8, 16)
+BASE = (*bench.SHAPES["hidden 256"], *bench.RUN)
+SMALL = (*BASE, "model.hidden_size=64", "model.intermediate_size=32", "model.num_hidden_layers=2")
+
+
+def main() -> None:
+    """Measure, write, and print."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = measured(Path(temporary))
+    (folder / "growth.json").write_text(json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n")
+    picture(found, folder / "growth.png")
+    for name, values in found.items():
+        print(name, {size: f"{1e3 * seconds:.2f} ms" for size, seconds in values.items()})
+
+
+def measured(folder: Path) -> dict[str, dict[int, float]]:
+    """Seconds: by tokens of the corpus to open it, to read a batch and for a step; by tokens seen for a step; by
+    experts and by layers for the forward and backward pass."""
+    corpora = {tokens: simulated_corpus(folder / str(tokens), tokens) for tokens in CORPORA}
+    largest = TokenFile(corpora[max(CORPORA)])
+    words = folder / "words"
+    bench.write_tokens(words, composed([*BASE]), 10 * 4096)
+    small = composed([*SMALL])
+    stepping = {tokens: Stepping(small, TokenFile(prefix)) for tokens, prefix in corpora.items()}
+    later = {seen: Stepping(small, largest, seen) for seen in SEEN}
+    return {
+        "opening a corpus, by its tokens": in_turn({n: opening(prefix) for n, prefix in corpora.items()}),
+        "a batch, by tokens of the corpus": in_turn({n: each.read for n, each in stepping.items()}),
+        "a step, by tokens of the corpus": in_turn({n: each.step for n, each in stepping.items()}),
+        "a step, by tokens seen": in_turn({n: each.step for n, each in later.items()}),
+        "forward and backward, by experts": in_turn(
+            {n: passing(composed([*BASE, f"model.num_local_experts={n}"]), TokenFile(words)) for n in EXPERTS}
+        ),
+        "forward and backward, by layers": in_turn(
+            {n: passing(composed([*BASE, f"model.num_hidden_layers={n}"]), TokenFile(words)) for n in LAYERS}
+        ),
+    }
+
+
+def in_turn(tasks: Mapping[int, Callable[[], float]]) -> dict[int, float]:
+    """The median of each task's seconds over the rounds; one round more, the first, is left out."""
+    rounds = [{size: task() for size, task in tasks.items()} for _ in range(ROUNDS + 1)][1:]
+    return {size: statistics.median(each[size] for each in rounds) for size in tasks}
+
+
+def simulated_corpus(prefix: Path, tokens: int) -> Path:
+    """A token file of zeros, a byte each, that takes no room but its index's."""
+    count = tokens // DOCUMENT
+    with open(f"{prefix}.idx", "wb") as index:
+        index.write(MAGIC + HEADER.pack(VERSION, 1, count, count + 1))
+        index.write(np.full(count, DOCUMENT, "<i4").tobytes())
+        index.write((np.arange(count, dtype="<i8") * DOCUMENT).tobytes())
+        index.write(np.arange(count + 1, dtype="<i8").tobytes())
+    with open(f"{prefix}.bin", "wb") as file:
+        file.truncate(count * DOCUMENT)
+    return prefix
+
+
+def opening(prefix: Path) -> Callable[[], float]:
+    """What a run does with a prepared corpus when it starts and when it goes on, up to its first batch."""
+
+    def task() -> float:
+        begin = time.perf_counter()
+        file = TokenFile(prefix)
+        file.fingerprint()
+        windows = {"corpus": num_windows(file.num_tokens, 4096)}
+        Batches({"corpus": file}, Order(0, (Stage(0, {"corpus": 1.0}),), windows), 4096).batch(0, 8)
+        return time.perf_counter() - begin
+
+    return task
+
+
+class Stepping:
+    """A run that has `seen` so many tokens; seconds of its steps, and of reading their batches."""
+
+    def __init__(self, config: Config, file: TokenFile, seen: int = 0) -> None:
+        self.config, self.ours = config, assemble(config, file)
+        length = config.data.sequence_length
+        self.state = State(samples=seen // length, tokens=seen // length * length)
+
+    def step(self) -> float:
+        seconds = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            train_step(self.config, self.ours.engine, self.ours.batches, self.ours.balance, self.state)
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
+
+    def read(self) -> float:
+        begin = time.perf_counter()
+        self.ours.batches.batch(self.state.samples, self.config.batch.sequences)
+        self.state.samples += self.config.batch.sequences
+        return time.perf_counter() - begin
+
+
+def passing(config: Config, file: TokenFile) -> Callable[[], float]:
+    """Forward and backward passes without an optimizer step, of a model that is made anew in each round."""
+
+    def task() -> float:
+        ours = assemble(config, file)
+        forward_backward(config, ours)
+        seconds = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            forward_backward(config, ours)
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds)
+
+    return task
+
+
+def forward_backward(config: Config, ours: Ours) -> None:
+    """Those of the first batch."""
+    ours.engine.optimizer.zero_grad()
+    sequences = config.batch.sequences
+    samples = to_device(ours.batches.batch(0, sequences), ours.engine.device)
+    outputs = ours.engine.forward(samples, last=True)
+    terms = loss_terms(outputs, ours.balance, outputs.targets, sequences * config.data.sequence_length)
+    ours.engine.backward(total_loss(terms, config.balance))
+
+
+def picture(found: dict[str, dict[int, float]], path: Path) -> None:
+    """One panel for each comparison; what should be flat is drawn over a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    for axis, (name, values) in zip(axes.flat, found.items(), strict=True):
+        sizes, milliseconds = [max(size, 1) for size in values], [1e3 * seconds for seconds in values.values()]
+        axis.plot(sizes, milliseconds, "o-")
+        axis.set(title=name, ylabel="ms", ylim=(0, 1.3 * max(milliseconds)))
+        if "layers" not in name:
+            axis.set_xscale("symlog" if "seen" in name else "log")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    main()
