@@ -61,8 +61,7 @@ class Balance:
             "dp": assignments,
             "micro": assignments,
         }[scope].double()
-        if counts.sum() == 0:
-            counts = counts + 1  # before the first batch: uniform
+        counts = counts + (counts.sum() == 0)  # before the first batch: uniform. An `if` would make a GPU wait
         frequency = (counts / counts.sum(dim=-1, keepdim=True)).float()
         if self.config.pool == "all":
             frequency = frequency.mean(dim=0, keepdim=True)

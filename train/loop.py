@@ -70,17 +70,17 @@ def train_step(
     targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)
 
     # ---- forward and backward; each micro-batch adds its part of the global mean
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for first in range(0, share, micro):
         last = first + micro >= share
         outputs = engine.forward({name: part[first : first + micro] for name, part in samples.items()}, last)
         terms = loss_terms(outputs, balance, targets, batch_tokens)
         engine.backward(faults.spoiled(total_loss(terms, config.balance), engine.rank, step))
-        sums += torch.stack(terms).detach().double().cpu()
+        sums += torch.stack(terms).detach().double()
 
     grad_norm, skipped = engine.step(lr)
     assignments = balance.end_step(skipped)
-    lm_loss, balance_loss, z_loss = terms = tuple(engine.reduce(sums))
+    lm_loss, balance_loss, z_loss = terms = tuple(engine.reduce(sums).cpu())
 
     record = {
         "step": step,

@@ -181,7 +181,8 @@ def _router_sums(routed: list[tuple[Tensor, Tensor]], like: Tensor) -> tuple[Ten
     assignments, probabilities, z = [], [], []
     for logits, chosen in routed:  # (tokens, E), (tokens, K)
         logits = logits.float()
-        assignments.append(torch.bincount(chosen.flatten(), minlength=logits.shape[1]))
+        ones = torch.ones_like(chosen).flatten()  # not bincount, which makes a GPU wait
+        assignments.append(ones.new_zeros(logits.shape[1]).scatter_add_(0, chosen.flatten(), ones))
         probabilities.append(torch.softmax(logits, dim=-1).sum(0))
         z.append(torch.logsumexp(logits, dim=-1).square().sum())
     return torch.stack(assignments), torch.stack(probabilities), torch.stack(z)
