@@ -32,7 +32,7 @@ import psutil
 
 from data.tokens import TokenWriter, dtype_for
 from train.cli import composed, guard
-from train.config import Config, RunFailed
+from train.config import Config, ConfigError, RunFailed
 
 _SHAPE = (
     "data.sequence_length=512",
@@ -63,14 +63,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="launch.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turn")
-    parser.add_argument("--steps", type=int, default=4, help="in a measurement, after the first, which is left out")
+    parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each, in turn")
+    parser.add_argument(
+        "--steps", type=_positive, default=4, help="in a measurement, after the first, which is left out"
+    )
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
     parser.add_argument("overrides", nargs="*", help="of the configuration")
     sys.exit(guard(lambda: _bench(parser.parse_intermixed_args(arguments))))
 
 
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
 def _bench(options: argparse.Namespace) -> int:
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise ConfigError(
+            f"--out is {options.out}, and {options.out.absolute().parent} is not a folder. Make it first."
+        )
     shapes: dict[str, tuple[str, ...]] = dict(SHAPES)
     if named := [override for override in options.overrides if override.startswith("+experiment=")]:
         shapes = {named[0].partition("=")[2]: ()}

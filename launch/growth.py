@@ -1,7 +1,10 @@
-"""How a step's cost grows: with tokens seen, the corpus, experts and layers. `python -m launch.growth FOLDER`
+"""How a step's cost grows: with tokens seen, the corpus, experts and layers.
+
+usage: python -m launch.growth FOLDER
 
 Writes FOLDER/growth.json and growth.png. What is compared is measured in turn, round by round, in one process; a
-value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens over a sparse file.
+value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens, and in place of
+their tokens the same few again and again, so that no disk is measured.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
@@ -26,7 +31,7 @@ from train.config import Config
 from train.loop import loss_terms, to_device, total_loss, train_step
 from train.state import State
 
-ROUNDS, STEPS = 5, 3
+ROUNDS, STEPS = 3, 3
 DOCUMENT = 1_000_000  # tokens
 CORPORA = tuple(10**power for power in range(7, 14))  # tokens
 SEEN = (0, 10**9, 10**10, 10**11, 10**12, 9 * 10**12)  # tokens
@@ -38,6 +43,9 @@ SMALL = (*BASE, "model.hidden_size=64", "model.intermediate_size=32", "model.num
 
 def main() -> None:
     """Measure, write, and print."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,12 +60,11 @@ def measured(folder: Path) -> dict[str, dict[int, float]]:
     """Seconds: by tokens of the corpus to open it, to read a batch and for a step; by tokens seen for a step; by
     experts and by layers for the forward and backward pass."""
     corpora = {tokens: simulated_corpus(folder / str(tokens), tokens) for tokens in CORPORA}
-    largest = TokenFile(corpora[max(CORPORA)])
     words = folder / "words"
     bench.write_tokens(words, composed([*BASE]), 10 * 4096)
     small = composed([*SMALL])
-    stepping = {tokens: Stepping(small, TokenFile(prefix)) for tokens, prefix in corpora.items()}
-    later = {seen: Stepping(small, largest, seen) for seen in SEEN}
+    stepping = {tokens: Stepping(small, filled(prefix, words)) for tokens, prefix in corpora.items()}
+    later = {seen: Stepping(small, filled(corpora[max(CORPORA)], words), seen) for seen in SEEN}
     return {
         "opening a corpus, by its tokens": in_turn({n: opening(prefix) for n, prefix in corpora.items()}),
         "a batch, by tokens of the corpus": in_turn({n: each.read for n, each in stepping.items()}),
@@ -89,6 +96,27 @@ def simulated_corpus(prefix: Path, tokens: int) -> Path:
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(count * DOCUMENT)
     return prefix
+
+
+class Repeated:
+    """The first `size` tokens of an endless repetition of `tokens`, as far as windows read it."""
+
+    def __init__(self, tokens: npt.NDArray[Any], size: int) -> None:
+        self.tokens, self.size = tokens, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> npt.NDArray[Any]:
+        return self.tokens[np.arange(part.start, part.stop) % len(self.tokens)]
+
+
+def filled(prefix: Path, words: Path) -> TokenFile:
+    """The simulated corpus with tokens of the file `words`."""
+    file: Any = TokenFile(prefix)
+    file.tokens = Repeated(TokenFile(words).tokens[: 10 * 4096], file.num_tokens)
+    found: TokenFile = file
+    return found
 
 
 def opening(prefix: Path) -> Callable[[], float]:

@@ -29,7 +29,7 @@ from data import DataError
 from train import optim
 from train.config import Config, ConfigError
 from train.loss import LanguageModelLoss, Outputs, logits_of
-from train.model import mup
+from train.model import granite, mup
 
 T = TypeVar("T")
 Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its elements [start, stop), flat
@@ -88,6 +88,7 @@ class Engine:
         self.kind = self._kind()
         self.sharded = self.kind.startswith("zero")
         self._check_launch()
+        granite.check_kernels(config, self.device)
         if self.sharded:
             self._configure_deepspeed()
         if self.device.type == "cpu":

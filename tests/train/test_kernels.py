@@ -1,11 +1,13 @@
 """Our kernels against the plain reference in float64: values and gradients, on inputs and routing that are shared."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
+from transformers import GraniteMoeConfig
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeExperts
 
 from train.model import experts
 
@@ -44,20 +46,22 @@ def routing(tokens: int, count: int, top_k: int, how: str) -> Tensor:
     return torch.stack([torch.randperm(count)[:top_k] for _ in range(tokens)])
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("name", ROUTINGS)
-def test_sorted_experts_equal_a_loop_over_tokens(name: str, dtype: torch.dtype) -> None:
+def check_experts(implementation: str, name: str, dtype: torch.dtype, device: str) -> None:
     tokens, hidden, intermediate, count, top_k, how = ROUTINGS[name]
     torch.manual_seed(0)
     chosen = routing(tokens, count, top_k, how)
     shapes = [(tokens, hidden), (tokens, top_k), (count, 2 * intermediate, hidden), (count, hidden, intermediate)]
     inputs = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
     grad = torch.randn(tokens, hidden, dtype=torch.float64).to(dtype)
+    config = GraniteMoeConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_local_experts=count, num_experts_per_tok=top_k
+    )
+    config._experts_implementation = implementation
+    module = GraniteMoeExperts(config).to(device, dtype)
 
-    def ours(rows: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-        replaced: Any = nn.Module()
-        replaced.gate_up_proj, replaced.down_proj = gate_up_proj, down_proj
-        return experts.sorted_experts(replaced, rows, chosen, weights)
+    def kernel(rows: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
+        parameters = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+        return functional_call(module, parameters, (rows, chosen.to(device), weights))
 
     def plain(rows: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
         outputs = []
@@ -70,11 +74,40 @@ def test_sorted_experts_equal_a_loop_over_tokens(name: str, dtype: torch.dtype) 
             outputs.append(sum(terms))
         return torch.stack(outputs)  # type: ignore[arg-type]
 
-    got = values_and_gradients(ours, inputs, grad)
+    got = values_and_gradients(kernel, [tensor.to(device) for tensor in inputs], grad.to(device))
     expected = values_and_gradients(plain, [tensor.double() for tensor in inputs], grad.double())
-    for name_of, ours_, theirs in zip(("output", "tokens", "weights", "gate_up", "down"), got, expected, strict=True):
-        assert ours_.dtype == dtype
-        assert relative(ours_, theirs) < BOUNDS[dtype], name_of
+    for what, ours, theirs in zip(("output", "tokens", "weights", "gate_up", "down"), got, expected, strict=True):
+        assert ours.dtype == dtype
+        assert relative(ours.cpu(), theirs) < BOUNDS[dtype], what
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_sorted_experts_equal_a_loop_over_tokens(name: str, dtype: torch.dtype) -> None:
+    check_experts("sorted", name, dtype, "cpu")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_so_do_those_of_transformers(name: str, implementation: str) -> None:
+    if (implementation, name) == ("grouped_mm", "odd sizes"):
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):  # which it says itself
+            check_experts(implementation, name, torch.float32, "cpu")
+        return
+    check_experts(implementation, name, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["sorted", "grouped_mm", "sonicmoe"])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_so_do_all_on_a_gpu(name: str, implementation: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if implementation == "sonicmoe":
+        pytest.importorskip("kernels")
+    if implementation != "sorted" and name == "odd sizes":
+        pytest.skip("its sizes have to be multiples of 16 bytes")
+    check_experts(implementation, name, torch.bfloat16, "cuda")
 
 
 def test_rows_come_in_few_sizes_with_little_filling() -> None:

@@ -10,7 +10,7 @@ from schedulers import WSD, Power
 from train import metrics
 from train.balance import Balance
 from train.cli import composed
-from train.config import BalanceConfig, Config
+from train.config import BalanceConfig, Config, ConfigError
 from train.loss import LanguageModelLoss
 from train.model import granite, mup
 
@@ -242,6 +242,34 @@ def test_auto_goes_by_the_device(
     monkeypatch.setattr(granite, "is_flash_attn_3_available", lambda: 3 in installed)
     assert granite.attention_implementation("auto", device, precision) == attention
     assert granite.experts_implementation("auto", device) == experts
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.attn_implementation=flash_attention_2", "needs a GPU and its package: the device is cpu"),
+        ("model.attn_implementation=flash_attention_3", "needs a GPU and its package: the device is cpu"),
+        ("model.attn_implementation=flex_attention", "no backward pass on a CPU"),
+        ("model.experts_implementation=sonicmoe", "model.experts_implementation is sonicmoe: "),
+        ("engine.torch_compile=true", "no-such-compiler is not on the path"),
+    ],
+)
+def test_kernels_that_are_not_there_are_refused(
+    small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    granite.check_kernels(small_config(), "cpu")
+    with pytest.raises(ConfigError, match=said):
+        granite.check_kernels(small_config(override), "cpu")
+
+
+def test_flash_attention_in_float32_is_refused(
+    small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(granite, "is_flash_attn_2_available", lambda: True)
+    config = small_config("model.attn_implementation=flash_attention_2", "precision=fp32")
+    with pytest.raises(ConfigError, match="no kernels for precision=fp32"):
+        granite.check_kernels(config, "cuda")
 
 
 @pytest.mark.parametrize("implementation", ["sorted", "grouped_mm", "batched_mm"])

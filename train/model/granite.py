@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from train.config import ConfigError
 from train.model import experts, mup
 
 if TYPE_CHECKING:
@@ -71,6 +75,40 @@ def implementations(config: Config, device: torch.device | str) -> dict[str, str
     if config.model.model_type == "granitemoe":
         chosen["experts_implementation"] = experts_implementation(config.model.experts_implementation, device)
     return chosen
+
+
+def check_kernels(config: Config, device: torch.device | str) -> None:
+    """Raises ConfigError: kernels that were named, or a compiler, that are not there."""
+    chosen = implementations(config, device)
+    attention = chosen["attn_implementation"]
+    installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if attention in installed and not (_on_gpu(device) and installed[attention]()):
+        raise ConfigError(
+            f"model.attn_implementation is {attention}, which needs a GPU and its package: the device is "
+            f"{torch.device(device).type}, and the package was {'found' if installed[attention]() else 'not found'}. "
+            "Install it, or leave the choice to `auto`."
+        )
+    if attention in installed and config.precision != "bf16":
+        raise ConfigError(
+            f"model.attn_implementation is {attention}, which has no kernels for precision={config.precision}. Train "
+            "with precision=bf16, or leave the choice to `auto`."
+        )
+    if attention == "flex_attention" and not _on_gpu(device):
+        raise ConfigError(
+            "model.attn_implementation is flex_attention, which has no backward pass on a CPU. Leave the choice to "
+            "`auto`, or name sdpa."
+        )
+    if chosen.get("experts_implementation") == "sonicmoe":
+        try:
+            is_sonicmoe_loadable(raise_error=True)
+        except ImportError as error:
+            raise ConfigError(f"model.experts_implementation is sonicmoe: {error}") from error
+    compiler = os.environ.get("CXX", "g++")
+    if config.engine.torch_compile and not _on_gpu(device) and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"engine.torch_compile needs a C++ compiler where there is no GPU, and {compiler} is not on the path. "
+            "Install it, name another one in the environment variable CXX, or leave engine.torch_compile at false."
+        )
 
 
 def attention_implementation(name: str, device: torch.device | str, precision: str) -> str:
