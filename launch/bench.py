@@ -20,10 +20,12 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import psutil
 
 from data.tokens import TokenWriter, dtype_for
 from train.cli import composed, guard
-from train.config import Config, ConfigError, RunFailed
+from train.config import Config, RunFailed, check_batch
 
 _SHAPE = (
     "data.sequence_length=512",
@@ -68,6 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--steps", type=_positive, default=4, help="in a measurement, after the first, which is left out"
     )
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
+    parser.add_argument(
+        "--config-dir",
+        type=lambda folder: ("--config-dir", folder),
+        default=(),
+        metavar="DIR",
+        help="look for configs in DIR, too",
+    )
     parser.add_argument("overrides", nargs="*", help="of the configuration")
     sys.exit(guard(lambda: _bench(parser.parse_intermixed_args(arguments))))
 
@@ -79,20 +88,18 @@ def _positive(text: str) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--out is {options.out}, and {options.out.absolute().parent} is not a folder. Make it first."
-        )
+    if options.out is not None:
+        options.out.open("a").close()  # an error here, not after all measurements
     shapes: dict[str, tuple[str, ...]] = dict(SHAPES)
     if named := [override for override in options.overrides if override.startswith("+experiment=")]:
         shapes = {named[0].partition("=")[2]: ()}
     measured = []
     for name, overrides in shapes.items():
-        shape = Shape(name, [*overrides, *options.overrides, *RUN], options.steps)
+        shape = Shape(name, [*options.config_dir, *overrides, *options.overrides, *RUN], options.steps)
         measured.append(shape.measured(options.rounds))
         print(table(measured[-1]))
-    if options.out is not None:
-        options.out.write_text(json.dumps({"hardware": hardware(), "shapes": measured}, indent=1) + "\n")
+        if options.out is not None:
+            options.out.write_text(json.dumps({"hardware": hardware(), "shapes": measured}, indent=1) + "\n")
     return 0
 
 
@@ -102,6 +109,7 @@ class Shape:
     def __init__(self, name: str, overrides: list[str], steps: int) -> None:
         self.name, self.overrides, self.steps = name, overrides, steps
         self.config = composed(overrides)
+        check_batch(self.config, 1)
         self.tokens_a_step = self.config.batch.sequences * self.config.data.sequence_length
         self.busy: list[float] = []
 
@@ -123,9 +131,9 @@ class Shape:
             peaks: list[dict[str, float]] = []
             runs: dict[str, list[dict[str, Any]]] = {what: [] for what in best}
             for _ in range(rounds):
-                peaks.append(self._run("peak"))
+                peaks.append(_done("peak", self._run("peak")))
                 for what in best:
-                    runs[what].append(self._measure(what, tokens, self.steps))
+                    runs[what].append(_done(what, self._measure(what, tokens, self.steps)))
         peak = {dtype: statistics.median(each[dtype] for each in peaks) for dtype in peaks[0]}
         fastest = max(peak.values())
         contenders = {what: self._summary(of, flops / fastest) for what, of in runs.items()}
@@ -161,8 +169,11 @@ class Shape:
 
     def _run(self, *arguments: str) -> dict[str, Any]:
         self.busy.append(psutil.cpu_percent(interval=1.0) / 100)
-        command = [sys.executable, "-m", "launch.contest", *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "launch.contest", str(time.time()), *arguments]
+        one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | one_gpu)
+        if ended.returncode < 0:
+            return {"error": f"killed by {signal.Signals(-ended.returncode).name}"}
         if ended.returncode:
             last = (ended.stderr.strip() or f"exit status {ended.returncode}").splitlines()[-1]
             return {"error": last}
@@ -184,6 +195,12 @@ class Shape:
             "peak_memory": statistics.median(run["peak_memory"] for run in runs),
             "seconds_to_first_step": statistics.median(run["seconds_to_first_step"] for run in runs),
         }
+
+
+def _done(what: str, run: dict[str, Any]) -> dict[str, Any]:
+    if "error" in run:
+        raise RunFailed(f"{what} had been measured before and now failed: {run['error']}")
+    return run
 
 
 def spread(values: list[float]) -> dict[str, float]:

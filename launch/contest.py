@@ -1,13 +1,16 @@
-"""One measurement of launch.bench, in a process of its own: `python -m launch.contest WHAT TOKENS STEPS [overrides]`.
+"""One measurement of launch.bench, in a process of its own.
 
-WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`: transformers.Trainer on the same model and tokens.
-Prints one JSON object on the last line.
+usage: python -m launch.contest BEGIN WHAT [TOKENS STEPS [overrides]]
+
+BEGIN is the time at which it was started. WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`:
+transformers.Trainer on the same model and tokens. Prints one JSON object on the last line.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -37,10 +40,13 @@ Clock = Callable[[float | None], None]  # called at the end of a step, with its 
 
 def main() -> None:
     """Measure, and print."""
-    if sys.argv[1] == "peak":
+    # The same number for all, whatever the environment says.
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    begin, arguments = float(sys.argv[1]), sys.argv[2:]
+    if arguments == ["peak"]:
         print(json.dumps({"float32": peak(torch.float32), "bfloat16": peak(torch.bfloat16)}))
         return
-    what, tokens, steps, *overrides = sys.argv[1:]
+    what, tokens, steps, *overrides = arguments
     config, file = composed(overrides), TokenFile(tokens)
     ends: list[float] = []
     losses: list[float | None] = []
@@ -56,7 +62,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, 2 * (psutil.virtual_memory().available,))
     facts: dict[str, Any] = {}
     if what == "powertrain":
-        facts["seconds_to_import"] = time.time() - psutil.Process().create_time()
+        facts["seconds_to_import"] = time.time() - begin
         facts["data_seconds"] = train_ours(config, file, int(steps), clock)
     else:
         _, experts, precision = what.split("/")
@@ -69,7 +75,8 @@ def main() -> None:
         json.dumps(
             {
                 "seconds": seconds,  # of each step but the first
-                "seconds_to_first_step": ends[0] - psutil.Process().create_time(),
+                "seconds_to_first_step": ends[0] - begin,
+                "threads": torch.get_num_threads(),
                 "peak_memory": peak_memory,  # bytes, of the GPU where there is one
                 "losses": losses,
                 **facts,
@@ -171,6 +178,7 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
             per_device_train_batch_size=config.batch.micro_sequences,
             gradient_accumulation_steps=config.batch.sequences // config.batch.micro_sequences,
             bf16=precision == "autocast",
+            torch_compile=config.engine.torch_compile,
             gradient_checkpointing=config.engine.activation_checkpointing,
             learning_rate=1e-4,
             use_cpu=not torch.cuda.is_available(),

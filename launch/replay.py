@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
     how = (
         "bit for bit"
         if same_machine
-        else f"to {TOLERANCE[config.precision]}, with other ranks, threads or hardware than the run's"
+        else f"to {TOLERANCE[config.precision]}, with other ranks, threads, kernels or hardware than the run's"
     )
     print(f"PASS: steps {first} to {last} give the same tokens, samples and rates, and the same losses {how}.")
     return 0

@@ -72,5 +72,5 @@ class Balance:
         counts = self._current if self.config.scope in ("accumulated", "dp") else self.reduce(self._current)
         self._current = torch.zeros_like(counts)
         if not skipped:
-            self.previous = counts.cpu()
+            self.previous = counts
         return counts

@@ -255,7 +255,9 @@ class Engine:
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """(B, S, V) float32, by the forward pass that trains. Collective: the same `input_ids` on every rank."""
-        return logits_of(self.module, input_ids.to(self.device))
+        # Compiled layers round elsewhere than those of an exported model, which it will be compared with.
+        with torch.compiler.set_stance("force_eager"):
+            return logits_of(self.module, input_ids.to(self.device))
 
     def learning_rates(self) -> dict[str, float]:
         """The rate of each group in the last step."""

@@ -222,10 +222,14 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def hardware(engine: Engine) -> dict[str, Any]:
-    """What decides the last bits of a sum: device, ranks and threads."""
+    """What decides the last bits of a sum: kernels, device, ranks and threads."""
     import torch
 
+    from train.model import granite
+
+    kernels = list(granite.implementations(engine.config, engine.device).values())
     return {
+        "kernels": kernels + ["compiled"] * engine.config.engine.torch_compile,
         "device": _device_name(engine.device),
         "ranks": engine.world_size,
         "threads": torch.get_num_threads(),

@@ -64,8 +64,10 @@ def train_step(
     share = sequences // engine.world_size
     samples = to_device(batches.batch(state.samples + engine.rank * share, share), engine.device)
     data_seconds = time.perf_counter() - start
-    if engine.device.type != "cpu":  # whose threads wait for each other when a reader takes a core from one
-        upcoming = config.batch_at(state.tokens - config.run.tokens_seen + sequences * length) // engine.world_size
+    after = state.tokens + sequences * length
+    # Not on a CPU, whose threads wait for each other when a reader takes a core from one.
+    if engine.device.type != "cpu" and after < config.end_tokens:
+        upcoming = config.batch_at(after - config.run.tokens_seen) // engine.world_size
         batches.prefetch(state.samples + sequences + engine.rank * upcoming, upcoming)
     batch_tokens = sequences * length
     targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from train.model.granite import CausalLM
 
 _CHUNK_LOGITS = 1 << 25  # logits that exist at one time: 128 MiB in float32
-_CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache
+_CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache. No fewer than 128 rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -25,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         vocabulary = weight.shape[0]
         chunk = max(1, _CHUNK_LOGITS // vocabulary)
-        piece = max(1, _CACHED_LOGITS // vocabulary) if hidden.device.type == "cpu" else chunk
+        piece = max(128, _CACHED_LOGITS // vocabulary) if hidden.device.type == "cpu" else chunk
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.zeros_like(hidden) if needs_gradient else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
@@ -114,6 +114,7 @@ class LanguageModelLoss(nn.Module):
             if type(module).__name__ == "GraniteMoeTopKRouter":
                 module.register_forward_hook(self._record)
 
+    @torch.compiler.disable  # or every layer would be compiled anew, for its place in the list
     def _record(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         # None outside `forward`: recomputation in the backward pass must not count a token twice.
         if self._routed is not None:

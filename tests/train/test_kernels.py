@@ -110,6 +110,17 @@ def test_so_do_all_on_a_gpu(name: str, implementation: str) -> None:
     check_experts(implementation, name, torch.bfloat16, "cuda")
 
 
+def test_an_expert_that_a_token_does_not_use_is_not_spoiled_by_it() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 8)
+    hidden[0] = 1e25  # it overflows in every expert: silu(gate) · up
+    weights, chosen = torch.ones(6, 1), torch.tensor([[0], [1], [1], [1], [1], [1]])
+    gate_up, down = torch.randn(2, 8, 8).requires_grad_(), torch.randn(2, 8, 4).requires_grad_()
+    experts._SortedExperts.apply(hidden, chosen, weights, gate_up, down)[1:].sum().backward()
+    assert gate_up.grad is not None and down.grad is not None
+    assert gate_up.grad[1].isfinite().all() and down.grad[1].isfinite().all()
+
+
 def test_rows_come_in_few_sizes_with_little_filling() -> None:
     counts = range(1, 1 << 16)
     sizes = [experts._filled(count) for count in counts]

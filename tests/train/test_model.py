@@ -242,6 +242,8 @@ def test_auto_goes_by_the_device(
     monkeypatch.setattr(granite, "is_flash_attn_3_available", lambda: 3 in installed)
     assert granite.attention_implementation("auto", device, precision) == attention
     assert granite.experts_implementation("auto", device) == experts
+    with_dropout = granite.attention_implementation("auto", device, precision, 0.1)
+    assert with_dropout == attention.replace("3", "2")
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ class _SortedExperts(torch.autograd.Function):
         ctx: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> Tensor:
         width = down_proj.shape[2]  # I
-        place, counts = _sorted_by_expert(chosen, len(gate_up_proj))
-        token = place.new_zeros(sum(counts))  # of each row
+        place, counts, sizes = _sorted_by_expert(chosen, len(gate_up_proj))
+        token = place.new_zeros(sum(sizes))  # of each row
         token[place] = torch.arange(len(hidden), device=hidden.device)[:, None]
         row_weights = weights.new_zeros(len(token))
         row_weights[place] = weights
@@ -41,14 +41,15 @@ class _SortedExperts(torch.autograd.Function):
 
         gate_up = hidden.new_empty(len(token), 2 * width)
         outputs = hidden.new_empty(len(token), hidden.shape[1])
-        rows, activations = _scratch(hidden, counts, hidden.shape[1], width)
-        for expert, of, (x, a) in _each(counts, rows, activations):
+        scratch = _scratch(hidden, sizes, hidden.shape[1], width)
+        for expert, of, (x, a) in _each(sizes, *scratch):
             torch.index_select(hidden, 0, token[of], out=x)
+            x[counts[expert] :] = 0  # a filling row's activations may overflow, and 0 times that is not 0
             gate, up = torch.mm(x, gate_up_proj[expert].T, out=gate_up[of]).chunk(2, dim=-1)
             aten.silu.out(gate, out=a).mul_(up).mul_(row_weights[of])
             torch.mm(a, down_proj[expert].T, out=outputs[of])
         ctx.save_for_backward(hidden, gate_up_proj, down_proj, place, token, row_weights, gate_up)
-        ctx.counts = counts
+        ctx.sizes = sizes
         return _sums_of_rows(outputs, place)
 
     @staticmethod
@@ -59,8 +60,8 @@ class _SortedExperts(torch.autograd.Function):
         # Summed in float32 (or better), whatever the type.
         weights_grad = row_weights.new_empty(len(token), dtype=torch.promote_types(row_weights.dtype, torch.float32))
         gate_up_proj_grad, down_proj_grad = torch.zeros_like(gate_up_proj), torch.zeros_like(down_proj)
-        scratch = _scratch(hidden, ctx.counts, size, size, width, width, width, 2 * width)
-        for expert, of, (x, y_grad, a, b, a_grad, gate_up_grad) in _each(ctx.counts, *scratch):
+        scratch = _scratch(hidden, ctx.sizes, size, size, width, width, width, 2 * width)
+        for expert, of, (x, y_grad, a, b, a_grad, gate_up_grad) in _each(ctx.sizes, *scratch):
             gate, up = gate_up[of].chunk(2, dim=-1)
             gate_grad, up_grad = gate_up_grad.chunk(2, dim=-1)
             torch.index_select(hidden, 0, token[of], out=x)
@@ -78,20 +79,20 @@ class _SortedExperts(torch.autograd.Function):
         return hidden_grad, None, weights_grad, gate_up_proj_grad, down_proj_grad
 
 
-def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Where the row of each assignment lies, (T, K), and how many rows each expert has.
+def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
+    """Where the row of each assignment lies, (T, K), how many each expert has, and how many rows with filling.
 
     Rows are in the order of experts, then of tokens, then filling.
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts)
-    filled = [_filled(count) for count in counts.tolist()]
-    filling = torch.tensor(filled, device=counts.device) - counts
+    sizes = [_filled(count) for count in counts.tolist()]
+    filling = torch.tensor(sizes, device=counts.device) - counts
     ahead = filling.cumsum(0) - filling  # rows of filling ahead of each expert
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) + ahead[flat[order]]
-    return place.view_as(chosen), filled
+    return place.view_as(chosen), counts.tolist(), sizes
 
 
 def _filled(count: int) -> int:
@@ -100,18 +101,18 @@ def _filled(count: int) -> int:
     return -(-count // step) * step
 
 
-def _scratch(like: Tensor, counts: list[int], *widths: int) -> list[Tensor]:
+def _scratch(like: Tensor, sizes: list[int], *widths: int) -> list[Tensor]:
     """Room for the rows of any one expert, in each of the widths."""
-    return [like.new_empty(max(counts), width) for width in widths]
+    return [like.new_empty(max(sizes), width) for width in widths]
 
 
-def _each(counts: list[int], *scratch: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
+def _each(sizes: list[int], *scratch: Tensor) -> Iterator[tuple[int, slice, list[Tensor]]]:
     """(expert, its rows, scratch for them), for those that have any."""
     start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count), [room[:count] for room in scratch]
-        start += count
+    for expert, size in enumerate(sizes):
+        if size:
+            yield expert, slice(start, start + size), [room[:size] for room in scratch]
+        start += size
 
 
 def _sums_of_rows(rows: Tensor, place: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
 
 def implementations(config: Config, device: torch.device | str) -> dict[str, str]:
     """Transformers' keywords for the kernels of the run's model on `device`."""
-    attention = attention_implementation(config.model.attn_implementation, device, config.precision)
+    model = config.model
+    attention = attention_implementation(model.attn_implementation, device, config.precision, model.attention_dropout)
     chosen = {"attn_implementation": attention}
     if config.model.model_type == "granitemoe":
         chosen["experts_implementation"] = experts_implementation(config.model.experts_implementation, device)
@@ -93,6 +94,11 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
             f"model.attn_implementation is {attention}, which has no kernels for precision={config.precision}. Train "
             "with precision=bf16, or leave the choice to `auto`."
         )
+    if attention == "flash_attention_3" and config.model.attention_dropout:
+        raise ConfigError(
+            f"model.attention_dropout is {config.model.attention_dropout}, which FlashAttention 3 would leave out. "
+            "Name flash_attention_2 or sdpa, or leave the choice to `auto`."
+        )
     if attention == "flex_attention" and not _on_gpu(device):
         raise ConfigError(
             "model.attn_implementation is flex_attention, which has no backward pass on a CPU. Leave the choice to "
@@ -111,12 +117,12 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
         )
 
 
-def attention_implementation(name: str, device: torch.device | str, precision: str) -> str:
+def attention_implementation(name: str, device: torch.device | str, precision: str, dropout: float = 0.0) -> str:
     """`auto`: FlashAttention in bf16 where there is a GPU and the package, else PyTorch's fused attention."""
     if name != "auto":
         return name
     if precision == "bf16" and _on_gpu(device):  # it has no float32 kernels
-        if is_flash_attn_3_available():
+        if is_flash_attn_3_available() and not dropout:  # which it would leave out
             return "flash_attention_3"
         if is_flash_attn_2_available():
             return "flash_attention_2"
