@@ -2,11 +2,11 @@
 
 usage: python -m launch.bench [--rounds N] [--steps N] [--out FILE] [+experiment=NAME] [KEY=VALUE …]
 
-Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, 32 experts top-8 of 128, vocabulary
-8192, 8 × 512 tokens a step, and one twice as wide. First everything is tried once: our precisions, and Trainer with
-each of its expert implementations and precisions. Then the best of each is measured in turn with the machine's
-matrix products, round by round, each time in a new process. Our batches hold documents, which attention keeps apart;
-Trainer sees the same tokens without.
+Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, top-8 of 32 experts that are 128 wide,
+vocabulary 8192, 8 × 512 tokens a step, and one twice as wide; on two cores that takes a quarter of an hour. First
+everything is tried once: our precisions, and Trainer with each of its expert implementations and precisions. Then the
+best of each is measured in turn with the machine's matrix products, round by round, each time in a new process with a
+thread for each core. Our batches hold documents, which attention keeps apart; Trainer sees the same tokens without.
 
 examples:
   python -m launch.bench
@@ -95,7 +95,10 @@ def _bench(options: argparse.Namespace) -> int:
         shapes = {named[0].partition("=")[2]: ()}
     measured = []
     for name, overrides in shapes.items():
-        shape = Shape(name, [*options.config_dir, *overrides, *options.overrides, *RUN], options.steps)
+        own = [override for override in options.overrides if override not in named]
+        shape = Shape(
+            " ".join([name, *own]), [*options.config_dir, *overrides, *options.overrides, *RUN], options.steps
+        )
         measured.append(shape.measured(options.rounds))
         print(table(measured[-1]))
         if options.out is not None:
@@ -168,6 +171,7 @@ class Shape:
         return measured
 
     def _run(self, *arguments: str) -> dict[str, Any]:
+        print(f"{self.name}: {arguments[0]} …", file=sys.stderr)
         self.busy.append(psutil.cpu_percent(interval=1.0) / 100)
         command = [sys.executable, "-m", "launch.contest", str(time.time()), *arguments]
         one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}

@@ -227,9 +227,8 @@ def hardware(engine: Engine) -> dict[str, Any]:
 
     from train.model import granite
 
-    kernels = list(granite.implementations(engine.config, engine.device).values())
     return {
-        "kernels": kernels + ["compiled"] * engine.config.engine.torch_compile,
+        "kernels": granite.kernels(engine.config, engine.device),
         "device": _device_name(engine.device),
         "ranks": engine.world_size,
         "threads": torch.get_num_threads(),

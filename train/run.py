@@ -223,7 +223,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     say(
         f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the embedding, "
         f"m_width {mup.width_multiplier(config):g}, {config.precision}, {engine.kind} on {engine.world_size} × "
-        f"{engine.device.type}, {', '.join(granite.implementations(config, engine.device).values())}"
+        f"{engine.device.type}, {', '.join(granite.kernels(config, engine.device))}"
     )
 
     # ---- progress

@@ -78,6 +78,11 @@ def implementations(config: Config, device: torch.device | str) -> dict[str, str
     return chosen
 
 
+def kernels(config: Config, device: torch.device | str) -> list[str]:
+    """What a person is told of them."""
+    return [*implementations(config, device).values(), *(["compiled"] if config.engine.torch_compile else [])]
+
+
 def check_kernels(config: Config, device: torch.device | str) -> None:
     """Raises ConfigError: kernels that were named, or a compiler, that are not there."""
     chosen = implementations(config, device)
@@ -87,7 +92,7 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
         raise ConfigError(
             f"model.attn_implementation is {attention}, which needs a GPU and its package: the device is "
             f"{torch.device(device).type}, and the package was {'found' if installed[attention]() else 'not found'}. "
-            "Install it, or leave the choice to `auto`."
+            "Leave the choice to `auto`, or see to both."
         )
     if attention in installed and config.precision != "bf16":
         raise ConfigError(
