@@ -161,7 +161,9 @@ def test_fault_06_a_full_disk_on_one_rank(tiny: Overrides, tmp_path: Path) -> No
 def test_fault_07_a_signal_to_the_launcher(
     tiny: Overrides, tmp_path: Path, engine: str, number: signal.Signals
 ) -> None:
-    longer, ranks = ("run.tokens=12800", *SETTINGS, "checkpoint.every=40"), 1 if engine == "launched" else 2
+    # Alone, steps are short: there have to be enough left for the signal to find one.
+    ranks, steps = (1, 400) if engine == "launched" else (2, 50)
+    longer = (f"run.tokens={256 * steps}", *SETTINGS, "checkpoint.every=40")
     succeed(launch(tiny("run.name=whole", *longer), ranks=ranks, engine=engine))
     process = start(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine)
     wait_for_step(tmp_path / "stopped", 5, process)
@@ -170,9 +172,9 @@ def test_fault_07_a_signal_to_the_launcher(
     ended = json.loads((tmp_path / "stopped/exit.json").read_text())
     assert ended["code"] == 0 and ended["reason"] in ("SIGTERM", number.name)  # launchers may pass on either
     newest = checkpoint.newest_valid(tmp_path / "stopped/checkpoints")
-    assert newest is not None and checkpoint.step_of(newest) == ended["step"] < 50
+    assert newest is not None and checkpoint.step_of(newest) == ended["step"] < steps
     succeed(launch(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine))
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 50)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", steps)
 
 
 def test_fault_07_a_stop_while_the_run_is_starting(
