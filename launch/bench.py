@@ -35,6 +35,7 @@ import psutil
 from data.tokens import TokenWriter, dtype_for
 from train.cli import composed, guard
 from train.config import Config, RunFailed, check_batch
+from train.environment import available_cores
 
 _SHAPE = (
     "data.sequence_length=512",
@@ -234,7 +235,7 @@ def hardware() -> dict[str, Any]:
 
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "memory": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from train.balance import Balance
 from train.cli import composed
 from train.config import Config
 from train.engine import Engine
+from train.environment import available_cores
 from train.loop import train_step
 from train.loss import LanguageModelLoss
 from train.model import granite, mup
@@ -41,7 +41,7 @@ Clock = Callable[[float | None], None]  # called at the end of a step, with its 
 def main() -> None:
     """Measure, and print."""
     # The same number for all, whatever the environment says.
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(available_cores())
     begin, arguments = float(sys.argv[1]), sys.argv[2:]
     if arguments == ["peak"]:
         print(json.dumps({"float32": peak(torch.float32), "bfloat16": peak(torch.bfloat16)}))

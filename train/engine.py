@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data import DataError
-from train import optim
+from train import environment, optim
 from train.config import Config, ConfigError
 from train.loss import LanguageModelLoss, Outputs, logits_of
 from train.model import granite, mup
@@ -96,8 +96,7 @@ class Engine:
         if self.device.type == "cpu" or self._offloads():
             # accelerate launch leaves one thread to a process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(config.threads or max(1, cores // local))
+            torch.set_num_threads(config.threads or max(1, environment.available_cores() // local))
 
     def _offloads(self) -> bool:
         if not self.sharded:

@@ -221,6 +221,11 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware(engine: Engine) -> dict[str, Any]:
     """What decides the last bits of a sum: kernels, device, ranks and threads."""
     import torch

@@ -85,14 +85,14 @@ def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[in
     Rows are in the order of experts, then of tokens, then filling.
     """
     flat = chosen.flatten()
-    counts = torch.bincount(flat, minlength=num_experts)
-    sizes = [_filled(count) for count in counts.tolist()]
-    filling = torch.tensor(sizes, device=counts.device) - counts
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    sizes = [_filled(count) for count in counts]
+    filling = torch.tensor([size - count for size, count in zip(sizes, counts, strict=True)], device=flat.device)
     ahead = filling.cumsum(0) - filling  # rows of filling ahead of each expert
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) + ahead[flat[order]]
-    return place.view_as(chosen), counts.tolist(), sizes
+    return place.view_as(chosen), counts, sizes
 
 
 def _filled(count: int) -> int:
