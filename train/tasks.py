@@ -6,7 +6,9 @@ Importing this raises ConfigError where lm-eval is not installed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,12 +37,14 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from train.config import Config
     from train.engine import Engine
+    from train.state import State
 
 # The benchmarks of tables 5 to 7 of arXiv 2408.13359. Table 5 compares 1B models without examples in the prompt, and
-# adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. The numbers of
-# examples are those of the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH), which name
-# lm-eval, acc_norm and, for BoolQ, acc. Their HumanEval and MBPP were run by bigcode-eval: lm-eval's are not the same.
+# adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. How many
+# examples a prompt has is told by the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH), which
+# name lm-eval, acc_norm and, for BoolQ, acc. Their HumanEval and MBPP are bigcode-eval's: lm-eval's are not the same.
 # That "ARC" is the mean of both halves, and MATH lm-eval's minerva_math, is our reading; neither source says.
 _SIX = ("arc", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 PRESETS = {
@@ -68,7 +72,7 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: a task that does not exist, or whose dataset or code is not there.
     """
-    manager = TaskManager()
+    manager = _manager()
     names = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
     known = {*manager.all_tasks, "arc"}
     for name in names:
@@ -87,7 +91,7 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
             try:
                 found = manager.load(_arc(manager) if name == "arc" else name)
             except Exception as error:  # the hub's, the dataset's, or a task's own code: whatever it raises
-                failures[name] = str(error).partition("\n")[0] or type(error).__name__
+                failures[name] = str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
                 continue
             for task in found["tasks"].values():
                 if task.get_config("num_fewshot") is None:
@@ -99,9 +103,15 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
         left = [name for name in names if name not in failures]
         raise ConfigError(
             f"Not all tasks can be scored here. {'; '.join(f'{name}: {why}' for name, why in failures.items())}. "
-            + (f"To leave them out name the others: {' '.join(left)}." if left else "")
+            + (f"To leave them out name the others: {' '.join(left)}. " if left else "")
+            + ("" if data else "Their datasets come from the hub unless a folder of them is given.")
         )
     return loaded
+
+
+@functools.cache
+def _manager() -> TaskManager:
+    return TaskManager()  # reads thousands of small files
 
 
 def _arc(manager: TaskManager) -> Group:
@@ -163,7 +173,11 @@ class Scorer(HFLM):
         training = model.training
         # Contexts that requests share would make the number of batches differ between ranks.
         super().__init__(
-            model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32", logits_cache=engine is None
+            model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            softmax_dtype="float32",
+            logits_cache=engine is None,
         )
         model.train(training)
         self.engine = engine
@@ -256,6 +270,39 @@ def _random_choice(task: Any, limit: int | None) -> float | None:
         return None
     documents = task.doc_iterator(rank=0, limit=limit, world_size=1)
     return float(np.mean([1 / len(task.doc_to_choice(document)) for _, document in documents]))
+
+
+class Benchmarks:
+    """The tasks of a run (`evaluation.tasks`), loaded before it begins and scored with the model in memory."""
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        """Collective.
+
+        Raises:
+            ConfigError: a task that cannot be loaded, or that a run cannot score.
+        """
+        self.config, self.engine = config, engine
+        names, data = config.evaluation.tasks, config.evaluation.data
+        first: list[dict[str, Any]] = []
+        # The others find in the cache what the first one has downloaded.
+        engine.first_rank_decides(lambda: first.append(load(names, Path(data) if data else None)))
+        self.loaded = first[0] if first else load(names, Path(data) if data else None)
+        if writing := [name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]:
+            raise ConfigError(
+                f"evaluation.tasks: {', '.join(writing)} have the model write text, which a run does not wait for. "
+                "Leave them out here; `python -m launch.evaluate` scores them on the exported model."
+            )
+        if taken := {*self.loaded["tasks"], *self.loaded["groups"]} & {*config.data.corpora, "overall"}:
+            raise ConfigError(f"evaluation.tasks: '{min(taken)}' is also a corpus of this run; name that otherwise.")
+
+    def evaluate(self, tokenizer: Any, state: State) -> list[dict[str, Any]]:
+        """Lines for evals.jsonl, a group as one. Collective; touches nothing that is trained, and no random state."""
+        scorer = Scorer(self.engine.model, tokenizer, self.config.batch.micro_sequences, self.engine)
+        return [
+            {"step": state.step, "tokens": state.tokens, "corpus": line.pop("task"), **line}
+            for line in score(scorer, self.loaded, self.config.evaluation.limit)
+            if line.pop("group") is None
+        ]
 
 
 @contextlib.contextmanager
