@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 # The benchmarks of tables 5 to 7 of arXiv 2408.13359. Table 5 compares 1B models without examples in the prompt, and
 # adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. How many
-# examples a prompt has is told by the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH), which
-# name lm-eval, acc_norm and, for BoolQ, acc. Their HumanEval and MBPP are bigcode-eval's: lm-eval's are not the same.
+# examples a prompt has is told by the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH),
+# which name lm-eval, acc_norm and, for BoolQ, acc. Their HumanEval and MBPP are bigcode-eval's; lm-eval's differ.
 # That "ARC" is the mean of both halves, and MATH lm-eval's minerva_math, is our reading; neither source says.
 _SIX = ("arc", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 PRESETS = {

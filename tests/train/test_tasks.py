@@ -7,53 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from conftest import assert_same_run, launch, without_timing
 
-from tests.conftest import assert_same_run, launch
 from train.config import ConfigError
 from train.track import read_lines
 
-
-@pytest.fixture(scope="session")
-def benchmarks(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PIQA, ARC-Easy (of 2 to 4 choices), BoolQ and HellaSwag in the layout of DIR/NAME/CONFIG/SPLIT, of made-up words."""
-    folder, draw = tmp_path_factory.mktemp("benchmarks"), random.Random(1)
-    text = " ".join(path.read_text().rstrip(".\n") for path in sorted(words.glob("*.txt"))).split()
-
-    def some(least: int, most: int) -> str:
-        length = draw.randint(least, most)
-        start = draw.randrange(len(text) - length)
-        return " ".join(text[start : start + length])
-
-    def arc(question: int) -> dict[str, Any]:
-        labels = "ABCD"[: 2 + question % 3]
-        choices = {"text": [some(1, 3) for _ in labels], "label": list(labels)}
-        return {"id": str(question), "question": some(3, 6), "choices": choices, "answerKey": draw.choice(labels)}
-
-    rows = {
-        "piqa/plain_text": lambda i: {
-            "goal": some(2, 5),
-            # Longer than the window of 32 tokens, some of them.
-            "sol1": some(1, 12),
-            "sol2": some(1, 12),
-            "label": draw.randint(0, 1),
-        },
-        "ai2_arc/ARC-Easy": arc,
-        "boolq/none": lambda i: {"question": some(2, 4), "answer": bool(draw.randint(0, 1)), "passage": some(3, 9)},
-        "hellaswag/none": lambda i: {
-            "activity_label": some(1, 1),
-            "ctx_a": some(3, 5),
-            "ctx_b": some(1, 2),
-            "endings": [some(2, 4) for _ in range(4)],
-            "label": str(draw.randint(0, 3)),
-        },
-    }
-    for name, row in rows.items():
-        Dataset.from_list([row(i) for i in range(24)]).save_to_disk(str(folder / name / "validation"))
-    return folder
-
-
 TASKS = ("piqa", "arc_easy", "boolq", "hellaswag")
+
+pytestmark = pytest.mark.usefixtures("few_tasks")
 
 
 def test_scores_touch_nothing(run: Callable[..., Path], benchmarks: Path) -> None:
@@ -171,7 +132,7 @@ def test_datasets_stay_as_they_are(benchmarks: Path) -> None:
     ("settings", "named"),
     [
         (("evaluation.tasks=[hellaswagg]",), "hellaswag"),
-        (("evaluation.tasks=[piqa,winogrande]",), r"winogrande: .* has no folder .*name the others: piqa"),
+        (("evaluation.tasks=[piqa,arc_challenge]",), r"arc_challenge: .* has no folder .*name the others: piqa"),
         (("evaluation.tasks=[piqa]", "evaluation.limit=0"), "evaluation.limit is 0"),
         (("evaluation.tasks=[piqa]", "evaluation.data=/nowhere"), "/nowhere, does not exist"),
         (("evaluation.tasks=[piqa]", "data.corpora.piqa={source: text, path: x}"), "also a corpus"),
@@ -198,10 +159,7 @@ def test_ranks_share_the_questions(
     for name, settings in (("without", ()), ("judged", judging)):
         done = launch(tiny(f"run.name={name}", *common, *settings), ranks=2, engine=engine)
         assert done.returncode == 0, done.stderr
-    lines, others = (
-        [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_seconds", "mfu")} for line in read]
-        for read in (read_lines(tmp_path / name / "metrics.jsonl") for name in ("without", "judged"))
-    )
+    lines, others = (without_timing(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("without", "judged"))
     assert lines == others
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
