@@ -142,12 +142,22 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
 
     Args:
         raw: UTF-8; `bytes` is its length.
+
+    Raises:
+        ConfigError: the tokenizer has neither of these tokens, or cannot write the whole text.
     """
     import torch
 
     text = raw.decode()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = torch.tensor([prefix, *tokenizer.encode(text, add_special_tokens=False)])
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    unknown = encoded.count(tokenizer.unk_token_id) if tokenizer.unk_token_id != prefix else 0
+    if prefix is None or unknown or not encoded:
+        raise ConfigError(
+            f"Bits per byte cannot be told with this tokenizer: of this text's {len(encoded):,} tokens {unknown:,} are "
+            f"unknown, and its end-of-text token is {prefix}. It takes one that has such a token and writes any text."
+        )
+    ids = torch.tensor([prefix, *encoded])
     length = min(getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW, LONGEST_WINDOW)
     nats, seen = 0.0, 0  # `seen` targets are counted already: ids[1 : seen + 1]
     with torch.no_grad():

@@ -81,6 +81,7 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
             raise ConfigError(
                 f"lm-eval has no task '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else "")
             )
+    data = data and data.expanduser()
     if data is not None and not data.is_dir():
         raise ConfigError(f"The folder of datasets, {data}, does not exist.")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -153,6 +154,8 @@ def _from(data: Path) -> Any:
                 setattr(config, role, None)
         if not config.test_split and not config.validation_split:
             raise FileNotFoundError(f"{found[0]} has neither a validation nor a test split")
+        if (examples := task.fewshot_cfg.split) not in (None, *splits):
+            raise FileNotFoundError(f"{found[0]} has no split '{examples}', where a prompt's examples come from")
         if config.process_docs is not None and task.fewshot_cfg.process_docs in (None, config.process_docs):
             # Now, or lm-eval would do it again at every look at the questions.
             splits = {split: config.process_docs(rows) for split, rows in splits.items()}

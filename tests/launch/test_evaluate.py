@@ -145,6 +145,6 @@ def test_without_lm_eval(
     for module in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert judge(exported, "--text", words / "00.txt", "--out", tmp_path / "out.json") == 0
+    assert judge(exported, "--text", __file__, "--out", tmp_path / "out.json") == 0
     assert judge(exported, "--tasks", "piqa") == 2
     assert "powertrain[evaluate]" in capsys.readouterr().err
