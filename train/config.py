@@ -182,9 +182,9 @@ class EngineConfig:
 class TrackerConfig:
     """accelerate's trackers beside metrics.jsonl, which is always written."""
 
-    log_with: list[str] = field(default_factory=list)
+    log_with: list[str] = field(default_factory=list)  # several of TRACKERS
     project: str = "powertrain"
-    init_kwargs: dict[str, Any] = field(default_factory=dict)
+    init_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by tracker: what its own init takes
 
 
 @dataclass
@@ -362,6 +362,8 @@ def check(config: Config) -> None:
         _require_one_of("engine.expect", config.engine.expect, ENGINES)
     for tracker in config.tracker.log_with:
         _require_one_of("tracker.log_with", tracker, TRACKERS)
+    for tracker in config.tracker.init_kwargs:
+        _require_one_of("A name in tracker.init_kwargs", tracker, config.tracker.log_with)
     for name, value in (
         ("model.vocab_size", model.vocab_size),
         ("model.hidden_size", model.hidden_size),

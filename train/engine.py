@@ -81,6 +81,11 @@ class Engine:
             project_dir=str(config.run_folder),
             kwargs_handlers=handlers,
         )
+        if unknown := set(config.tracker.log_with) - {str(tracker) for tracker in self.accelerator.log_with}:
+            raise ConfigError(
+                f"tracker.log_with names {', '.join(sorted(unknown))}, which is not installed: "
+                f"pip install {' '.join(sorted(unknown))}. Or choose tracker=jsonl."
+            )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
