@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -57,17 +59,19 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
 
 
-def expert_load(assignments: torch.Tensor) -> dict[str, float]:
+def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
     """Summary of (layers, experts) assignments, of the worst layer each.
 
-    `max_over_mean` is 1 when balanced, `entropy` is relative to uniform (1 when balanced), `idle` counts experts
-    of all layers that received nothing.
+    `max_over_mean` is 1 when balanced, `entropy` is relative to uniform (1 when balanced), `layer_entropy` is that of
+    each layer, `idle` counts experts of all layers that received nothing.
     """
     load = assignments.double()
     share = load / load.sum(dim=-1, keepdim=True)
-    entropy = torch.special.entr(share).sum(dim=-1) / torch.log(torch.tensor(float(load.shape[-1])))
+    uniform = math.log(load.shape[-1])
+    entropy = [each / uniform if uniform else 1.0 for each in torch.special.entr(share).sum(dim=-1).tolist()]
     return {
         "max_over_mean": (share.amax(dim=-1) * load.shape[-1]).max().item(),
-        "entropy": entropy.min().item() if load.shape[-1] > 1 else 1.0,
+        "entropy": min(entropy),
+        "layer_entropy": [round(value, 4) for value in entropy],  # of many layers and steps: files stay small
         "idle": int((load == 0).sum()),
     }
