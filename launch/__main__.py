@@ -17,6 +17,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face folder",
     "bench": "this machine's speed, beside its own limit and beside transformers.Trainer",
     "generate": "continue a prompt with an exported model",
+    "completion": "bash | zsh: complete verbs, experiments and settings",
 }
 
 

@@ -63,7 +63,8 @@ def test_the_phases_of_a_run_are_where_the_schedule_has_them(run: Callable[..., 
     figure, axis = pyplot.subplots()
     report._phases(axis, report.Run(run()), None, named=True)
     spans = {
-        text.get_text().strip(): (patch.get_x(), patch.get_width()) for text, patch in zip(axis.texts, axis.patches, strict=True)
+        text.get_text().strip(): (patch.get_x(), patch.get_width())
+        for text, patch in zip(axis.texts, axis.patches, strict=True)
     }
     pyplot.close(figure)
     # 12 steps of 256 tokens: 700 of warmup, a decay over the last 768
