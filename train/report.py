@@ -81,7 +81,8 @@ class Run:
         self.overall = [line for line in self.evaluations if line["corpus"] == "overall"]
         self.record = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
         ended = folder / "exit.json"
-        self.ended = json.loads(ended.read_text())["reason"] if ended.exists() else "running"
+        done = bool(lines) and self.tokens[-1] >= self.config.end_tokens  # its own page comes before exit.json
+        self.ended = json.loads(ended.read_text())["reason"] if ended.exists() else "finished" if done else "running"
 
     def curve(self, name: str, logarithmic: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Tokens and a metric over them; of more than POINTS values, means over equal stretches of the axis."""
@@ -206,6 +207,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     runs = [run for run in runs if run.lines]
     if not runs:
@@ -218,8 +220,8 @@ def overlays(runs: Sequence[Run]) -> list[str]:
         loss.plot(*run.curve("lm_loss", logarithmic=True), color=color, linewidth=1, label=run.label)
         if run.overall:
             evaluated = [(line["tokens"], line["loss"]) for line in run.overall]
-            label = "validation" if len(runs) == 1 else None
-            loss.plot(*zip(*evaluated, strict=True), "o", color=color, markersize=4, label=label)
+            alone: dict[str, Any] = {"color": "C1", "label": "validation"} if len(runs) == 1 else {"color": color}
+            loss.plot(*zip(*evaluated, strict=True), "o", markersize=4, **alone)
     loss.set(xlabel="tokens", ylabel="cross-entropy (nats a token)", xscale="log")
     loss.legend(fontsize=8)
 
@@ -239,6 +241,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     axes[-1].set_xlabel("tokens")
     for axis in (loss, *axes):
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter(EngFormatter())
         for number, run in enumerate(runs):
             _phases(axis, run, None if len(runs) == 1 else f"C{number % 10}", named=axis in (loss, axes[0]))
     return [
@@ -259,7 +262,8 @@ def _phases(axis: Any, run: Run, color: str | None, named: bool) -> None:
         elif begin:
             axis.axvline(first, color=color, linestyle=":", linewidth=0.8)
         if named and color is None:
-            axis.text(first, 0.02, f" {phase}", transform=axis.get_xaxis_transform(), fontsize=8)
+            height = 0.02 + 0.07 * (begins.index(begin) % 2)  # or a short phase's name would lie under the next one
+            axis.text(first, height, f" {phase}", transform=axis.get_xaxis_transform(), fontsize=8)
     for start in run.record.get("starts", [])[1:]:
         steps = re.search(r"step-0*(\d+)", start["from"] or "")
         resumed = [line["tokens"] for line in run.lines if steps and line["step"] == int(steps[1]) + 1]
@@ -272,6 +276,7 @@ def _experts(run: Run) -> list[str]:
     if not run.lines or "expert_load" not in run.lines[-1]:
         return []
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.17, top=0.97)
@@ -281,6 +286,7 @@ def _experts(run: Run) -> list[str]:
     ):
         axis.plot(run.tokens[::every], [line["expert_load"][name] for line in run.lines[::every]], linewidth=1)
         axis.set(xlabel="tokens", ylabel=f"{label}, worst layer")
+        axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
     parts = [f"<h2>Experts of {html.escape(run.name)}</h2>\n{picture(figure)}"]
     chosen = [line for line in run.lines[::every] if "layer_entropy" in line["expert_load"]]
@@ -290,6 +296,7 @@ def _experts(run: Run) -> list[str]:
         reach = (chosen[0]["tokens"], chosen[-1]["tokens"], len(entropy) - 0.5, -0.5)
         image = axis.imshow(entropy, aspect="auto", cmap="viridis", interpolation="nearest", extent=reach)
         axis.set(xlabel="tokens", ylabel="layer")
+        axis.xaxis.set_major_formatter(EngFormatter())
         figure.colorbar(image)
         parts.append(picture(figure))
     states = sorted((run.folder / "checkpoints").glob("step-*/state.json"))
