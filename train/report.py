@@ -157,8 +157,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def evaluations(runs: Sequence[Run]) -> list[str]:
-    """The last evaluation of each corpus and task, and the best one there was where a loss was measured."""
-    found = []
+    """The last evaluation of each corpus and task, with the least loss there was, and how they came to it."""
+    found: list[tuple[str, str, int, dict[str, float]]] = []
+    courses: dict[str, list[Any]] = {"loss": [], "acc": []}  # of corpora, and of tasks
     for run in runs:
         for corpus in dict.fromkeys(line["corpus"] for line in run.evaluations):
             lines = [line for line in run.evaluations if line["corpus"] == corpus]
@@ -166,6 +167,10 @@ def evaluations(runs: Sequence[Run]) -> list[str]:
             if losses := [line["loss"] for line in lines if line.get("loss") is not None]:
                 last["least loss"] = min(losses)
             found.append((run.name, corpus, lines[-1]["step"], last))
+            for metric, course in courses.items():
+                if metric in last and corpus != "overall" and len(lines) > 1:
+                    points = [(line["tokens"], line[metric]) for line in lines if line.get(metric) is not None]
+                    course.append((f"{corpus}, {run.label}" if len(runs) > 1 else corpus, points))
     if not found:
         return []
     names = list(dict.fromkeys(name for *_, last in found for name in last))
@@ -174,7 +179,28 @@ def evaluations(runs: Sequence[Run]) -> list[str]:
         for run, corpus, step, last in found
     ]
     header = ["corpus or task", "run", "step", *(name.replace("_", " ") for name in names)]
-    return ["<h2>Last evaluations</h2>", table(header, rows)]
+    parts = [f"<h2>Evaluations</h2>\n<p class=note>The last of each.</p>\n{table(header, rows)}"]
+    labels = {"loss": "validation loss (nats a token)", "acc": "accuracy"}
+    shown = [(labels[metric], course) for metric, course in courses.items() if course]
+    return [*parts, *([_courses(shown)] if shown else [])]
+
+
+def _courses(shown: Sequence[tuple[str, Sequence[Any]]]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
+
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(9, 3.4), squeeze=False, layout="constrained")
+    for axis, (label, courses) in zip(axes[0], shown, strict=True):
+        for name, points in courses:
+            axis.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=name)
+        axis.set(xlabel="tokens", ylabel=label)
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return picture(figure)
 
 
 def starts(run: Run) -> str:

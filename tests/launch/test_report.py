@@ -51,7 +51,7 @@ def test_several_runs_are_told_apart(run: Callable[..., Path]) -> None:
     assert started.count("UTC") == 2
     assert "step-00000012" in started
     assert "run.tokens: 3072 → 4096" in started
-    (_, table) = report.evaluations(runs)
+    table, _ = report.evaluations(runs)
     last = json.loads((runs[0].folder / "evals.jsonl").read_text().splitlines()[-1])
     assert f"<td>overall</td><td>one</td><td>12</td><td>{last['loss']:.4f}</td>" in table
     assert report.differences(runs[:1]) == []
@@ -84,6 +84,6 @@ def test_a_browser_shows_the_page_whole(run: Callable[..., Path], tmp_path: Path
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     found = json.loads(re.search('data-found="(.*?)"', shown)[1].replace("&quot;", '"'))  # type: ignore[index]
     assert found["broken"] == 0
-    assert found["pictures"] == 2 + 2 * 3
+    assert found["pictures"] == 2 + 1 + 2 * 3
     assert found["texts"] > 100
     assert found["overflow"] <= 0
