@@ -149,6 +149,7 @@ def _write_corpus(
         with _Output(temporary, splits, dtype, corpus.deduplicate) as output:
             alone = workers < 2 or (total is not None and total < ALONE)
             encoded = _encoded(corpus, output.place, (tokenizer_json, eos, dtype), 0 if alone else workers)
+            report(f"tokenising {name}", output.done, total)
             with closing(encoded):
                 for tokens, place, done in encoded:
                     output.add(tokens, place, done)
@@ -552,7 +553,12 @@ def _load_tokenizer(folder: Path) -> tuple[str, int, int]:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    return backend.to_str(), tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1
+    return backend.to_str(), tokenizer.eos_token_id, rows_needed(tokenizer)
+
+
+def rows_needed(tokenizer: Any) -> int:
+    """Rows that an embedding needs for a tokenizer of `transformers` or `tokenizers`: its ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import math
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.config import Config
-from train.engine import Engine
-from train.state import State
+if TYPE_CHECKING:  # the preparation of data does without the seconds that these imports take
+    from train.config import Config
+    from train.engine import Engine
+    from train.state import State
 
 
 class _Console(Console):
@@ -78,6 +84,30 @@ class Progressing:
         if self.active:
             with contextlib.suppress(OSError):  # a terminal that was closed, a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_lines(say: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
+    """For `data.prepare`'s progress: a line when something begins, and one every so many seconds."""
+    begun: dict[str, tuple[float, int]] = {}
+    said: dict[str, float] = {}
+
+    def progress(description: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - said.setdefault(description, -math.inf) < every:
+            return
+        said[description] = now
+        then, before = begun.setdefault(description, (now, done))
+        line = description if total is None else f"{description}: {decimal(done)} of {decimal(total)}"
+        if total is None and done:
+            line += f": {decimal(done)}"
+        if done > before:
+            speed = (done - before) / (now - then)
+            line += f", {decimal(int(speed))}/s"
+            if total is not None:
+                line += f", {datetime.timedelta(seconds=round((total - done) / speed))} left"
+        say(line)
+
+    return progress
 
 
 def human(count: float) -> str:
