@@ -378,7 +378,10 @@ def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
         first = records = start.records
         values: list[Any] = []
         held = 0
-        for record in rows.skip(first) if first else rows:
+        if first:
+            # A Dataset itself refuses to skip all that it has.
+            rows = (rows.to_iterable_dataset() if isinstance(rows, datasets.Dataset) else rows).skip(first)
+        for record in rows:
             value = record.get(corpus.field, ...)  # which stands for no such field
             if value is not None and value is not ... and not isinstance(value, str):
                 value = 0  # for a picture can be large, and is not a string either way

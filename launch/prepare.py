@@ -154,8 +154,8 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     draw = random.Random(0)
 
-    def text(begin: int, end: int) -> str:
-        return str(tokenizer.decode(file.tokens[begin:end].tolist()))
+    def text(begin: int, end: int, skip: bool = False) -> str:
+        return str(tokenizer.decode(file.tokens[begin:end].tolist(), skip_special_tokens=skip))
 
     def places(count: int) -> list[tuple[int, int]]:
         begins = sorted(draw.randrange(max(1, file.num_tokens - SAMPLE_TOKENS)) for _ in range(count))
@@ -163,7 +163,7 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
 
     if size is None:  # a token file does not say, so a sample of it has to
         sampled = places(1000)
-        size_of_sample = sum(len(text(*place).encode()) for place in sampled)
+        size_of_sample = sum(len(text(*place, skip=True).encode()) for place in sampled)
         about, a_token = "about ", size_of_sample / max(1, sum(end - begin for begin, end in sampled))
     else:
         about, a_token = "", size / max(1, file.num_tokens)
