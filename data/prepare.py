@@ -154,6 +154,7 @@ def _write_corpus(
                 for tokens, place, done in encoded:
                     output.add(tokens, place, done)
                     report(f"tokenising {name}", output.done, total)
+            report(f"tokenising {name}", output.done if total is None else total, total)
         for split in splits:
             if output.statistics[split]["documents"] == 0:
                 raise _no_document(name, corpus, split, output)
@@ -241,7 +242,7 @@ class _Output:
         try:
             state = json.loads((self._folder.parent / STATE).read_text())
             whole = all(os.path.getsize(path) >= state["sizes"][name] for name, path in self._paths.items())
-        except (OSError, ValueError):
+        except (OSError, ValueError, LookupError, TypeError):  # a power cut can leave it so
             return None
         return state if whole else None
 
@@ -253,7 +254,7 @@ class _Output:
             "place": self.place,
             "sizes": {name: file.tell() for name, file in self._files.items()},
             "statistics": self.statistics,
-            "skipped": asdict(self.skipped),
+            "skipped": vars(self.skipped),
             "lowest": self.lowest,
             "done": self.done,
         }
