@@ -48,7 +48,7 @@ BATCH = 1 << 22  # characters encoded in one call: the tokenizer takes a hundred
 ALONE = 64 << 20  # bytes of files below which other processes would take longer to start than they save
 SAVE_SECONDS = 10.0  # of work that a kill may cost
 STATE = "state.json"
-HASH_BYTES = 16  # of a text: among 1e12 documents a false match has a chance of 1 in 10^15
+HASH = np.dtype("S16")  # of a text: a false match among 1e12 documents has a chance of 1 in 10^15
 LISTED = 100_000  # lines of skipped.jsonl at most
 
 Progress = Callable[[str, int, int | None], None]
@@ -218,7 +218,7 @@ class _Output:
         self.statistics = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in splits}
         self.skipped, self.lowest, self.done = Skipped(), 1.0, 0
         self.place: tuple[int, Place] = (0, Place())
-        self._kept: set[bytes] | None = set() if deduplicate else None
+        self._kept = _Kept() if deduplicate else None
 
     def __enter__(self) -> "_Output":
         state = self._saved()
@@ -232,8 +232,7 @@ class _Output:
             self.skipped = Skipped(Counter(state["skipped"]["counts"]), state["skipped"]["first"])
             self.place = state["place"][0], Place(*state["place"][1])
             if self._kept is not None:
-                raw = self._paths["hashes"].read_bytes()
-                self._kept.update(raw[begin : begin + HASH_BYTES] for begin in range(0, len(raw), HASH_BYTES))
+                self._kept.new(np.fromfile(self._paths["hashes"], HASH))
         self._saved_at = time.monotonic()
         return self
 
@@ -268,13 +267,10 @@ class _Output:
         """Append the documents of a block that ends at `place`, where `done` bytes of the files are read."""
         keep = np.ones(len(new.lengths), bool)
         if self._kept is not None:
-            for number, digest in enumerate(new.hashes):
-                if digest in self._kept:
-                    keep[number] = False
-                    new.left_out.append(("duplicate", new.identifiers[number]))
-                else:
-                    self._kept.add(digest)
-                    self._files["hashes"].write(digest)
+            hashes = np.array(new.hashes, HASH)
+            keep = self._kept.new(hashes)
+            self._files["hashes"].write(hashes[keep].tobytes())
+            new.left_out += [("duplicate", new.identifiers[number]) for number in np.flatnonzero(~keep)]
         for split, facts in self.statistics.items():
             chosen = keep & (new.validation == (split == "validation"))
             lengths = new.lengths[chosen]
@@ -306,6 +302,31 @@ class _Output:
                 self._paths["skipped.jsonl"].unlink()
 
 
+class _Kept:
+    """Hashes of texts, in sorted arrays each of which is at least four times as long as the next: a set of Python's
+    would take five times the memory."""
+
+    def __init__(self) -> None:
+        self._arrays: list[npt.NDArray[np.bytes_]] = []
+
+    def new(self, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+        """Which of `hashes` (n,) were not there, nor before in `hashes`; they are now."""
+        unknown, first = np.unique(hashes, return_index=True)
+        for known in self._arrays:
+            places = np.minimum(np.searchsorted(known, unknown), len(known) - 1)
+            other = known[places] != unknown
+            unknown, first = unknown[other], first[other]
+        if len(unknown):
+            self._arrays.append(unknown)
+        while len(self._arrays) > 1 and len(self._arrays[-2]) < 4 * len(self._arrays[-1]):
+            merged = np.concatenate([self._arrays.pop(), self._arrays.pop()])
+            merged.sort(kind="stable")  # which finds the two runs
+            self._arrays.append(merged)
+        is_new = np.zeros(len(hashes), bool)
+        is_new[first] = True
+        return is_new
+
+
 # ---------------------------------------------------------------------------------------------------- encoding
 
 
@@ -316,7 +337,7 @@ class _Document:
     size: int  # bytes
     text: str
     identifier: str
-    digest: bytes  # of the text, HASH_BYTES long, if equal ones are to be found
+    digest: bytes  # of the text, a HASH, if equal ones are to be found
 
 
 def _split_documents(
@@ -329,7 +350,7 @@ def _split_documents(
         # 53 bits: a float holds them exactly, and 1.0 cannot be reached.
         value = (int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") >> 11) / (1 << 53)
         split = "validation" if validation or value < fraction else "train"
-        digest = hashlib.blake2b(raw, digest_size=HASH_BYTES).digest() if corpus.deduplicate else b""
+        digest = hashlib.blake2b(raw, digest_size=HASH.itemsize).digest() if corpus.deduplicate else b""
         yield _Document(split, 1.0 if validation else value, len(raw), text, identifier, digest)
 
 

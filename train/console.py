@@ -97,9 +97,8 @@ def progress_lines(say: Callable[[str], None], every: float = 30.0) -> Callable[
             return
         said[description] = now
         then, before = begun.setdefault(description, (now, done))
-        line = description if total is None else f"{description}: {decimal(done)} of {decimal(total)}"
-        if total is None and done:
-            line += f": {decimal(done)}"
+        so_far = f"{decimal(done)} of {decimal(total)}" if total else decimal(done)
+        line = f"{description}: {so_far}" if done else description
         if done > before:
             speed = (done - before) / (now - then)
             line += f", {decimal(int(speed))}/s"

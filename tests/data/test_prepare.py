@@ -439,6 +439,22 @@ def test_equal_texts_are_kept_once(texts, tokenizer, tmp_path):
     assert splits == {"train": texts[1], "validation": ["held " + texts[1][0]]}
 
 
+def test_hashes_are_known_again_and_no_others():
+    draw = np.random.default_rng(0)
+    kept, seen = data.prepare._Kept(), set()
+    for _ in range(200):
+        # Of few different values, some with zeros at their ends, which numpy's byte strings would lose on their own.
+        hashes = np.frombuffer(
+            (draw.integers(0, 4, (50, 16)) * (draw.integers(0, 9, (50, 16)) > 6)).astype("u1"), "S16"
+        )
+        new = []
+        for value in map(np.ndarray.tobytes, hashes.reshape(-1, 1)):
+            new.append(value not in seen)
+            seen.add(value)
+        assert kept.new(hashes).tolist() == new
+    assert 100 < len(seen) < 10_000
+
+
 def test_the_list_of_what_was_left_out_is_bounded(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data.prepare, "LISTED", 10)
     path = tmp_path / "a.jsonl"
