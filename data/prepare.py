@@ -550,7 +550,8 @@ def _fetch_tokenizer(path: str, cache: Path) -> Path:
     except Exception as error:  # whatever is wrong with a file or the network
         raise DataError(
             f"No tokenizer could be loaded from {path!r}: {type(error).__name__}: {error} Give a folder with a "
-            "tokenizer.json, a name that the hub knows, or no path to train one."
+            "tokenizer.json, or with a SentencePiece tokenizer.model (pip install sentencepiece protobuf, and it is "
+            "converted), a name that the hub knows, or no path to train one."
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"The tokenizer {path!r} has no tokenizer.json. Convert it to a fast tokenizer first.")
