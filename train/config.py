@@ -107,6 +107,7 @@ class DataConfig:
     """Corpora, the tokenizer, and the order in which windows of them are seen."""
 
     cache_dir: str = "~/.cache/powertrain"
+    workers: int | None = None  # processes that tokenise what is not in the cache; default: one for each core
     sequence_length: int = 4096
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     corpora: dict[str, Corpus] = field(default_factory=dict)
@@ -321,7 +322,7 @@ def data_from_hydra(composed: DictConfig) -> DataConfig:
         ConfigError: a value that is missing.
     """
     data = typed(composed.data, DataConfig)
-    _check_mixtures(data)
+    _check_data(data)
     return data
 
 
@@ -456,14 +457,16 @@ def check(config: Config) -> None:
         starts = [phase.from_tokens for phase in phases]
         if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
             raise ConfigError(f"{name} has from_tokens {starts}; they have to rise, from above zero.")
-    _check_mixtures(config.data)
+    _check_data(config.data)
     for name, value in setting_values(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}; it has to be a finite number.")
 
 
-def _check_mixtures(data: DataConfig) -> None:
+def _check_data(data: DataConfig) -> None:
     corpora = data.corpora
+    if data.workers is not None and data.workers < 1:
+        raise ConfigError(f"data.workers is {data.workers}; it is a number of processes, one or more.")
     for where, mixture in (
         ("data.mixture", data.mixture),
         *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in data.stages),

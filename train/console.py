@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from train.config import Config
-from train.engine import Engine
-from train.state import State
+if TYPE_CHECKING:  # the preparation of data does without the seconds that these imports take
+    from train.config import Config
+    from train.engine import Engine
+    from train.state import State
 
 LINE_SHARE, LINE_SECONDS = 0.05, 600.0
 
@@ -106,6 +109,29 @@ class Progressing:
         if self.active:
             with contextlib.suppress(OSError):  # a terminal that was closed, a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_lines(say: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
+    """For `data.prepare`'s progress: a line when something begins, and one every so many seconds."""
+    begun: dict[str, tuple[float, int]] = {}
+    said: dict[str, float] = {}
+
+    def progress(description: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - said.setdefault(description, -math.inf) < every:
+            return
+        said[description] = now
+        then, before = begun.setdefault(description, (now, done))
+        so_far = f"{decimal(done)} of {decimal(total)}" if total else decimal(done)
+        line = f"{description}: {so_far}" if done else description
+        if done > before:
+            speed = (done - before) / (now - then)
+            line += f", {decimal(int(speed))}/s"
+            if total is not None:
+                line += f", {duration((total - done) / speed)} left"
+        say(line)
+
+    return progress
 
 
 def human(count: float) -> str:
