@@ -15,6 +15,7 @@ VERBS = {
     "report": "one HTML page of runs, or of a sweep",
     "decay": "branch a decay off a checkpoint of a run",
     "export": "write a checkpoint as a Hugging Face folder",
+    "evaluate": "judge a model: benchmarks beside random choice, bits per byte of a text",
     "bench": "this machine's speed, beside its own limit and beside transformers.Trainer",
     "generate": "continue a prompt with an exported model",
     "completion": "bash | zsh: complete verbs, experiments and settings",

@@ -34,9 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    folder = next((path for path in (options.model, options.model / "model") if (path / "config.json").is_file()), None)
-    if folder is None:
-        raise ConfigError(f"{options.model} is neither a model folder nor the folder of a run that has one in model/.")
+    folder = model_folder(options.model)
     if options.max_new_tokens < 1 or not 0 <= (options.seed or 0) < 2**63:
         raise ConfigError("--max-new-tokens is at least 1, and --seed a number from 0 that fits 63 bits.")
     if not options.prompt:
@@ -46,6 +44,19 @@ def _generate(options: argparse.Namespace) -> int:
 
     print(generate(folder, options.prompt, options.max_new_tokens, options.seed))
     return 0
+
+
+def model_folder(given: Path) -> Path:
+    """A model folder, or the one in a run's.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    for folder in (given, given / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    hint = f" `python -m launch.export {given}` makes one." if (given / "checkpoints").is_dir() else ""
+    raise ConfigError(f"{given} is neither a model folder nor the folder of a run that has one in model/.{hint}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,61 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def benchmarks(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """PIQA, ARC-Easy (of 2 to 4 choices), BoolQ and HellaSwag of made-up words, as folders DIR/NAME/CONFIG/SPLIT."""
+    from datasets import Dataset
+
+    folder, draw = tmp_path_factory.mktemp("benchmarks"), random.Random(1)
+    text = " ".join(path.read_text().rstrip(".\n") for path in sorted(words.glob("*.txt"))).split()
+
+    def some(least: int, most: int) -> str:
+        length = draw.randint(least, most)
+        start = draw.randrange(len(text) - length)
+        return " ".join(text[start : start + length])
+
+    def arc(question: int) -> dict[str, Any]:
+        labels = "ABCD"[: 2 + question % 3]
+        choices = {"text": [some(1, 3) for _ in labels], "label": list(labels)}
+        return {"id": str(question), "question": some(3, 6), "choices": choices, "answerKey": draw.choice(labels)}
+
+    rows = {
+        "piqa/plain_text": lambda i: {
+            "goal": some(2, 5),
+            # Longer than the window of 32 tokens, some of them.
+            "sol1": some(1, 12),
+            "sol2": some(1, 12),
+            "label": draw.randint(0, 1),
+        },
+        "ai2_arc/ARC-Easy": arc,
+        "boolq/none": lambda i: {"question": some(2, 4), "answer": bool(draw.randint(0, 1)), "passage": some(3, 9)},
+        "hellaswag/none": lambda i: {
+            "activity_label": some(1, 1),
+            "ctx_a": some(3, 5),
+            "ctx_b": some(1, 2),
+            "endings": [some(2, 4) for _ in range(4)],
+            "label": str(draw.randint(0, 3)),
+        },
+    }
+    for name, row in rows.items():
+        Dataset.from_list([row(i) for i in range(24)]).save_to_disk(str(folder / name / "validation"))
+    return folder
+
+
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval knows those of `benchmarks` alone: reading all its descriptions takes longer than a test should."""
+    from lm_eval.tasks import TaskManager
+
+    from train import tasks
+
+    folders = [
+        Path(sys.modules["lm_eval.tasks"].__path__[0]) / name for name in ("piqa", "arc", "super_glue", "hellaswag")
+    ]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    monkeypatch.setattr(tasks, "_manager", lambda: manager)
+
+
 def tiny_overrides(words: Path, cache: Path, folder: Path, *more: str) -> list[str]:
     """Of a tiny run on `words` in `folder`."""
     text = [f"data.corpora.words.path={words}/*.txt", f"data.cache_dir={cache}"]

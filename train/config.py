@@ -155,10 +155,13 @@ class BalanceConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Validation loss every so many steps (0: at the end only) on at most so many windows a corpus."""
+    """Every so many steps (0: at the end only) validation loss on at most so many windows a corpus, and benchmarks."""
 
     every: int = 0
     sequences: int = 64
+    tasks: list[str] = field(default_factory=list)  # of lm-eval, those that choose by log-probability; see train.tasks
+    limit: int | None = None  # only the first so many questions of each task
+    data: str | None = None  # the tasks' datasets, DIR/NAME/CONFIG/SPLIT; default: the hub's
 
 
 @dataclass
@@ -389,6 +392,7 @@ def check(config: Config) -> None:
         ("optimizer.eps", config.optimizer.eps),
         *((("threads", config.threads),) if config.threads is not None else ()),
         ("evaluation.sequences", config.evaluation.sequences),
+        *((("evaluation.limit", config.evaluation.limit),) if config.evaluation.limit is not None else ()),
         ("engine.timeout", config.engine.timeout),
         ("checkpoint.keep", config.checkpoint.keep),
         *((f"batch.ramp[{i}].sequences", phase.sequences) for i, phase in enumerate(batch.ramp)),

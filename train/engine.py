@@ -258,7 +258,7 @@ class Engine:
         return norm, skipped
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """(B, S, V) float32, by the forward pass that trains. Collective: the same `input_ids` on every rank."""
+        """(B, S, V) float32, by the forward pass that trains. Collective: as often on every rank."""
         # Compiled layers round elsewhere than those of an exported model, which it will be compared with.
         with torch.compiler.set_stance("force_eager"):
             return logits_of(self.module, input_ids.to(self.device))

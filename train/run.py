@@ -76,6 +76,11 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
     # ---- where to begin
     start_from, changes, tokens = engine.first_rank_decides(lambda: where_to_begin(config))
     check_batch(config, engine.world_size, tokens - config.run.tokens_seen)
+    benchmarks = None
+    if config.evaluation.tasks:
+        from train.tasks import Benchmarks  # with lm-eval, which takes seconds and may not be installed
+
+        benchmarks = Benchmarks(config, engine)
 
     with Progressing(config, engine, state) as progress:
         say = progress.say
@@ -107,10 +112,19 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
         def evaluate() -> list[dict[str, Any]]:
             lines = parts.validation.evaluate(engine, state)
             watchdog.alive()
-            for line in lines:
+            scores = []
+            if benchmarks is not None:
+                with watchdog.paused():  # thousands of forward passes
+                    scores = benchmarks.evaluate(parts.tokenizer, state)
+            for line in (*lines, *scores):
                 tracker.evaluation(line)
-            if lines:
-                say(f"step {state.step:,}: validation loss {lines[-1]['loss']:.4f}")
+            said = [f"validation loss {lines[-1]['loss']:.4f}"] if lines else []
+            for line in scores:
+                said += [
+                    f"{line['corpus']} {metric} {line[metric]:.4f}" for metric in ("acc", "acc_norm") if metric in line
+                ]
+            if said:
+                say(f"step {state.step:,}: {', '.join(said)}")
             return lines
 
         def save() -> None:
