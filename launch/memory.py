@@ -129,13 +129,27 @@ class Tally(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(lambda p: self.move(p.grad, "gradients"))  # type: ignore[arg-type]
 
 
-def needed(config: Config, engine: str, ranks: int, gpu: bool, bucket: int = BUCKET) -> Counter[str]:
+class Passes:
+    """A micro-batch's passes on each of so many ranks, counted when they are asked for, once."""
+
+    def __init__(self, config: Config, ranks: int, gpu: bool) -> None:
+        self._arguments = config, gpu, config.batch.sequences > ranks * config.batch.micro_sequences
+        self._counted: dict[bool, tuple[Peaks, Peaks]] = {}
+
+    def of(self, sharded: bool) -> tuple[Peaks, Peaks]:
+        """Those of `counted`."""
+        if sharded not in self._counted:
+            self._counted[sharded] = counted(*self._arguments, sharded)
+        return self._counted[sharded]
+
+
+def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int = BUCKET) -> Counter[str]:
     """Bytes that a step takes on each GPU at its most, by PARTS.
 
     Args:
         engine: plain, ddp, zero1, zero2, zero3 or zero3_offload.
         ranks: over which the batch and ZeRO's parts are split.
-        gpu: with the kernels of a GPU, or of a CPU.
+        passes: of the same configuration on as many ranks.
         bucket: DeepSpeed's reduce_bucket_size; others are for tests.
     """
     sharded, bf16 = engine.startswith("zero3"), config.precision == "bf16"
@@ -143,7 +157,7 @@ def needed(config: Config, engine: str, ranks: int, gpu: bool, bucket: int = BUC
     shapes = [parameter.shape for parameter in granite.build(config, "meta").parameters()]
     count = sum(shape.numel() for shape in shapes)
     part = -(-count // ranks)  # of what ZeRO shares out
-    forward, backward = counted(config, gpu, accumulating, sharded)
+    forward, backward = passes.of(sharded)
     reduced = min(count, bucket)  # elements that DeepSpeed reduces at a time
     later = 1 - reduced / count  # share of a backward pass that is to come when it first does
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch.memory import BUCKET, Tally, needed
+from launch.memory import BUCKET, Passes, Tally, needed
 from train.cli import composed
 
 HERE = Path(__file__).parent
@@ -69,7 +69,8 @@ def main() -> None:
         for engine, bucket in RUNS:
             settings = [*SHAPE, *overrides]
             measured = launched(engine, bucket, settings)
-            estimated = needed(composed(settings), engine, measured["ranks"], False, bucket).total()
+            config, ranks = composed(settings), measured["ranks"]
+            estimated = needed(config, engine, ranks, Passes(config, ranks, gpu=False), bucket).total()
             results.append({"case": name, "bucket": bucket, "estimated": estimated, **measured})
             # What is beside the buckets, or nothing could be wrong with it.
             beside = 4 * bucket if bucket == BUCKET and "zero" in engine else 0
