@@ -100,7 +100,10 @@ def prepare(
 
 
 def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str | Path) -> Prepared:
-    """What `prepare` would find in place, without making anything of it. DataErrors: paths that match no file."""
+    """What `prepare` would find in place, and makes none of it; validation files are left out.
+
+    DataErrors: names that are no file names, paths that match no file.
+    """
     _check_names(corpora)
     cache = Path(cache_dir).expanduser()
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
@@ -111,7 +114,7 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     elif tokenizer.path is None and text:
         trained = _trained_folder(sources, tokenizer.vocab_size, cache)
         folder = trained if _complete(trained, "tokenizer.json") else None
-    folders, train, validation = {}, {}, {}
+    folders, train = {}, {}
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
             train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
@@ -120,7 +123,7 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
             if _complete(own, "corpus.json"):
                 folders[name] = own
                 train[name] = TokenFile(own / "train")
-    return Prepared(folders, folder, train, validation)
+    return Prepared(folders, folder, train, {})
 
 
 # ---------------------------------------------------------------------------------------------------- one corpus

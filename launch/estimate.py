@@ -2,7 +2,7 @@
 
 usage: python -m launch.estimate [+experiment=NAME] [KEY=VALUE …] [cluster.KEY=VALUE …] [--plot FILE]
 
-Nothing is trained, allocated or written. Memory is counted by running a step's own code on tensors without contents.
+Nothing is trained or prepared. Memory is counted by running a step's own code on tensors without contents.
 
   cluster.gpu=H100            H100 | H200 | A100 | L40S | B200 | cpu (this machine); or give what follows
   cluster.memory=80e9         bytes of a GPU             cluster.peak=989e12   its dense bf16 FLOP/s
@@ -93,7 +93,7 @@ def _estimate(arguments: list[str]) -> int:
     plot, arguments = _plot_file(arguments)
     cluster = cluster_of([each.removeprefix("cluster.") for each in arguments if each.startswith("cluster.")])
     config = composed(described([each for each in arguments if not each.startswith("cluster.")]), checked=False)
-    errors, warnings = list(problems(config)), []
+    errors, warnings = list(problems(config)), list[str]()
 
     from rich.console import Console
 
@@ -129,6 +129,9 @@ def cluster_of(settings: list[str]) -> Cluster:
         known = ", ".join(field.name for field in dataclasses.fields(Cluster))
         raise ConfigError(f"cluster: {str(error).partition(chr(10))[0]}. Its settings are {known}.") from error
     cluster: Cluster = found
+    for name, value in vars(cluster).items():
+        if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"cluster.{name} is {value}; it has to be a finite number greater than zero.")
     if cluster.gpu in GPUS:
         peak, memory = GPUS[cluster.gpu]
         cluster.peak, cluster.memory = cluster.peak or peak, cluster.memory or memory
@@ -141,9 +144,6 @@ def cluster_of(settings: list[str]) -> Cluster:
             f"cluster.gpu is {cluster.gpu}, which is none of {', '.join(GPUS)} and cpu: give cluster.memory in bytes "
             "and cluster.peak in FLOP/s."
         )
-    for name, value in vars(cluster).items():
-        if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"cluster.{name} is {value}; it has to be a finite number greater than zero.")
     if cluster.mfu > 1:
         raise ConfigError(f"cluster.mfu is {cluster.mfu}; it is a share of the peak, at most 1.")
     return cluster
@@ -156,26 +156,32 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
 
     counts = metrics.parameters_of(config)
     flops = metrics.flops_per_token(config, counts)
-    steps = steps_of(config)
+    steps, _ = steps_of(config)
     console.rule(f"{config.run.name}: {config.model.model_type}", align="left")
     console.print(
         f"parameters        {human(counts['total'])}, of them embedding {human(counts['embedding'])}; active for a "
         f"token {human(counts['active'] + counts['embedding'])}, without embedding {human(counts['active'])}\n"
-        f"tokens            {human(config.run.tokens)} in {steps:,} steps; {config.run.tokens / counts['total']:,.1f} a "
-        f"parameter, {config.run.tokens / counts['active']:,.1f} an active one\n"
+        f"tokens            {human(config.run.tokens)} in {steps:,} steps; {config.run.tokens / counts['total']:,.1f} "
+        f"a parameter, {config.run.tokens / counts['active']:,.1f} an active one\n"
         f"a step            {config.batch.sequences:,} × {config.data.sequence_length:,} = "
         f"{config.batch.sequences * config.data.sequence_length:,} tokens\n"
         f"FLOPs             {flops:.3g} a token, {flops * config.run.tokens:.3g} in all (forward and backward)"
     )
     errors = list(batch_problems(config, cluster.gpus))
+    if config.engine.expect is not None and config.engine.expect not in cluster.engines:
+        errors.append(
+            f"engine.expect is {config.engine.expect}; on {cluster.gpus} there is {', '.join(cluster.engines)}."
+        )
     warnings = [*schedule_warnings(config), *phase_warnings(config)]
     engine = None
     if not errors:
         engine = memory_section(console, config, cluster)
         if engine is None:
+            tried = [each for each in cluster.engines if each.startswith(config.engine.expect or each)]
             errors.append(
-                f"No way to run fits {USABLE:.0%} of {cluster.memory or 0:.3g} bytes. Take a smaller "
-                "batch.micro_sequences, engine.activation_checkpointing=true, more GPUs or larger ones."
+                f"batch.micro_sequences={config.batch.micro_sequences} fits {USABLE:.0%} of "
+                f"{_bytes(cluster.memory or 0)} with none of {', '.join(tried)}. Take a smaller one, "
+                "engine.activation_checkpointing=true, more GPUs or larger ones."
             )
     time_section(console, config, cluster, counts["total"], flops, engine)
     schedule_section(console, config)
@@ -192,15 +198,15 @@ def phases_of(config: Config) -> list[tuple[int, int]]:
     return [(0, config.batch.sequences), *((phase.from_tokens, phase.sequences) for phase in config.batch.ramp)]
 
 
-def steps_of(config: Config) -> int:
-    """Steps of the whole run; a batch grows at the first step that begins at its tokens or later."""
-    tokens = steps = 0
+def steps_of(config: Config) -> tuple[int, int]:
+    """Steps of the whole run, and tokens of the run before the last one; a batch grows between steps."""
+    tokens = steps = last = 0
     phases = phases_of(config)
     for (_, sequences), (end, _) in zip(phases, [*phases[1:], (config.run.tokens, 0)], strict=True):
-        own = max(0, -(-(min(end, config.run.tokens) - tokens) // (sequences * config.data.sequence_length)))
-        steps += own
-        tokens += own * sequences * config.data.sequence_length
-    return steps
+        size = sequences * config.data.sequence_length
+        own = max(0, -(-(min(end, config.run.tokens) - tokens) // size))
+        steps, tokens, last = steps + own, tokens + own * size, size if own else last
+    return steps, tokens - last
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -209,62 +215,71 @@ def steps_of(config: Config) -> int:
 def memory_section(console: Console, config: Config, cluster: Cluster) -> str | None:
     """Print what each engine takes, and what fits; the engine to take, or None."""
     from launch import memory
+    from train import metrics
 
-    limit = USABLE * (cluster.memory or 0)
-    micro = config.batch.micro_sequences
+    limit, micro = USABLE * (cluster.memory or 0), config.batch.micro_sequences
     share = config.batch.sequences // cluster.gpus
-    fitting: dict[str, int] = {}
-    sizes = sorted({micro, *(size for size in range(1, share + 1) if share % size == 0 and size & (size - 1) == 0)})
-    totals: dict[tuple[str, int], float] = {}
-    parts: dict[str, Counter[str]] = {}
+    # As configured first, then what else divides a rank's share, as long as anything fits.
+    sizes = [micro, *(size for size in (2**n for n in range(16)) if size != micro and share % size == 0)]
+    needed: dict[int, dict[str, Counter[str]]] = {}
     for size in sizes:
+        smaller = [found for other, found in needed.items() if other < size]
+        engines = [e for e in cluster.engines if all(found[e].total() <= limit for found in smaller if e in found)]
+        if size != micro and not (engines := [e for e in engines if all(e in found for found in smaller)]):
+            break
         changed = copy.deepcopy(config)
         changed.batch.micro_sequences = size
         passes = memory.Passes(changed, cluster.gpus, cluster.on_gpu)
-        for engine in cluster.engines:
-            found = memory.needed(changed, engine, cluster.gpus, passes)
-            totals[engine, size] = found.total()
-            if size == micro:
-                parts[engine] = found
-            if found.total() <= limit:
-                fitting[engine] = size
-        if size >= micro and not any(totals[engine, size] <= limit for engine in cluster.engines):
-            break
-    attention, experts = memory.kernels(config, cluster.on_gpu)
-    what = "GPU" if cluster.on_gpu else "rank"
-    console.rule(f"memory of one {what}, GB, with batch.micro_sequences={micro}", align="left")
+        needed[size] = {e: memory.needed(changed, e, cluster.gpus, passes) for e in engines}
+    fits = {
+        e: [size for size in sorted(needed) if e in needed[size] and needed[size][e].total() <= limit]
+        for e in cluster.engines
+    }
+
+    unit, name = (
+        (1e9, "GB") if limit >= 20e9 and max(each.total() for each in needed[micro].values()) > 1e9 else (1e6, "MB")
+    )
+
+    def sized(size: float) -> str:
+        return f"{size / unit:,.1f}"
+
+    console.rule(
+        f"memory of one {'GPU' if cluster.on_gpu else 'rank'} in {name}, batch.micro_sequences={micro}", align="left"
+    )
     table = _table("", *memory.PARTS, "sum", "")
-    for engine, found in parts.items():
-        fits = "fits" if found.total() <= limit else "too much"
-        table.add_row(engine, *(_gb(found[part]) for part in memory.PARTS), _gb(found.total()), fits)
+    for engine, parts in needed[micro].items():
+        mark = "" if parts.total() <= limit else "✗"
+        table.add_row(engine, *(sized(parts[part]) for part in memory.PARTS), sized(parts.total()), mark)
     console.print(table)
+    attention, experts = memory.kernels(config, cluster.on_gpu)
+    moe = config.model.model_type == "granitemoe"
     console.print(
-        f"At a step's most; fits: below {USABLE:.0%} of {_gb(cluster.memory or 0)}. Counted with {attention}"
-        f"{', ' + experts if config.model.model_type == 'granitemoe' else ''} and experts that get equal shares"
+        f"At a step's most, on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
+        f"Counted with {attention}{f', {experts}, equal shares for all experts' if moe else ''}"
         f"{', activation checkpointing' if config.engine.activation_checkpointing else ''}. copies: working weights; "
         "backward: gradients on their way; buffers: of DDP or DeepSpeed."
     )
-    if len(sizes) > 1:
-        table = _table("batch.micro_sequences", *(str(size) for size in sizes if any(size == s for _, s in totals)))
+    if "zero3_offload" in needed[micro]:
+        host = 16 * metrics.parameters_of(config)["total"] / cluster.gpus * min(cluster.gpus, cluster.gpus_per_node)
+        console.print(f"zero3_offload keeps {sized(host)} {name} more in the memory of each machine.")
+    if len(needed) > 1:
+        table = _table("sum, by batch.micro_sequences", *map(str, sorted(needed)))
         for engine in cluster.engines:
-            own = [totals[engine, size] for size in sizes if (engine, size) in totals]
-            table.add_row(engine, *(f"{_gb(each)}{'' if each <= limit else ' ✗'}" for each in own))
+            sums = [needed[size][engine].total() if engine in needed[size] else None for size in sorted(needed)]
+            table.add_row(engine, *("✗" if each is None else f"{sized(each)}{' ✗' * (each > limit)}" for each in sums))
         console.print(table)
-    allowed = [config.engine.expect] if config.engine.expect is not None else list(cluster.engines)
-    able = [engine for engine in allowed if engine in fitting]
-    if not able or (parts and not any(parts[engine].total() <= limit for engine in able)):
+    able = [e for e in cluster.engines if fits[e] and e.startswith(config.engine.expect or e)]
+    chosen = next((engine for engine in able if micro in fits[engine]), None)
+    if chosen is None:
         if able:
-            console.print(f"batch.micro_sequences={micro} fits nowhere; {fitting[able[0]]} does, with {able[0]}.")
+            console.print(f"With {able[0]} batch.micro_sequences={fits[able[0]][-1]} would fit.")
         return None
-    engine = next(each for each in able if parts[each].total() <= limit)
-    console.print(
-        f"Take {engine}: the simplest that fits, which exchanges least. Up to {fitting[engine]} sequences fit."
-    )
-    console.print(command_of(config, cluster, engine, fitting[engine]), soft_wrap=True, markup=False)
-    return engine
+    console.print(f"{chosen} is the simplest that fits, with up to {fits[chosen][-1]} sequences:")
+    console.print(command_of(cluster, chosen, fits[chosen][-1]), soft_wrap=True, markup=False)
+    return chosen
 
 
-def command_of(config: Config, cluster: Cluster, engine: str, micro: int) -> str:
+def command_of(cluster: Cluster, engine: str, micro: int) -> str:
     """What to paste; the run's own settings follow."""
     if engine == "plain":
         return "  accelerate launch train.py …"
@@ -286,11 +301,11 @@ def time_section(
     """Print time, cost, checkpoints, and what failures take of it."""
     console.rule("time and disk", align="left")
     size = CHECKPOINT_BYTES * count
-    steps = steps_of(config)
+    steps, _ = steps_of(config)
     every = config.checkpoint.every or steps
     saves = -(-steps // every)
     console.print(
-        f"checkpoints       {_gb(size)} GB each ({CHECKPOINT_BYTES} bytes a parameter), {saves:,} of them, every "
+        f"checkpoints       {_bytes(size)} each ({CHECKPOINT_BYTES} bytes a parameter), {saves:,} of them, every "
         f"{every:,} steps: {_bytes(size * saves)} written\n"
         f"on disk           {_bytes(size * min(config.checkpoint.keep + 1, saves))}: the {config.checkpoint.keep} that "
         f"are kept, and one under way\n"
@@ -313,7 +328,7 @@ def time_section(
     )
     good = goodput(every * a_step, standing, between, cluster.restart_minutes * 60)
     console.print(
-        f"failures          one in {_time(between)} on {cluster.gpus} GPUs, {seconds / between:.1f} in the run (one GPU "
+        f"failures          one in {_time(between)}, {seconds / between:.1f} in the run (one of {cluster.gpus} GPUs "
         f"fails every {cluster.failure_hours:,.0f} h)\n"
         f"saving            every {_time(every * a_step)} as configured, where training stands still for "
         f"{standing:.2f} s; best every {_time(best)}, checkpoint.every={max(1, round(best / a_step)):,}\n"
@@ -339,16 +354,19 @@ def schedule_section(console: Console, config: Config) -> None:
     schedule = config.make_schedule()
     console.rule(f"rate, schedule {config.schedule.get('name')}", align="left")
     table = _table("at", "tokens", "of the run", "sequences", "rate", "phase")
-    for name, tokens in key_points(config):
+    points = key_points(config)
+    for name, tokens in points:
         sequences = config.batch_at(tokens - config.run.tokens_seen)
         rate = schedule(tokens=tokens, batch=config.beta(sequences))
         share = (tokens - config.run.tokens_seen) / config.run.tokens
         table.add_row(name, human(tokens), f"{share:.1%}", f"{sequences:,}", f"{rate:.3g}", schedule.phase(tokens))
     console.print(table)
     rates = [rate for _, rate in curve(config, 72)]
-    top = max(rates) or 1.0
+    top = max(schedule(tokens=at, batch=config.beta(config.batch_at(at - config.run.tokens_seen))) for _, at in points)
     console.print(
-        "  " + "".join(MARKS[math.ceil(rate / top * (len(MARKS) - 1))] for rate in rates) + f"  peak {top:.3g}"
+        "  "
+        + "".join(MARKS[min(len(MARKS) - 1, math.ceil(rate / top * (len(MARKS) - 1)))] for rate in rates)
+        + f"  peak {top:.3g}"
     )
 
 
@@ -363,10 +381,7 @@ def key_points(config: Config) -> list[tuple[str, int]]:
     """(what happens, tokens), in the order of the run."""
     schedule, start, end = config.make_schedule(), config.run.tokens_seen, config.end_tokens
     points = [("start", start), ("end of warmup", schedule.warmup_tokens)]
-    last = config.batch_at(config.run.tokens - 1) * config.data.sequence_length
-    points += [
-        ("last step", start + max(0, (steps_of(config) - 1) * last if not config.batch.ramp else end - start - last))
-    ]
+    points.append(("last step", start + steps_of(config)[1]))
     if (release := cap_release(config)) is not None:
         points.append(("cap releases", math.ceil(release)))
     if isinstance(schedule, Rewarmup):
@@ -404,8 +419,7 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     elif release is not None and release <= schedule.warmup_tokens and schedule.warmup_tokens:
         yield (
             f"The cap would release at {human(release)} tokens, inside the warmup of {human(schedule.warmup_tokens)}: "
-            "max_lr is never reached, and the best part of the power law is spent in warmup. Shorten "
-            "schedule.warmup_tokens."
+            "max_lr is never reached. A shorter schedule.warmup_tokens comes nearer to it."
         )
     if schedule.warmup_tokens > 0.1 * config.end_tokens:
         yield f"The warmup takes {schedule.warmup_tokens / config.end_tokens:.0%} of the run; 1 to 5% is common."
@@ -453,7 +467,6 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     from data.order import Order, Stage
     from data.prepare import find
     from data.tokens import TokenFile
-    from train.run import order_of  # noqa: F401
 
     errors: list[str] = []
     data = config.data
@@ -555,12 +568,11 @@ def _table(*headings: str) -> Any:
     return table
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f}" if size >= 1e9 or not size else f"{size / 1e9:.3f}"
-
-
 def _bytes(size: float) -> str:
-    return f"{size / 1e12:,.1f} TB" if size >= 1e12 else f"{size / 1e9:,.3g} GB"
+    for unit, name in ((1e12, "TB"), (1e9, "GB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _time(seconds: float) -> str:

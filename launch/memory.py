@@ -126,7 +126,7 @@ class Tally(TorchDispatchMode):
         loss.model.model.register_forward_hook(begins("loss"))
         module.register_forward_hook(begins("backward"))
         for parameter in loss.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: self.move(p.grad, "gradients"))  # type: ignore[arg-type]
+            parameter.register_post_accumulate_grad_hook(lambda p: self.move(p.grad, "gradients"))
 
 
 class Passes:
