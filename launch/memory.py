@@ -164,7 +164,7 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
     if engine in ("plain", "ddp"):
         found = _most(forward.whole, backward.whole) + Counter(moments=8 * count)
         return found + Counter(buffers=4 * count * (engine == "ddp"))  # DDP's buckets
-    buffers = Counter(buffers=4 * bucket)  # from the backward pass on
+    buffers = Counter(buffers=4 * bucket)
     if engine in ("zero1", "zero2"):
         state = Counter(masters=4 * count + 4 * part, moments=8 * part)
         reducing = Counter(gradients=4 * part * (later > 0))
@@ -176,7 +176,12 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
             first, second = forward.rest, backward.rest
             waiting = Counter(backward=2 * count) if bf16 else backward.rest  # gradients of the copies come last
             reducing += Counter(buffers=4 * reduced) + _times(waiting, later)
-        return state + _most(first, second + buffers, reducing + buffers)
+        # They are made when the first gradient is there, which that of a copy is only after all layers.
+        if accumulating:
+            first += buffers
+        if accumulating or not bf16:
+            second += buffers
+        return state + _most(first, second, reducing + buffers)
     working = 2 if bf16 else 4  # bytes of a weight that is computed with
     state = Counter(copies=working * part)
     if engine == "zero3":
