@@ -99,11 +99,7 @@ def prepare(
     DataErrors: names that are no file names, no text, no document on one side of the split, a tokenizer that cannot
     be loaded or has no end-of-text token, files changed since.
     """
-    for name in corpora:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise DataError(
-                f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', no '-' or '.' first."
-            )
+    _check_names(corpora)
     cache = Path(cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda description, done, total: None)
@@ -133,6 +129,33 @@ def prepare(
         for split, opened in _open_corpus(folder).items():
             (train if split == "train" else validation)[name] = opened
     return Prepared(folders, tokenizer_folder, train, validation)
+
+
+def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str | Path) -> Prepared:
+    """What `prepare` would find in place, and makes none of it; validation files are left out.
+
+    DataErrors: names that are no file names, paths that match no file.
+    """
+    _check_names(corpora)
+    cache = Path(cache_dir).expanduser()
+    text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
+    sources = {name: _describe(corpus) for name, corpus in text.items()}
+    folder = None
+    if tokenizer.path is not None and os.path.isdir(os.path.expanduser(tokenizer.path)):
+        folder = _fetch_tokenizer(tokenizer.path, cache)
+    elif tokenizer.path is None and text:
+        trained = _trained_folder(sources, tokenizer.vocab_size, cache)
+        folder = trained if _complete(trained, "tokenizer.json") else None
+    folders, train = {}, {}
+    for name, corpus in corpora.items():
+        if corpus.source == "tokens":
+            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+        elif folder is not None:
+            own = cache / f"{name}-{_short_hash([sources[name], _identity(folder)])}"
+            if _complete(own, "corpus.json"):
+                folders[name] = own
+                train[name] = TokenFile(own / "train")
+    return Prepared(folders, folder, train, {})
 
 
 # ---------------------------------------------------------------------------------------------------- one corpus
@@ -500,7 +523,7 @@ def _train_tokenizer(
             f"The tokenizer's vocab_size is {vocab_size}; a byte-level one takes at least {len(alphabet) + 1}: every "
             "byte and the end of text. Raise it; 4096 suits small models."
         )
-    folder = cache / f"tokenizer-{_short_hash([sources, vocab_size, SAMPLE_BYTES, tokenizers.__version__])}"
+    folder = _trained_folder(sources, vocab_size, cache)
     if _complete(folder, "tokenizer.json"):
         return folder
 
@@ -539,6 +562,12 @@ def _train_tokenizer(
     with _building(folder) as temporary:
         wrapped.save_pretrained(temporary)
     return folder
+
+
+def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) -> Path:
+    import tokenizers
+
+    return cache / f"tokenizer-{_short_hash([sources, vocab_size, SAMPLE_BYTES, tokenizers.__version__])}"
 
 
 def _fetch_tokenizer(path: str, cache: Path) -> Path:
@@ -599,6 +628,14 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------------- the cache
+
+
+def _check_names(corpora: Mapping[str, Corpus]) -> None:
+    for name in corpora:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise DataError(
+                f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', no '-' or '.' first."
+            )
 
 
 def _describe(corpus: Corpus) -> dict[str, Any]:

@@ -28,7 +28,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data import DataError
-from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
+from train.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    RunFailed,
+    as_dict,
+    data_from_hydra,
+    from_hydra,
+    setting_names,
+    unchecked,
+)
 from train.environment import status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
@@ -96,17 +106,17 @@ def run_training(config: Config, arguments: list[str]) -> int:
     return 0
 
 
-def composed(overrides: list[str]) -> Config:
-    """The checked configuration that these Hydra overrides make.
+def composed(overrides: list[str], checked: bool = True) -> Config:
+    """The configuration that these Hydra overrides make.
 
     Raises:
-        ConfigError: with what is wrong, in one paragraph.
+        ConfigError: with what is wrong, in one paragraph; without `checked` only with what cannot be read.
     """
     settings = _compose(overrides)
     if "sweep" in settings:  # a trial of it
         OmegaConf.set_struct(settings, False)
         del settings["sweep"]
-    return from_hydra(settings)
+    return from_hydra(settings) if checked else unchecked(settings)
 
 
 def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:

@@ -11,8 +11,14 @@ import torch
 from train.config import Config
 from train.model import granite
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from the vendors' data sheets.
-_BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+# Dense bf16 peak in FLOP/s, and bytes of memory, by a part of the device's name, from the vendors' data sheets.
+GPUS = {
+    "H200": (989e12, 141e9),
+    "H100": (989e12, 80e9),
+    "A100": (312e12, 80e9),
+    "L40S": (362e12, 48e9),
+    "B200": (2250e12, 180e9),
+}
 
 
 def count_parameters(shapes: Mapping[str, torch.Size], config: Config) -> dict[str, int]:
@@ -56,7 +62,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    return next((peak for part, (peak, _) in GPUS.items() if part in name), None)
 
 
 def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
