@@ -165,7 +165,7 @@ def _write_corpus(
     name: str, corpus: Corpus, folder: Path, tokenizer_folder: Path, identity: str, report: Progress, workers: int
 ) -> None:
     tokenizer_json, eos, vocab_size = _load_tokenizer(tokenizer_folder)
-    dtype = dtype_for(vocab_size)
+    dtype = dtype_for(vocab_size).newbyteorder("<")
     total = sum(map(os.path.getsize, _all_files(corpus))) if corpus.source != "huggingface" else None
     splits = ["train"] + ["validation"] * bool(corpus.validation_fraction or corpus.validation_path)
     with _building(folder) as temporary:

@@ -513,19 +513,23 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
         for name, count in windows.items()
         if count < 1
     ]
+    # What is not tokenised yet has at most a token a byte, where it is not compressed.
+    for name in sorted(set(data.corpora) - set(windows)):
+        if data.corpora[name].source in ("stdlib", "text"):
+            windows[name] = sum(path.stat().st_size for path in sources.files(data.corpora[name])) // length
     warnings = [
-        f"{name} is not prepared yet: how often its tokens will be seen is not known. `python -m launch.prepare` "
+        f"{name} is not prepared yet, so it is not known how often its tokens will be seen; `python -m launch.prepare` "
         "tokenises it."
         for name in data.corpora
         if name not in windows
     ]
-    if not errors and not warnings:
+    if not errors and not warnings and all(windows.values()):
         order = Order(config.run.seed, tuple(Stage(*stage) for stage in stages), windows)
         for name, samples in order.counts(-(-config.run.tokens // length)).items():
             if (epochs := samples / windows[name]) > 1:
-                warnings.append(
-                    f"{name} has {human(found.train[name].num_tokens)} tokens, which the run sees {epochs:.1f} times."
-                )
+                size = human(windows[name] * length)
+                has = f"has {size} tokens" if name in found.train else f"has at most {size} tokens, one a byte"
+                warnings.append(f"{name} {has}, and the run sees them {epochs:.1f} times.")
     return errors, warnings
 
 

@@ -61,7 +61,7 @@ def test_data_is_looked_at_and_not_made(capsys: pytest.CaptureFixture[str], tmp_
     assert code == 1 and f"No file matches '{tmp_path}/*.txt'" in said
     only = f"data.corpora={{a:{{source:tokens,path:{tmp_path}/corpus}}}}"
     code, said = ran(capsys, *TINY, "data=none", only, "run.tokens=64_000", "schedule.warmup_tokens=640")
-    assert code == 0 and "which the run sees 10.0 times" in said
+    assert code == 0 and "a has 6.4k tokens, and the run sees them 10.0 times" in said
 
 
 def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
