@@ -73,11 +73,12 @@ class Cluster:
     def on_gpu(self) -> bool:
         return self.gpu != "cpu"
 
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """The ways to run on it, simplest first."""
-        offload = ("zero3_offload",) if self.on_gpu else ()
-        return ("plain",) if self.gpus == 1 else ("ddp", "zero1", "zero2", "zero3", *offload)
+    def engines(self, config: Config) -> list[str]:
+        """The ways to run on it, simplest first; with `engine.expect` that one."""
+        known = ["plain"] if self.gpus == 1 else ["ddp", "zero1", "zero2", "zero3"]
+        known += ["zero3_offload"] if self.on_gpu else []
+        expected = config.engine.expect
+        return known if expected is None else [each for each in known if each.startswith(expected)] or [expected]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -168,19 +169,16 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
         f"FLOPs             {flops:.3g} a token, {flops * config.run.tokens:.3g} in all (forward and backward)"
     )
     errors = list(batch_problems(config, cluster.gpus))
-    if config.engine.expect is not None and config.engine.expect not in cluster.engines:
-        errors.append(
-            f"engine.expect is {config.engine.expect}; on {cluster.gpus} there is {', '.join(cluster.engines)}."
-        )
+    if config.engine.expect == ("plain" if cluster.gpus > 1 else "ddp"):
+        errors.append(f"engine.expect is {config.engine.expect}, which cluster.gpus={cluster.gpus} cannot be.")
     warnings = [*schedule_warnings(config), *phase_warnings(config)]
     engine = None
     if not errors:
         engine = memory_section(console, config, cluster)
         if engine is None:
-            tried = [each for each in cluster.engines if each.startswith(config.engine.expect or each)]
             errors.append(
                 f"batch.micro_sequences={config.batch.micro_sequences} fits {USABLE:.0%} of "
-                f"{_bytes(cluster.memory or 0)} with none of {', '.join(tried)}. Take a smaller one, "
+                f"{_bytes(cluster.memory or 0)} with none of {', '.join(cluster.engines(config))}. Take a smaller one, "
                 "engine.activation_checkpointing=true, more GPUs or larger ones."
             )
     time_section(console, config, cluster, counts["total"], flops, engine)
@@ -217,6 +215,7 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
     from launch import memory
     from train import metrics
 
+    ways = cluster.engines(config)
     limit, micro = USABLE * (cluster.memory or 0), config.batch.micro_sequences
     share = config.batch.sequences // cluster.gpus
     # As configured first, then what else divides a rank's share, as long as anything fits.
@@ -224,7 +223,7 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
     needed: dict[int, dict[str, Counter[str]]] = {}
     for size in sizes:
         smaller = [found for other, found in needed.items() if other < size]
-        engines = [e for e in cluster.engines if all(found[e].total() <= limit for found in smaller if e in found)]
+        engines = [e for e in ways if all(found[e].total() <= limit for found in smaller if e in found)]
         if size != micro and not (engines := [e for e in engines if all(e in found for found in smaller)]):
             break
         changed = copy.deepcopy(config)
@@ -232,8 +231,7 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
         passes = memory.Passes(changed, cluster.gpus, cluster.on_gpu)
         needed[size] = {e: memory.needed(changed, e, cluster.gpus, passes) for e in engines}
     fits = {
-        e: [size for size in sorted(needed) if e in needed[size] and needed[size][e].total() <= limit]
-        for e in cluster.engines
+        e: [size for size in sorted(needed) if e in needed[size] and needed[size][e].total() <= limit] for e in ways
     }
 
     unit, name = (
@@ -264,11 +262,11 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
         console.print(f"zero3_offload keeps {sized(host)} {name} more in the memory of each machine.")
     if len(needed) > 1:
         table = _table("sum, by batch.micro_sequences", *map(str, sorted(needed)))
-        for engine in cluster.engines:
+        for engine in ways:
             sums = [needed[size][engine].total() if engine in needed[size] else None for size in sorted(needed)]
             table.add_row(engine, *("✗" if each is None else f"{sized(each)}{' ✗' * (each > limit)}" for each in sums))
         console.print(table)
-    able = [e for e in cluster.engines if fits[e] and e.startswith(config.engine.expect or e)]
+    able = [engine for engine in ways if fits[engine]]
     chosen = next((engine for engine in able if micro in fits[engine]), None)
     if chosen is None:
         if able:

@@ -216,7 +216,7 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
     """
     config = copy.deepcopy(config)
     attention, expert_kernel = kernels(config, gpu)
-    config.model.attn_implementation = _UNMASKED if attention.startswith("flash") else attention
+    config.model.attn_implementation = _UNMASKED if attention.startswith(("flash", "flex")) else attention
     config.model.experts_implementation = expert_kernel
     layers, width = config.model.num_hidden_layers, config.model.num_local_experts
     if config.model.model_type != "granitemoe":
@@ -263,7 +263,7 @@ _UNMASKED = "unmasked"
 
 
 def _unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-    """What FlashAttention keeps: its inputs, its output, and the log-sum-exps. No mask, and no keys for each head."""
+    """What Flash- and FlexAttention keep: inputs, output and log-sum-exps. No mask, and no keys for each head."""
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2), None
 
