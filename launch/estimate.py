@@ -469,7 +469,7 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     errors: list[str] = []
     data = config.data
     if not data.corpora:
-        return ["There is nothing to train on: data.corpora is empty. Add data=stdlib, or describe your corpora."], []
+        return [], ["No data is named yet, so nothing was looked at; training wants data=NAME, or corpora described."]
     for corpus in data.corpora.values():
         for path in (corpus.path, *([corpus.validation_path] if corpus.validation_path else [])):
             try:

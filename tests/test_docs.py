@@ -37,8 +37,9 @@ python() {{
     esac
 }}
 accelerate() {{ command accelerate "$@" $smaller; }}
+pip() {{ case "$*" in *-e\\ *|*--editable*) true ;; *) command pip "$@" ;; esac; }}  # it is installed already
 make() {{ case "$1" in train) accelerate launch train.py +experiment=quickstart ;; test*) true ;; *) false ;; esac; }}
-export -f python accelerate make
+export -f python accelerate pip make
 """
 
 

@@ -59,7 +59,7 @@ def main() -> None:
     """Measure all cases, or one of them on a rank."""
     if sys.argv[1:]:
         return rank(int(sys.argv[1]), sys.argv[2:])
-    lines, results = [], []
+    results = []
     for name, overrides in CASES.items():
         runs = [(engine, SMALL_BUCKET) for engine in ENGINES]
         if not overrides:
@@ -74,12 +74,9 @@ def main() -> None:
             beside = 4 * bucket if bucket == BUCKET else 0
             error = (estimated - beside) / (measured["peak"] - beside) - 1
             label = f"{engine}, 2 GB buckets" if beside else engine
-            lines.append(
-                f"| {name} | {label} | {measured['peak'] / 1e6:,.1f} | {estimated / 1e6:,.1f} | {error:+.1%} |"
-            )
-            print(lines[-1], flush=True)
+            numbers = f"{measured['peak'] / 1e6:,.1f} | {estimated / 1e6:,.1f} | {error:+.1%}"
+            print(f"| {name} | {label} | {numbers} |", flush=True)
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
 
 
 def launched(engine: str, bucket: int, settings: list[str]) -> dict[str, Any]:
