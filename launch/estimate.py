@@ -440,6 +440,7 @@ def draw(config: Config, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
     tokens, rates = zip(*curve(config, 2000), strict=True)
@@ -449,6 +450,7 @@ def draw(config: Config, path: Path) -> None:
             axis.axvline(at, color="grey", linewidth=0.5)
             axis.annotate(name, (at, max(rates)), rotation=90, va="top", ha="right", fontsize=8)
     axis.set(xlabel="tokens", ylabel="learning rate", title=config.run.name, ylim=(0, None))
+    axis.xaxis.set_major_formatter(EngFormatter())
     try:
         figure.savefig(path, dpi=100)
     except ValueError as error:
