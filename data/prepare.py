@@ -2,33 +2,54 @@
 
 CACHE/NAME-HASH/ holds train.bin and .idx, validation.bin and .idx, tokenizer/ and corpus.json, which describes them.
 HASH covers what the content depends on: the corpus's description, its files' sizes and times, and the tokenizer. A
-folder takes its name when it is whole; what a killed preparation leaves begins with a dot and may be deleted.
+folder takes its name when it is whole. Until then it is .NAME-HASH.0: files that only grow, and a state that says how
+much of them counts, so that whoever prepares the same corpus next goes on with what a killed preparation left.
 """
 
+import errno
+import fcntl
+import glob
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
 import shutil
+import signal
+import threading
+import time
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from math import ceil
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from data import DataError
-from data.sources import Corpus, Skipped, documents, files
-from data.tokens import TokenFile, TokenWriter, dtype_for
+from data.sources import COMPRESSED, Block, Corpus, Place, Skipped, blocks, documents, files, read
+from data.tokens import TokenFile, dtype_for, write_index
 
 FORMAT = 1  # goes into HASH: raise it when the same inputs give other files
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64 << 20  # of text that a tokenizer is trained on
 PIECE = 1 << 18  # characters encoded together at most
 BATCH = 1 << 22  # characters encoded in one call: the tokenizer takes a hundred times that in bytes
+ALONE = 64 << 20  # bytes of files below which other processes would take longer to start than they save
+SAVE_SECONDS = 10.0  # of work that a kill may cost
+STATE = "state.json"
+HASH = np.dtype("S16")  # of a text: a false match among 1e12 documents has a chance of 1 in 10^15
+LISTED = 100_000  # lines of skipped.jsonl at most
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -58,20 +79,27 @@ class Prepared:
 
 
 def prepare(
-    corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str | Path, progress: Progress | None = None
+    corpora: Mapping[str, Corpus],
+    tokenizer: TokenizerSpec,
+    cache_dir: str | Path,
+    progress: Progress | None = None,
+    workers: int = 1,
 ) -> Prepared:
     """Tokenise every corpus that is not in the cache yet; each document is followed by the end-of-text token.
 
-    The same inputs give the same bytes. Documents are split by a hash of their text, so equal ones never straddle the
-    split. `progress(description, bytes of text done, bytes in all or None)` is called now and then. Several processes
-    may prepare at once; the first to finish wins. DataErrors: names that are no file names, no text, no document on
-    one side of the split, a tokenizer that cannot be loaded or has no end-of-text token, files changed since.
+    The same inputs give the same bytes, with any number of `workers` and however often it was killed: the next call
+    goes on from at most ten seconds before. Documents are split by a hash of their text, so equal ones never straddle
+    the split. `progress(description, bytes done, bytes in all or None)` is called now and then; bytes are those of the
+    files, or of the text where a data set has none. Several processes may prepare at once; the first to finish wins.
+
+    A corpus of 64 MB or more is tokenised by `workers` processes, when they are two or more; they are spawned, so a
+    script that asks for them needs its `if __name__ == "__main__"`. A smaller one, or a single worker, leaves it to
+    this process, in which the tokenizer has threads of its own unless TOKENIZERS_PARALLELISM says false.
+
+    DataErrors: names that are no file names, no text, no document on one side of the split, a tokenizer that cannot
+    be loaded or has no end-of-text token, files changed since.
     """
-    for name in corpora:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise DataError(
-                f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', no '-' or '.' first."
-            )
+    _check_names(corpora)
     cache = Path(cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda description, done, total: None)
@@ -96,56 +124,74 @@ def prepare(
         identity = _identity(tokenizer_folder)
         folder = cache / f"{name}-{_short_hash([sources[name], identity])}"
         if not _complete(folder, "corpus.json"):
-            _write_corpus(name, corpus, folder, tokenizer_folder, identity, report)
+            _write_corpus(name, corpus, folder, tokenizer_folder, identity, report, workers)
         folders[name] = folder
         for split, opened in _open_corpus(folder).items():
             (train if split == "train" else validation)[name] = opened
     return Prepared(folders, tokenizer_folder, train, validation)
 
 
+def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str | Path) -> Prepared:
+    """What `prepare` would find in place, and makes none of it; validation files are left out.
+
+    DataErrors: names that are no file names, paths that match no file.
+    """
+    _check_names(corpora)
+    cache = Path(cache_dir).expanduser()
+    text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
+    sources = {name: _describe(corpus) for name, corpus in text.items()}
+    folder = None
+    if tokenizer.path is not None and os.path.isdir(os.path.expanduser(tokenizer.path)):
+        folder = _fetch_tokenizer(tokenizer.path, cache)
+    elif tokenizer.path is None and text:
+        trained = _trained_folder(sources, tokenizer.vocab_size, cache)
+        folder = trained if _complete(trained, "tokenizer.json") else None
+    folders, train = {}, {}
+    for name, corpus in corpora.items():
+        if corpus.source == "tokens":
+            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+        elif folder is not None:
+            own = cache / f"{name}-{_short_hash([sources[name], _identity(folder)])}"
+            if _complete(own, "corpus.json"):
+                folders[name] = own
+                train[name] = TokenFile(own / "train")
+    return Prepared(folders, folder, train, {})
+
+
 # ---------------------------------------------------------------------------------------------------- one corpus
 
 
 def _write_corpus(
-    name: str, corpus: Corpus, folder: Path, tokenizer_folder: Path, identity: str, report: Progress
+    name: str, corpus: Corpus, folder: Path, tokenizer_folder: Path, identity: str, report: Progress, workers: int
 ) -> None:
-    encode, eos, vocab_size = _load_encoder(tokenizer_folder)
-    total = sum(map(os.path.getsize, _all_files(corpus))) if corpus.source in ("stdlib", "text") else None
-    skipped, done, lowest, ids = Skipped(), 0, 1.0, array("i")
+    tokenizer_json, eos, vocab_size = _load_tokenizer(tokenizer_folder)
+    dtype = dtype_for(vocab_size).newbyteorder("<")
+    total = sum(map(os.path.getsize, _all_files(corpus))) if corpus.source != "huggingface" else None
     splits = ["train"] + ["validation"] * bool(corpus.validation_fraction or corpus.validation_path)
-    statistics = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in splits}
     with _building(folder) as temporary:
-        with ExitStack() as stack:
-            writers = {
-                split: stack.enter_context(TokenWriter(temporary / split, dtype_for(vocab_size))) for split in splits
-            }
-            for batch in _batches(_split_documents(corpus, skipped)):
-                encoded = encode([piece for piece, _ in batch])
-                for (_, document), piece_ids in zip(batch, encoded, strict=True):
-                    ids.extend(piece_ids)
-                    if document is None:  # more of it follows
-                        continue
-                    ids.append(eos)
-                    writers[document.split].add(ids)
-                    for key, amount in (("documents", 1), ("tokens", len(ids)), ("bytes", document.size)):
-                        statistics[document.split][key] += amount
-                    done += document.size
-                    lowest = min(lowest, document.hash)
-                    del ids[:]
-                report(f"tokenising {name}", done, total)
+        with _Output(temporary, splits, dtype, corpus.deduplicate) as output:
+            alone = workers < 2 or (total is not None and total < ALONE)
+            encoded = _encoded(corpus, output.place, (tokenizer_json, eos, dtype), 0 if alone else workers)
+            report(f"tokenising {name}", output.done, total)
+            with closing(encoded):
+                for tokens, place, done in encoded:
+                    output.add(tokens, place, done)
+                    report(f"tokenising {name}", output.done, total)
+            report(f"tokenising {name}", output.done if total is None else total, total)
         for split in splits:
-            if statistics[split]["documents"] == 0:
-                raise _no_document(name, corpus, split, statistics, skipped, lowest)
-        shutil.copytree(tokenizer_folder, temporary / "tokenizer")
+            if output.statistics[split]["documents"] == 0:
+                raise _no_document(name, corpus, split, output)
+        shutil.copytree(tokenizer_folder, temporary / "tokenizer", dirs_exist_ok=True)
         summary = {
             "format": FORMAT,
-            "corpus": asdict(corpus),
+            "corpus": _settings(corpus),
             "splits": {
-                split: {**statistics[split], "fingerprint": TokenFile(temporary / split).fingerprint()}
+                split: {**output.statistics[split], "fingerprint": TokenFile(temporary / split).fingerprint()}
                 for split in splits
             },
             "skipped": {
-                kind: {"count": count, "first": skipped.first[kind]} for kind, count in sorted(skipped.counts.items())
+                kind: {"count": count, "first": output.skipped.first[kind]}
+                for kind, count in sorted(output.skipped.counts.items())
             },
             "tokenizer": identity,
         }
@@ -164,11 +210,9 @@ def _open_corpus(folder: Path) -> dict[str, TokenFile]:
     return opened
 
 
-def _no_document(
-    name: str, corpus: Corpus, split: str, statistics: dict[str, dict[str, int]], skipped: Skipped, lowest: float
-) -> DataError:
-    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.counts.items())) or "none"
-    total = sum(facts["documents"] for facts in statistics.values())
+def _no_document(name: str, corpus: Corpus, split: str, output: "_Output") -> DataError:
+    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(output.skipped.counts.items())) or "none"
+    total = sum(facts["documents"] for facts in output.statistics.values())
     message = f"The {split} split of corpus {name!r} has no document, out of {total} (left out: {left_out}). "
     if total == 0 or corpus.validation_path:
         return DataError(message + "Check its path and, for records, the name of the field that holds the text.")
@@ -176,8 +220,137 @@ def _no_document(
     if total == 1:
         return DataError(message + "Set it to 0, or name other documents as validation_path.")
     if split == "validation":
-        return DataError(message + f"Raise it to {ceil(lowest * 1e4) / 1e4} for one document, or set it to 0 for none.")
+        return DataError(
+            message + f"Raise it to {ceil(output.lowest * 1e4) / 1e4} for one document, or set it to 0 for none."
+        )
     return DataError(message + "Lower it.")
+
+
+class _Output:
+    """The files of a corpus in the making, which only grow, and the state that says how much of them counts.
+
+    A context manager. Beside each split's tokens are its documents' lengths (int32), which become the index, and the
+    hashes of what was kept where equal texts are to be found. `place`: what to read next.
+    """
+
+    def __init__(self, folder: Path, splits: list[str], dtype: np.dtype[Any], deduplicate: bool) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._paths = {f"{split}.bin": folder / f"{split}.bin" for split in splits}
+        self._paths |= {name: folder.parent / name for name in (*(f"{split}.lengths" for split in splits), "hashes")}
+        self._paths["skipped.jsonl"] = folder / "skipped.jsonl"
+        self.statistics = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in splits}
+        self.skipped, self.lowest, self.done = Skipped(), 1.0, 0
+        self.place: tuple[int, Place] = (0, Place())
+        self._kept = _Kept() if deduplicate else None
+
+    def __enter__(self) -> "_Output":
+        state = self._saved()
+        self._files: dict[str, IO[bytes]] = {}
+        for name, path in self._paths.items():
+            self._files[name] = open(path, "r+b" if state else "wb")
+            self._files[name].truncate(state["sizes"][name] if state else 0)
+            self._files[name].seek(0, os.SEEK_END)
+        if state:
+            self.statistics, self.lowest, self.done = state["statistics"], state["lowest"], state["done"]
+            self.skipped = Skipped(Counter(state["skipped"]["counts"]), state["skipped"]["first"])
+            self.place = state["place"][0], Place(*state["place"][1])
+            if self._kept is not None:
+                self._kept.new(np.fromfile(self._paths["hashes"], HASH))
+        self._saved_at = time.monotonic()
+        return self
+
+    def _saved(self) -> Any:
+        """What `_save` wrote, if everything that it counts is there."""
+        try:
+            state = json.loads((self._folder.parent / STATE).read_text())
+            whole = all(os.path.getsize(path) >= state["sizes"][name] for name, path in self._paths.items())
+        except (OSError, ValueError, LookupError, TypeError):  # a power cut can leave it so
+            return None
+        return state if whole else None
+
+    def _save(self) -> None:
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        state = {
+            "place": self.place,
+            "sizes": {name: file.tell() for name, file in self._files.items()},
+            "statistics": self.statistics,
+            "skipped": vars(self.skipped),
+            "lowest": self.lowest,
+            "done": self.done,
+        }
+        partial = self._folder.parent / f"{STATE}.partial"
+        partial.write_text(json.dumps(state))
+        _sync(partial)
+        partial.replace(self._folder.parent / STATE)
+        self._saved_at = time.monotonic()
+
+    def add(self, new: "_Encoded", place: tuple[int, Place], done: int | None) -> None:
+        """Append the documents of a block that ends at `place`, where `done` bytes of the files are read."""
+        keep = np.ones(len(new.lengths), bool)
+        if self._kept is not None:
+            hashes = np.array(new.hashes, HASH)
+            keep = self._kept.new(hashes)
+            self._files["hashes"].write(hashes[keep].tobytes())
+            new.left_out += [("duplicate", new.identifiers[number]) for number in np.flatnonzero(~keep)]
+        for split, facts in self.statistics.items():
+            chosen = keep & (new.validation == (split == "validation"))
+            lengths = new.lengths[chosen]
+            tokens = new.tokens if chosen.all() else new.tokens[np.repeat(chosen, new.lengths)]
+            self._files[f"{split}.bin"].write(tokens.data)
+            self._files[f"{split}.lengths"].write(lengths.data)
+            size = int(new.sizes[chosen].sum())
+            for key, amount in (("documents", len(lengths)), ("tokens", len(tokens)), ("bytes", size)):
+                facts[key] += amount
+        for kind, identifier in new.left_out:
+            if self.skipped.counts.total() < LISTED:
+                line = json.dumps({"kind": kind, "document": identifier})
+                self._files["skipped.jsonl"].write(f"{line}\n".encode())
+            self.skipped.add(kind, identifier)
+        self.lowest, self.place = min(self.lowest, new.lowest), place
+        self.done = sum(facts["bytes"] for facts in self.statistics.values()) if done is None else done
+        if time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            self._save()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for file in self._files.values():
+            with suppress(OSError) if kind else nullcontext():  # what a full disk did not take does not count
+                file.close()
+        if kind is None:
+            for split in self.statistics:
+                lengths = np.fromfile(self._paths[f"{split}.lengths"], "<i4")
+                write_index(self._folder / f"{split}.idx", self._dtype, lengths)
+            if not self.skipped.counts:
+                self._paths["skipped.jsonl"].unlink()
+
+
+class _Kept:
+    """Hashes of texts, in sorted arrays each of which is at least four times as long as the next: a set of Python's
+    would take five times the memory."""
+
+    def __init__(self) -> None:
+        self._arrays: list[npt.NDArray[np.bytes_]] = []
+
+    def new(self, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+        """Which of `hashes` (n,) were not there, nor before in `hashes`; they are now."""
+        unknown, first = np.unique(hashes, return_index=True)
+        for known in self._arrays:
+            places = np.minimum(np.searchsorted(known, unknown), len(known) - 1)
+            other = known[places] != unknown
+            unknown, first = unknown[other], first[other]
+        if len(unknown):
+            self._arrays.append(unknown)
+        while len(self._arrays) > 1 and len(self._arrays[-2]) < 4 * len(self._arrays[-1]):
+            merged = np.concatenate([self._arrays.pop(), self._arrays.pop()])
+            merged.sort(kind="stable")  # which finds the two runs
+            self._arrays.append(merged)
+        is_new = np.zeros(len(hashes), bool)
+        is_new[first] = True
+        return is_new
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
 
 
 @dataclass(frozen=True)
@@ -186,22 +359,25 @@ class _Document:
     hash: float  # of the text, in [0, 1)
     size: int  # bytes
     text: str
+    identifier: str
+    digest: bytes  # of the text, a HASH, if equal ones are to be found
 
 
-def _split_documents(corpus: Corpus, skipped: Skipped) -> Iterator[_Document]:
+def _split_documents(
+    corpus: Corpus, stream: Iterable[tuple[str, str]], validation: bool = False
+) -> Iterator[_Document]:
+    """Each (identifier, text) with its split, which is validation's for all of a validation_path."""
     fraction = 0.0 if corpus.validation_path else corpus.validation_fraction
-    for _, text in documents(corpus, skipped):
+    for identifier, text in stream:
         raw = text.encode()
         # 53 bits: a float holds them exactly, and 1.0 cannot be reached.
         value = (int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") >> 11) / (1 << 53)
-        split = "validation" if value < fraction else "train"
-        yield _Document(split, value, len(raw), text)
-    if corpus.validation_path:
-        for _, text in documents(replace(corpus, path=corpus.validation_path), skipped):
-            yield _Document("validation", 1.0, len(text.encode()), text)
+        split = "validation" if validation or value < fraction else "train"
+        digest = hashlib.blake2b(raw, digest_size=HASH.itemsize).digest() if corpus.deduplicate else b""
+        yield _Document(split, 1.0 if validation else value, len(raw), text, identifier, digest)
 
 
-def _batches(stream: Iterator[_Document]) -> Iterator[list[tuple[str, _Document | None]]]:
+def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str, _Document | None]]]:
     """Pieces of text in lists of bounded size; the last piece of a document comes with the document."""
     batch: list[tuple[str, _Document | None]] = []
     held = 0
@@ -210,11 +386,125 @@ def _batches(stream: Iterator[_Document]) -> Iterator[list[tuple[str, _Document 
         for number, piece in enumerate(pieces, 1):
             batch.append((piece, document if number == len(pieces) else None))
             held += len(piece)
-            if held >= BATCH:
+            if held >= limit:
                 yield batch
                 batch, held = [], 0
     if batch:
         yield batch
+
+
+@dataclass
+class _Encoded:
+    """A block's documents. tokens: of all of them (tokens,). Of each: lengths in tokens, sizes in bytes, validation
+    (documents,); hashes and identifiers where equal texts are to be found. left_out: (kind, identifier)."""
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.bool_]
+    lowest: float
+    left_out: list[tuple[str, str]]
+    hashes: list[bytes] = field(default_factory=list)
+    identifiers: list[str] = field(default_factory=list)
+
+
+class _Encoder:
+    """Blocks to tokens, at most `batch` characters in one call of the tokenizer."""
+
+    def __init__(self, tokenizer_json: str, eos: int, dtype: np.dtype[Any], batch: int) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer, self._eos, self._dtype, self._batch = Tokenizer.from_str(tokenizer_json), eos, dtype, batch
+        # "<|endoftext|>" written in a document is text, not the end of it.
+        self._tokenizer.encode_special_tokens = True
+
+    def __call__(self, corpus: Corpus, block: Block, validation: bool) -> _Encoded:
+        left_out: list[tuple[str, str]] = []
+        stream = read(corpus, block, lambda kind, identifier: left_out.append((kind, identifier)))
+        ids, ends, encoded = array("i"), array("q", [0]), []
+        for batch in _batches(_split_documents(corpus, stream, validation), self._batch):
+            encodings = self._tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+            for (_, document), encoding in zip(batch, encodings, strict=True):
+                ids.extend(encoding.ids)
+                if document is not None:  # else more of it follows
+                    ids.append(self._eos)
+                    ends.append(len(ids))
+                    # Not the text itself, so that a batch is held and not a block.
+                    encoded.append((document.size, document.split, document.hash, document.digest, document.identifier))
+        sizes, splits, values, digests, identifiers = zip(*encoded, strict=True) if encoded else ((),) * 5
+        return _Encoded(
+            np.frombuffer(ids, np.int32).astype(self._dtype) if ids else np.empty(0, self._dtype),
+            np.diff(np.frombuffer(ends, np.int64)).astype("<i4"),
+            np.array(sizes, np.int64),
+            np.array(splits) == "validation" if encoded else np.empty(0, bool),
+            min(values, default=1.0),
+            left_out,
+            *((list(digests), list(identifiers)) if corpus.deduplicate else ()),
+        )
+
+
+def _encoded(
+    corpus: Corpus, start: tuple[int, Place], tokenizer: tuple[str, int, np.dtype[Any]], workers: int
+) -> Generator[tuple[_Encoded, tuple[int, Place], int | None], None, None]:
+    """Blocks from `start` on, in order, each with its end and the bytes of files read until there; by so many other
+    processes, or by this one when there are none."""
+
+    def work() -> Iterator[tuple[tuple[Corpus, Block, bool], tuple[int, Place], int | None]]:
+        before = 0
+        for number, part in enumerate(corpus.parts()):
+            if number >= start[0]:
+                for block in blocks(part, start[1] if number == start[0] else Place()):
+                    done = None if block.done is None else before + block.done
+                    yield (part, block, number > 0), (number, block.end), done
+            before += sum(map(os.path.getsize, files(part)))
+
+    if not workers:
+        encode = _Encoder(*tokenizer, BATCH)
+        for arguments, place, done in work():
+            yield encode(*arguments), place, done
+        return
+    ahead: deque[tuple[Future[_Encoded], tuple[int, Place], int | None]] = deque()
+    # Spawned, because a fork takes the locks of other threads with it and not the threads.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(*tokenizer, PIECE)
+    )
+    try:
+        for arguments, place, done in work():
+            ahead.append((pool.submit(_encode_here, *arguments), place, done))
+            if len(ahead) > 2 * workers:
+                future, place, done = ahead.popleft()
+                yield future.result(), place, done
+        for future, place, done in ahead:
+            yield future.result(), place, done
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"One of {workers} processes that tokenise was ended from outside, most likely for want of memory. Fewer "
+            "of them (data.workers) take less; the same command goes on from where it was."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: _Encoder  # of a process that `_start_worker` began
+
+
+def _start_worker(*arguments: Any) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = _Encoder(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_here(corpus: Corpus, block: Block, validation: bool) -> _Encoded:
+    return _encoder(corpus, block, validation)
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
@@ -233,7 +523,7 @@ def _train_tokenizer(
             f"The tokenizer's vocab_size is {vocab_size}; a byte-level one takes at least {len(alphabet) + 1}: every "
             "byte and the end of text. Raise it; 4096 suits small models."
         )
-    folder = cache / f"tokenizer-{_short_hash([sources, vocab_size, SAMPLE_BYTES, tokenizers.__version__])}"
+    folder = _trained_folder(sources, vocab_size, cache)
     if _complete(folder, "tokenizer.json"):
         return folder
 
@@ -241,11 +531,13 @@ def _train_tokenizer(
         """The first training documents of each corpus, the same number of bytes of each."""
         limit = SAMPLE_BYTES // len(corpora)
         for name, corpus in corpora.items():
-            used = 0
-            for document in _split_documents(corpus, Skipped()):
-                if document.split == "train":
+            used, taken = 0, set()
+            for document in _split_documents(corpus, documents(corpus)):
+                if document.split == "train" and document.digest not in taken:
                     yield from _pieces(document.text[: limit - used])
                     used += document.size
+                    if corpus.deduplicate:
+                        taken.add(document.digest)
                 if used >= limit:
                     break
             report(f"reading {name} for the tokenizer", used, None)
@@ -272,6 +564,12 @@ def _train_tokenizer(
     return folder
 
 
+def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) -> Path:
+    import tokenizers
+
+    return cache / f"tokenizer-{_short_hash([sources, vocab_size, SAMPLE_BYTES, tokenizers.__version__])}"
+
+
 def _fetch_tokenizer(path: str, cache: Path) -> Path:
     """A copy of the tokenizer in the cache, named by its content."""
     from transformers import AutoTokenizer
@@ -281,7 +579,8 @@ def _fetch_tokenizer(path: str, cache: Path) -> Path:
     except Exception as error:  # whatever is wrong with a file or the network
         raise DataError(
             f"No tokenizer could be loaded from {path!r}: {type(error).__name__}: {error} Give a folder with a "
-            "tokenizer.json, a name that the hub knows, or no path to train one."
+            "tokenizer.json, or with a SentencePiece tokenizer.model (pip install sentencepiece protobuf, and it is "
+            "converted), a name that the hub knows, or no path to train one."
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise DataError(f"The tokenizer {path!r} has no tokenizer.json. Convert it to a fast tokenizer first.")
@@ -298,20 +597,20 @@ def _fetch_tokenizer(path: str, cache: Path) -> Path:
     return folder
 
 
-def _load_encoder(folder: Path) -> tuple[Callable[[list[str]], list[list[int]]], int, int]:
-    """(texts → token ids without any special token, the end-of-text id, the vocabulary's size)."""
+def _load_tokenizer(folder: Path) -> tuple[str, int, int]:
+    """(its tokenizer.json without truncation and padding, the end-of-text id, the vocabulary's size)."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not the end of it
+    return backend.to_str(), tokenizer.eos_token_id, rows_needed(tokenizer)
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return encode, tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1
+def rows_needed(tokenizer: Any) -> int:
+    """Rows that an embedding needs for a tokenizer of `transformers` or `tokenizers`: its ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -331,18 +630,37 @@ def _pieces(text: str) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------- the cache
 
 
+def _check_names(corpora: Mapping[str, Corpus]) -> None:
+    for name in corpora:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise DataError(
+                f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', no '-' or '.' first."
+            )
+
+
 def _describe(corpus: Corpus) -> dict[str, Any]:
     """Everything about a corpus that decides its documents. A data set of the hub is taken to be what it was."""
     facts: list[list[Any]] = [
         [str(path), os.path.getsize(path), os.stat(path).st_mtime_ns] for path in _all_files(corpus)
     ]
+    description = {"format": FORMAT, "corpus": _settings(corpus), "files": facts}
     if corpus.source == "stdlib":  # its times say when Python was installed
-        facts = [[platform.python_version()], *([path, size] for path, size, _ in facts)]
-    return {"format": FORMAT, "corpus": asdict(corpus), "files": facts}
+        description["files"] = [[platform.python_version()], *([path, size] for path, size, _ in facts)]
+    if corpus.source == "text" and any(path.endswith(COMPRESSED) for path, *_ in facts):
+        description["decompressed"] = True  # which they once were not
+    return description
+
+
+def _settings(corpus: Corpus) -> dict[str, Any]:
+    """A corpus as it is written down. What was added later is left out at its default, so that caches stay valid."""
+    settings = asdict(corpus)
+    if not corpus.deduplicate:
+        del settings["deduplicate"]
+    return settings
 
 
 def _all_files(corpus: Corpus) -> list[Path]:
-    return files(corpus) + (files(replace(corpus, path=corpus.validation_path)) if corpus.validation_path else [])
+    return [path for part in corpus.parts() for path in files(part)]
 
 
 def _identity(tokenizer_folder: Path) -> str:
@@ -368,10 +686,17 @@ def _complete(folder: Path, last: str) -> bool:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name, synced, if the block ends without an error."""
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
+    """A folder that takes the name `folder`, synced, if the block ends without an error.
+
+    It lies in .NAME.0, or .NAME.1 while another process has that one, beside what else is needed until then. What a
+    STATE there says is kept for the next time, unless the error is one of the data.
+    """
+    slot, lock = _claim(folder)
+    temporary = slot / "whole"
     try:
+        if not (slot / STATE).exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(exist_ok=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
@@ -381,8 +706,60 @@ def _building(folder: Path) -> Iterator[Path]:
             if not folder.exists():
                 raise  # else another process was faster, with the same content
         _sync(folder.parent)
+        for other in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+            other_lock = None if other == slot else _lock(other)
+            if other_lock is not None:  # left by a process that was killed
+                shutil.rmtree(other, ignore_errors=True)
+                other_lock.close()
+        shutil.rmtree(slot, ignore_errors=True)
+    except BaseException as error:
+        if isinstance(error, DataError) or not (slot / STATE).exists():
+            shutil.rmtree(slot, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise OSError(
+                error.errno,
+                f"No space is left for {folder}. Free some, or choose another data.cache_dir; with this one the same "
+                "command goes on from where it was.",
+            ) from error
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        lock.close()
+
+
+def _claim(folder: Path) -> tuple[Path, IO[str]]:
+    """The first of the folders for making `folder` that no other process has, and the lock that says so."""
+    for number in itertools.count():
+        slot = folder.with_name(f".{folder.name}.{number}")
+        slot.mkdir(exist_ok=True)
+        try:
+            lock = _lock(slot)
+        except OSError:  # a file system without locks: one that nobody else will look for
+            slot = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+            slot.mkdir()
+            return slot, open(slot / "lock", "w")
+        if lock is not None:
+            return slot, lock
+    raise AssertionError
+
+
+def _lock(slot: Path) -> IO[str] | None:
+    """None if another process has it, or has just removed it."""
+    path = slot / "lock"
+    try:
+        lock = open(path, "w")  # noqa: SIM115
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        lock.close()
+        raise
+    lock.close()
+    return None
 
 
 def _sync(path: Path) -> None:

@@ -1,22 +1,35 @@
-"""Where documents come from: files, Hugging Face datasets and Python's own standard library."""
+"""Where documents come from: files, Hugging Face datasets and Python's own standard library.
+
+A source is read in blocks of a few megabytes, cut where its content alone says. Whoever reads a source takes blocks
+from it one after another; whoever needs the documents makes them from a block, in whatever process.
+"""
 
 import glob
 import gzip
+import io
 import json
 import os
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from data import DataError
 
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "huggingface", "tokens")
+if TYPE_CHECKING:
+    import pyarrow
+
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "huggingface", "tokens")
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+COMPRESSED = (".gz", ".zst")
 EXAMPLES = 5
+BLOCK = 1 << 22  # bytes that are read together, and a record more
+ROWS = 64  # of a table taken together at most, for a document may be long
+
+Skip = Callable[[str, str], None]
 
 
 @dataclass
@@ -24,15 +37,19 @@ class Corpus:
     """What one corpus is made of.
 
     source: `stdlib` (the .py files of the running Python's standard library, without tests), `text` (each file a
-        document), `jsonl` (an object a line, .gz too), `parquet`, `huggingface` (through `datasets`) or `tokens` (a
-        token file in Megatron's format, used as it is).
-    path: a glob such as `books/**/*.txt` (text, jsonl, parquet); a dataset's name, or a folder that `datasets` can
-        load or has saved (huggingface); the token file's PREFIX (tokens).
-    field: the key or column that holds the text (jsonl, parquet, huggingface).
+        document), `jsonl` (an object a line), `parquet`, `arrow` (Arrow IPC files and streams, such as `datasets`
+        saves), `huggingface` (through `datasets`) or `tokens` (a token file in Megatron's format, used as it is).
+        Files of text and jsonl may be compressed, as .gz or .zst.
+    path: a glob such as `books/**/*.txt` (text, jsonl, parquet, arrow); a dataset's name, or a folder that `datasets`
+        can load or has saved (huggingface); the token file's PREFIX (tokens).
+    field: the key or column that holds the text (jsonl, parquet, arrow, huggingface).
     split, name: the split and the configuration of a dataset (huggingface).
-    validation_fraction: the share of documents, by a hash of their text, that is kept for validation. A token file is
-        never split.
+    validation_fraction: the share of documents, by a hash of their text, that is kept for validation: equal texts are
+        never on both sides. A token file is never split.
     validation_path: the validation documents instead, a path of the same kind; the fraction is ignored then.
+    deduplicate: of documents with equal texts take only the first, in the order of the files; the validation_path's
+        come last, so that validation has no text of training either. A hash of 16 bytes is held for each document and,
+        now and then, copied: about 30 GB of memory for a billion documents.
     """
 
     source: str
@@ -42,6 +59,7 @@ class Corpus:
     name: str | None = None
     validation_fraction: float = 0.0
     validation_path: str | None = None
+    deduplicate: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -54,6 +72,12 @@ class Corpus:
             raise DataError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")
         if self.validation_path and self.source == "stdlib":
             raise DataError(f"validation_path is {self.validation_path!r}; stdlib takes only a validation_fraction.")
+        if self.deduplicate and self.source == "tokens":
+            raise DataError("deduplicate is true, but a token file is used as it is; leave it out for this corpus.")
+
+    def parts(self) -> list["Corpus"]:
+        """This corpus, and the one of its validation_path where it has one."""
+        return [self] + ([replace(self, path=self.validation_path)] if self.validation_path else [])
 
 
 @dataclass
@@ -69,23 +93,52 @@ class Skipped:
             self.first.setdefault(kind, []).append(identifier)
 
 
-def documents(corpus: Corpus, skipped: Skipped | None = None) -> Iterator[tuple[str, str]]:
-    """(identifier, text) of each training or fraction-split document, in an order that only the content decides.
+class Place(NamedTuple):
+    """Between two records: how many files are read whole, and how far the next one is read, in records and in
+    decompressed bytes (jsonl; else 0)."""
 
-    Records that are no text are left out and entered in `skipped` as invalid_utf8, invalid_json, missing_field, null,
-    not_a_string or empty (nothing but white space). Only one document is held at a time. A path without files, a
-    damaged file, or a data set that cannot be loaded is a DataError.
+    file: int = 0
+    records: int = 0
+    offset: int = 0
+
+
+class Block(NamedTuple):
+    """Records that follow one another. `content`: paths of files (text), lines (jsonl), an Arrow stream (tables) or
+    values (huggingface), of the file `path` after `first` records of it. `end`: where the next block begins. `done`:
+    bytes of the files read until there; None for a data set."""
+
+    path: str
+    first: int
+    content: Any
+    end: Place
+    done: int | None
+
+
+def documents(corpus: Corpus, skipped: Skipped | None = None) -> Iterator[tuple[str, str]]:
+    """(identifier, text) of each document of `corpus.path`, in an order that only the content decides.
+
+    Records that are no text are left out and entered in `skipped`, as by `read`. Only one block is held at a time. A
+    path without files, a damaged file, or a data set that cannot be loaded is a DataError.
     """
     skipped = Skipped() if skipped is None else skipped
-    for identifier, value in _READERS[corpus.source](corpus, skipped):
+    for block in blocks(corpus):
+        yield from read(corpus, block, skipped.add)
+
+
+def read(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, str]]:
+    """(identifier, text) of a block's documents; `skip(kind, identifier)` is called for records that are none.
+
+    Kinds: invalid_utf8, invalid_json, missing_field, null, not_a_string or empty (nothing but white space).
+    """
+    for identifier, value in _READERS[corpus.source](corpus, block, skip):
         if value is None:
-            skipped.add("null", identifier)
+            skip("null", identifier)
         elif not isinstance(value, str):
-            skipped.add("not_a_string", identifier)
+            skip("not_a_string", identifier)
         elif not value or value.isspace():
-            skipped.add("empty", identifier)
+            skip("empty", identifier)
         elif not _encodable(value):
-            skipped.add("invalid_utf8", identifier)
+            skip("invalid_utf8", identifier)
         else:
             yield identifier, value
 
@@ -119,73 +172,199 @@ def files(corpus: Corpus) -> list[Path]:
     return sorted(found)
 
 
-def _texts(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
-    root = sysconfig.get_paths()["stdlib"] if corpus.source == "stdlib" else None
-    for path in files(corpus):
-        identifier = os.path.relpath(path, root) if root else str(path)
+# ---------------------------------------------------------------------------------------------------- to blocks
+
+
+def blocks(corpus: Corpus, start: Place = Place()) -> Iterator[Block]:  # noqa: B008
+    """The source from `start` on. Blocks that start at the end of another are the same whatever was read before."""
+    if corpus.source == "huggingface":
+        yield from _dataset_blocks(corpus, start)
+        return
+    paths = files(corpus)
+    sizes = [os.path.getsize(path) for path in paths]
+    done = sum(sizes[: start.file])
+    if corpus.source in ("stdlib", "text"):
+        group: list[Path] = []
+        held = 0
+        for number in range(start.file, len(paths)):
+            group.append(paths[number])
+            held += sizes[number]
+            if held >= BLOCK or number == len(paths) - 1:
+                done += held
+                yield Block("", 0, group, Place(number + 1), done)
+                group, held = [], 0
+        return
+    for number in range(start.file, len(paths)):
+        path, size = paths[number], sizes[number]
+        place = start if number == start.file else Place(number)
         try:
-            yield identifier, path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.add("invalid_utf8", identifier)
+            for content, first, end, share in _SPLITTERS[corpus.source](corpus, path, place):
+                yield Block(str(path), first, content, end, done + int(share * size))
+        except _unreadable() as error:
+            raise _cannot_be_read(path, error) from error
+        done += size
 
 
-def _lines(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
-    # Line by line, because `datasets` gives up a whole file for one bad line.
-    for path in files(corpus):
-        if path.suffix in (".zst", ".bz2", ".xz"):
-            raise DataError(f"{path}: only plain and .gz files can be read. Decompress it first.")
-        try:
-            with _open(path) as file:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    identifier = f"{path}:{number}"
-                    try:
-                        record = json.loads(line.decode("utf-8-sig"))
-                    except UnicodeDecodeError:
-                        skipped.add("invalid_utf8", identifier)
-                    except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
-                        skipped.add("invalid_json", identifier)
-                    else:
-                        if isinstance(record, dict) and corpus.field in record:
-                            yield identifier, record[corpus.field]
-                        else:
-                            skipped.add("missing_field", identifier)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} cannot be read to its end: {error}. Replace the file or leave it out.") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
-
-
-def _parquet(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What the readers of damaged files raise."""
     import pyarrow
+
+    return OSError, EOFError, zlib.error, pyarrow.ArrowException
+
+
+def _cannot_be_read(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read to its end: {error}. Replace the file or leave it out.")
+
+
+Split = Iterator[tuple[Any, int, Place, float]]  # content, records before it, place after it, share of the file
+
+
+def _line_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
+    if path.suffix in (".bz2", ".xz"):
+        raise DataError(f"{path}: only plain, .gz and .zst files can be read. Decompress it first.")
+    size = os.path.getsize(path)
+    number, records, offset = place
+    with open(path, "rb") as raw, _decompressed(path, raw) as file:
+        if file is raw:
+            file.seek(offset)
+        else:
+            left = offset
+            while left:
+                left -= len(file.read(min(left, BLOCK)))
+        while content := file.read(BLOCK) + file.readline():
+            first = records
+            records += content.count(b"\n")
+            offset += len(content)
+            yield content, first, Place(number, records, offset), raw.tell() / size
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    return io.BufferedReader(_Zstd(raw), 1 << 17) if path.suffix == ".zst" else raw
+
+
+class _Zstd(io.RawIOBase):
+    """All frames of a file, one after another. zstandard's own reader takes a file that was cut for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        # Large windows, as `zstd --long=31` leaves them, are refused by default.
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._error = zstandard.ZstdError
+        self._raw, self._compressed, self._held = raw, b"", memoryview(b"")
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._held:
+            self._compressed = self._compressed or self._raw.read(1 << 14)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is cut")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            try:
+                self._held = memoryview(self._frame.decompress(self._compressed))
+            except self._error as error:
+                raise OSError(str(error)) from error
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
+
+
+def _parquet_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
     import pyarrow.parquet
 
-    for path in files(corpus):
-        row = 0
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                if corpus.field not in file.schema_arrow.names:
-                    raise DataError(
-                        f"{path} has no column {corpus.field!r}; it has {file.schema_arrow.names}. Set the corpus's "
-                        "field to one of these."
-                    )
-                for batch in file.iter_batches(batch_size=64, columns=[corpus.field]):
-                    for value in batch.column(0):
-                        row += 1
-                        try:
-                            text = value.as_py()
-                        except UnicodeDecodeError:
-                            skipped.add("invalid_utf8", f"{path}:{row}")
-                        else:
-                            yield f"{path}:{row}", text
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path} cannot be read to its end: {error}. Replace the file or leave it out.") from error
+    with pyarrow.parquet.ParquetFile(path) as file:
+        _column(corpus, path, file.schema_arrow)
+
+        def batches() -> Iterator[tuple["pyarrow.RecordBatch", float]]:
+            row = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if row + rows <= place.records:
+                    row += rows
+                    continue
+                for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=[corpus.field]):
+                    row += len(batch)
+                    if row > place.records:
+                        yield batch, row / file.metadata.num_rows
+
+        yield from _table_blocks(place, batches())
 
 
-def _dataset(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+def _arrow_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        column = _column(corpus, path, reader.schema)
+
+        def batches() -> Iterator[tuple["pyarrow.RecordBatch", float]]:
+            row, size = 0, source.size()
+            count = reader.num_record_batches if is_file else 0
+            for index, batch in enumerate(map(reader.get_batch, range(count)) if is_file else reader, 1):
+                share = index / count if is_file else source.tell() / size
+                one = pyarrow.RecordBatch.from_arrays([batch.column(column)], [corpus.field])
+                for begin in range(0, len(batch), ROWS):
+                    part = one.slice(begin, ROWS)
+                    row += len(part)
+                    if row > place.records:
+                        yield part, share
+
+        yield from _table_blocks(place, batches())
+
+
+def _column(corpus: Corpus, path: Path, schema: "pyarrow.Schema") -> int:
+    if corpus.field not in schema.names:
+        raise DataError(
+            f"{path} has no column {corpus.field!r}; it has {schema.names}. Set the corpus's field to one of these."
+        )
+    number: int = schema.names.index(corpus.field)
+    return number
+
+
+def _table_blocks(place: Place, batches: Iterator[tuple["pyarrow.RecordBatch", float]]) -> Split:
+    """Arrow streams of a block each, from batches and the share of the file at their ends."""
+    number, first, _ = place
+    held: list[pyarrow.RecordBatch] = []
+    size, share = 0, 0.0
+    for batch, share in batches:
+        held.append(batch)
+        size += batch.nbytes
+        if size >= BLOCK:
+            end = first + sum(map(len, held))
+            yield _stream(held), first, Place(number, end), share
+            first, held, size = end, [], 0
+    if held:
+        yield _stream(held), first, Place(number, first + sum(map(len, held))), share
+
+
+def _stream(batches: list["pyarrow.RecordBatch"]) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batches[0].schema) as stream:
+        for batch in batches:
+            stream.write_batch(batch)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+_SPLITTERS = {"jsonl": _line_blocks, "parquet": _parquet_blocks, "arrow": _arrow_blocks}
+
+
+def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
     import datasets
 
     path = os.path.expanduser(str(corpus.path))
@@ -196,11 +375,24 @@ def _dataset(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
                 rows = rows[corpus.split]
         else:
             rows = datasets.load_dataset(path, corpus.name, split=corpus.split, streaming=True)
-        for number, record in enumerate(rows, 1):
-            if corpus.field in record:
-                yield f"{path}:{number}", record[corpus.field]
-            else:
-                skipped.add("missing_field", f"{path}:{number}")
+        first = records = start.records
+        values: list[Any] = []
+        held = 0
+        if first:
+            # A Dataset itself refuses to skip all that it has.
+            rows = (rows.to_iterable_dataset() if isinstance(rows, datasets.Dataset) else rows).skip(first)
+        for record in rows:
+            value = record.get(corpus.field, ...)  # which stands for no such field
+            if value is not None and value is not ... and not isinstance(value, str):
+                value = 0  # for a picture can be large, and is not a string either way
+            values.append(value)
+            records += 1
+            held += len(value) if isinstance(value, str) else 1
+            if held >= BLOCK:
+                yield Block(path, first, values, Place(0, records), None)
+                first, values, held = records, [], 0
+        if values:
+            yield Block(path, first, values, Place(0, records), None)
     except Exception as error:  # `datasets` raises what its many readers and the network raise
         raise DataError(
             f"The data set {path!r} (configuration {corpus.name}, split {corpus.split}) cannot be read: "
@@ -208,4 +400,70 @@ def _dataset(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-_READERS = {"stdlib": _texts, "text": _texts, "jsonl": _lines, "parquet": _parquet, "huggingface": _dataset}
+# ---------------------------------------------------------------------------------------------------- from blocks
+
+
+def _texts(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]]:
+    root = sysconfig.get_paths()["stdlib"] if corpus.source == "stdlib" else None
+    for path in block.content:
+        identifier = os.path.relpath(path, root) if root else str(path)
+        try:
+            with open(path, "rb") as raw, _decompressed(path, raw) as file:
+                content = file.read()
+        except (OSError, EOFError, zlib.error) as error:
+            if path.suffix not in COMPRESSED:
+                raise
+            raise _cannot_be_read(path, error) from error
+        try:
+            yield identifier, content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skip("invalid_utf8", identifier)
+
+
+def _lines(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]]:
+    # Line by line, because `datasets` gives up a whole file for one bad line.
+    for number, line in enumerate(io.BytesIO(block.content), block.first + 1):
+        if not line.strip():
+            continue
+        identifier = f"{block.path}:{number}"
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            skip("invalid_utf8", identifier)
+        except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
+            skip("invalid_json", identifier)
+        else:
+            if isinstance(record, dict) and corpus.field in record:
+                yield identifier, record[corpus.field]
+            else:
+                skip("missing_field", identifier)
+
+
+def _rows(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+
+    row = block.first
+    for batch in pyarrow.ipc.open_stream(block.content):
+        for value in batch.column(0):
+            row += 1
+            identifier = f"{block.path}:{row}"
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError:
+                skip("invalid_utf8", identifier)
+            else:
+                yield identifier, text
+
+
+def _values(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]]:
+    for row, value in enumerate(block.content, block.first + 1):
+        identifier = f"{block.path}:{row}"
+        if value is ...:
+            skip("missing_field", identifier)
+        else:
+            yield identifier, value
+
+
+_READERS = {
+    "stdlib": _texts, "text": _texts, "jsonl": _lines, "parquet": _rows, "arrow": _rows, "huggingface": _values,
+}  # fmt: skip

@@ -45,7 +45,6 @@ class TokenWriter:
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = {name: code for code, name in DTYPES.items()}[self.dtype.name]
         self._lengths = array("i")  # 4 bytes a document
 
     def __enter__(self) -> "TokenWriter":
@@ -70,7 +69,7 @@ class TokenWriter:
         try:
             if kind is None:
                 _sync_and_close(self._bin)
-                self._write_index(partial["idx"])
+                write_index(partial["idx"], self.dtype, np.array(self._lengths, dtype="<i4"))
                 # Never a new .bin beside an old .idx: without its index a file does not open.
                 Path(f"{self.prefix}.idx").unlink(missing_ok=True)
                 for suffix, path in partial.items():
@@ -80,15 +79,17 @@ class TokenWriter:
             for path in partial.values():
                 path.unlink(missing_ok=True)
 
-    def _write_index(self, path: Path) -> None:
-        lengths = np.array(self._lengths, dtype="<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-        with open(path, "wb") as file:
-            file.write(MAGIC + HEADER.pack(VERSION, self._code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write(np.concatenate([np.zeros(1, "<i8"), ends])[: len(lengths)].tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-            _sync_and_close(file)
+
+def write_index(path: str | Path, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32]) -> None:
+    """The index of a file whose documents, one sequence each, follow one another: `lengths` (documents,) in tokens."""
+    code = {name: code for code, name in DTYPES.items()}[dtype.name]
+    ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
+    with open(path, "wb") as file:
+        file.write(MAGIC + HEADER.pack(VERSION, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.astype("<i4").tobytes())
+        file.write(np.concatenate([np.zeros(1, "<i8"), ends])[: len(lengths)].tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        _sync_and_close(file)
 
 
 def _sync_and_close(file: Any) -> None:

@@ -10,6 +10,7 @@ VERBS = {
     "train": "train a model: +experiment=NAME and Hydra overrides",
     "prepare": "tokenise the corpora of a configuration once, before training",
     "check": "mup | coordinates | batch | run: see that a configuration, or a run, does what it should",
+    "estimate": "what a run will take before it runs: memory, time, disk, rates, and what would go wrong",
     "sweep": "train a grid of small models: batch × rate × horizon × model",
     "fit": "fit the law of the best rate to a sweep, and make a schedule of it",
     "report": "one HTML page of runs, or of a sweep",
@@ -18,6 +19,7 @@ VERBS = {
     "evaluate": "judge a model: benchmarks beside random choice, bits per byte of a text",
     "bench": "this machine's speed, beside its own limit and beside transformers.Trainer",
     "generate": "continue a prompt with an exported model",
+    "completion": "bash | zsh: complete verbs, experiments and settings",
 }
 
 

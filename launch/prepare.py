@@ -1,18 +1,40 @@
 """Tokenise the corpora of a configuration into the cache, so that training starts at once.
 
-usage: python -m launch.prepare [+experiment=NAME] [data=NAME] [KEY=VALUE …]
+usage: python -m launch.prepare [+experiment=NAME] [data=NAME] [KEY=VALUE …] [--inspect]
 
 examples:
   python -m launch.prepare +experiment=quickstart
-  python -m launch.prepare data=files data.corpora.files.path='/corpus/*.jsonl' data.tokenizer.vocab_size=16384
+  python -m launch.prepare data=files data.corpora.files.path='/corpus/*.jsonl.zst' data.tokenizer.vocab_size=16384
+  python -m launch.prepare --config-dir DIR data=mine data.workers=8 --inspect
+
+  data.workers=N   processes that tokenise; default: one for each core
+  --inspect        also show what is in each corpus: lengths of documents, what was left out, a few windows of text
+
+A preparation that was killed goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from train.cli import composed_data, guard
+from train.environment import available_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from data.prepare import Prepared
+    from data.tokens import TokenFile
+    from train.config import DataConfig
+
+VOCABULARY_MULTIPLE = 128  # of Megatron-LM's --make-vocab-size-divisible-by, for GPUs' matrix products
+SAMPLES, SAMPLE_TOKENS = 3, 96
+BOUNDARY = "┃end of document┃"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,34 +47,133 @@ def _prepare(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__)
         return 0
-    data = composed_data(arguments)
+    inspect = "--inspect" in arguments
+    data = composed_data([argument for argument in arguments if argument != "--inspect"])
+    try:
+        prepared = _with_progress(data)
+    except KeyboardInterrupt:
+        print("powertrain: interrupted; the same command goes on from where it was.", file=sys.stderr)
+        return 130
 
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    # File names need not be UTF-8.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if prepared.tokenizer_folder is not None:
+        _say_tokenizer(prepared.tokenizer_folder)
+    for name in data.corpora:
+        _say_corpus(name, data, prepared, inspect)
+    return 0
+
+
+def _with_progress(data: DataConfig) -> Prepared:
+    from rich import progress as shown
 
     from data.prepare import prepare
+    from train.console import progress_lines
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()) as bar:
-        tasks: dict[str, int] = {}
+    def prepared(progress: Callable[[str, int, int | None], None]) -> Prepared:
+        workers = data.workers or available_cores()
+        return prepare(data.corpora, data.tokenizer, data.cache_dir, progress, workers)
 
-        def progress(description: str, done: int, total: int | None) -> None:
-            if description not in tasks:
-                tasks[description] = bar.add_task(description, total=total)
-            bar.update(tasks[description], completed=done, total=total)  # type: ignore[arg-type]
+    bar = shown.Progress(
+        shown.TextColumn("{task.description}"),
+        shown.BarColumn(),
+        shown.DownloadColumn(),
+        shown.TransferSpeedColumn(),
+        shown.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    if not bar.console.is_terminal:
+        return prepared(progress_lines(lambda line: print(line, flush=True)))
+    tasks: dict[str, Any] = {}
 
-        prepared = prepare(data.corpora, data.tokenizer, data.cache_dir, progress)
+    def progress(description: str, done: int, total: int | None) -> None:
+        if description not in tasks:
+            tasks[description] = bar.add_task(description, total=total, completed=done)
+        bar.update(tasks[description], completed=done, total=total)
 
-    print(f"tokenizer  {prepared.tokenizer_folder}")
-    for name, folder in prepared.folders.items():
-        print(f"{name}  {folder}")
-        facts = json.loads((folder / "corpus.json").read_text())
-        for split, numbers in facts["splits"].items():
-            print(
-                f"  {split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens, "
-                f"{numbers['bytes']:,} bytes of text"
-            )
-        for kind, skipped in facts["skipped"].items():
-            print(f"  left out, {kind}: {skipped['count']:,}, the first {', '.join(skipped['first'])}")
-    return 0
+    with bar:
+        return prepared(progress)
+
+
+def _say_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from data.prepare import rows_needed
+
+    size = rows_needed(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    print(f"tokenizer  {folder}")
+    if padded == size:
+        print(f"  {size:,} tokens: model.vocab_size={size}")
+    else:
+        print(
+            f"  {size:,} tokens: model.vocab_size={padded}, the next multiple of {VOCABULARY_MULTIPLE}, has "
+            f"{padded - size:,} rows of padding; {size} has none"
+        )
+
+
+def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
+    folder = prepared.folders.get(name)
+    facts = json.loads((folder / "corpus.json").read_text()) if folder else {"splits": {}, "skipped": {}}
+    print(f"{name}  {folder or data.corpora[name].path}")
+    for split, files in (("train", prepared.train), ("validation", prepared.validation)):
+        if name in files:
+            file = files[name]
+            numbers = facts["splits"].get(split, {"documents": file.num_documents, "tokens": file.num_tokens})
+            text = f", {numbers['bytes']:,} bytes of text" if "bytes" in numbers else ""
+            print(f"  {split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens{text}")
+            if inspect:
+                _inspect(file, numbers.get("bytes"), data, prepared.tokenizer_folder)
+    for kind, skipped in facts["skipped"].items():
+        print(f"  left out, {kind}: {skipped['count']:,}, the first {', '.join(skipped['first'])}")
+    if folder and (folder / "skipped.jsonl").exists():
+        print(f"  listed in {folder / 'skipped.jsonl'}")
+
+
+def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_folder: Path | None) -> None:
+    """What a split is made of, and a few places of it, the same ones each time."""
+    import numpy as np
+
+    length = data.sequence_length
+    if file.num_documents:
+        lengths = np.diff(np.append(file.document_starts, file.num_tokens))
+        quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 0.99, 1], method="lower")
+        named = zip(("shortest", "10%", "median", "90%", "99%", "longest"), quantiles, strict=True)
+        print("    tokens a document: " + ", ".join(f"{name} {value:,}" for name, value in named))
+        longer = lengths > length
+        share = lengths[longer].sum() / max(file.num_tokens, 1)
+        print(
+            f"    longer than a window of {length:,}: {longer.mean():.1%} of documents, with {share:.1%} of all tokens"
+        )
+        if empty := int((lengths == 0).sum()):
+            print(f"    without any token: {empty:,} documents")
+    if tokenizer_folder is None:
+        print("    name data.tokenizer.path to see text")
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    draw = random.Random(0)
+
+    def text(begin: int, end: int, skip: bool = False) -> str:
+        return str(tokenizer.decode(file.tokens[begin:end].tolist(), skip_special_tokens=skip))
+
+    def places(count: int) -> list[tuple[int, int]]:
+        begins = sorted(draw.randrange(max(1, file.num_tokens - SAMPLE_TOKENS)) for _ in range(count))
+        return [(begin, min(begin + SAMPLE_TOKENS, file.num_tokens)) for begin in begins]
+
+    if size is None:  # a token file does not say, so a sample of it has to
+        sampled = places(1000)
+        size_of_sample = sum(len(text(*place, skip=True).encode()) for place in sampled)
+        about, a_token = "about ", size_of_sample / max(1, sum(end - begin for begin, end in sampled))
+    else:
+        about, a_token = "", size / max(1, file.num_tokens)
+    if a_token:
+        print(f"    {about}{a_token:.2f} bytes a token, {1 / a_token:.3f} tokens a byte")
+    for begin, end in places(SAMPLES):
+        cuts = [begin, *sorted({*file.starts_between(begin + 1, end).tolist()}), end]
+        print(f"    tokens {begin:,} to {end:,}:")
+        for line in f"{BOUNDARY}\n".join(text(*cut) for cut in itertools.pairwise(cuts)).split("\n"):
+            print(f"      │{line}")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ from launch.trials import (
 from schedulers.law import expected_error
 from train.cli import composed, composed_sweep, guard
 from train.config import Config, ConfigError, RunFailed, load, setting_values
-from train.environment import lock, replace_text
+from train.environment import available_cores, lock, replace_text
 from train.track import read_lines
 
 POLL_SECONDS = 0.5
@@ -181,7 +181,8 @@ def prepare_data(sweep: Sweep, configs: dict[tuple[str, str], Config], console: 
     """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule)."""
     fingerprints = {}
     for key, config in configs.items():
-        prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir)
+        workers = config.data.workers or available_cores()
+        prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, workers=workers)
         fingerprints[key] = fingerprint({name: file.fingerprint() for name, file in prepared.train.items()})
         if not prepared.validation:
             raise ConfigError(

@@ -28,7 +28,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data import DataError
-from train.config import Config, ConfigError, DataConfig, RunFailed, as_dict, data_from_hydra, from_hydra, setting_names
+from train.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    RunFailed,
+    as_dict,
+    data_from_hydra,
+    from_hydra,
+    setting_names,
+    unchecked,
+)
 from train.environment import status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
@@ -67,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _train(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        print(TRAIN_HELP.format(experiments=", ".join(_options("experiment")), groups=_groups()))
+        print(TRAIN_HELP.format(experiments=", ".join(options("experiment")), groups=_groups()))
         return 0
     print_only = "--cfg" in arguments
     config = composed([argument for argument in arguments if argument != "--cfg"])
@@ -96,17 +106,17 @@ def run_training(config: Config, arguments: list[str]) -> int:
     return 0
 
 
-def composed(overrides: list[str]) -> Config:
-    """The checked configuration that these Hydra overrides make.
+def composed(overrides: list[str], checked: bool = True) -> Config:
+    """The configuration that these Hydra overrides make.
 
     Raises:
-        ConfigError: with what is wrong, in one paragraph.
+        ConfigError: with what is wrong, in one paragraph; without `checked` only with what cannot be read.
     """
     settings = _compose(overrides)
     if "sweep" in settings:  # a trial of it
         OmegaConf.set_struct(settings, False)
         del settings["sweep"]
-    return from_hydra(settings)
+    return from_hydra(settings) if checked else unchecked(settings)
 
 
 def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
@@ -227,10 +237,10 @@ def _in_plain_words(error: Exception) -> str:
     if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):
-        options = re.findall(r"\n\t(\S+)", said.partition("Config search path")[0]) or _options(missing[1])
+        there_are = re.findall(r"\n\t(\S+)", said.partition("Config search path")[0]) or options(missing[1])
         return (
-            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(options)}. "
-            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], options)
+            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(there_are)}. "
+            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], there_are)
         )
     cause = error.__cause__ or error.__context__
     if isinstance(error, OverrideParseException):
@@ -253,16 +263,18 @@ def _configs() -> Path:
     return Path(next(iter(configs.__path__)))
 
 
-def _group_names() -> list[str]:
+def group_names() -> list[str]:
+    """The folders of configs/."""
     return sorted(path.name for path in _configs().iterdir() if path.is_dir() and not path.name.startswith("_"))
 
 
-def _options(group: str) -> list[str]:
+def options(group: str) -> list[str]:
+    """The files of one of them."""
     return sorted(path.stem for path in (_configs() / group).glob("*.yaml"))
 
 
 def _groups() -> str:
     names = [
-        f"{group} ({', '.join(_options(group))})" for group in _group_names() if group not in ("experiment", "sweep")
+        f"{group} ({', '.join(options(group))})" for group in group_names() if group not in ("experiment", "sweep")
     ]
     return ", ".join(names)

@@ -107,6 +107,7 @@ class DataConfig:
     """Corpora, the tokenizer, and the order in which windows of them are seen."""
 
     cache_dir: str = "~/.cache/powertrain"
+    workers: int | None = None  # processes that tokenise what is not in the cache; default: one for each core
     sequence_length: int = 4096
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     corpora: dict[str, Corpus] = field(default_factory=dict)
@@ -185,9 +186,9 @@ class EngineConfig:
 class TrackerConfig:
     """accelerate's trackers beside metrics.jsonl, which is always written."""
 
-    log_with: list[str] = field(default_factory=list)
+    log_with: list[str] = field(default_factory=list)  # several of TRACKERS
     project: str = "powertrain"
-    init_kwargs: dict[str, Any] = field(default_factory=dict)
+    init_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by tracker: what its own init takes
 
 
 @dataclass
@@ -287,12 +288,18 @@ def from_hydra(composed: DictConfig) -> Config:
     Raises:
         ConfigError: a value that is missing, or values that cannot work together.
     """
+    config = unchecked(composed)
+    check(config)
+    return config
+
+
+def unchecked(composed: DictConfig) -> Config:
+    """As `from_hydra`, without looking at what the values are; see `problems`."""
     config = typed(composed, Config)
     if config.run.init_from is not None:
         from train.init_from import adopt  # imports Transformers
 
         adopt(config)
-    check(config)
     return config
 
 
@@ -324,7 +331,7 @@ def data_from_hydra(composed: DictConfig) -> DataConfig:
         ConfigError: a value that is missing.
     """
     data = typed(composed.data, DataConfig)
-    _check_mixtures(data)
+    _raise_first(_data_problems(data))
     return data
 
 
@@ -352,19 +359,29 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
 
 def check(config: Config) -> None:
     """Raises ConfigError for what would fail later, or give a run that nobody meant."""
+    _raise_first(problems(config))
+
+
+def problems(config: Config) -> Iterator[str]:
+    """All that `check` would raise, a paragraph each. Where values are out of their range, what follows from them is
+    not looked at."""
     model, batch, length = config.model, config.batch, config.data.sequence_length
-    _require_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
-    _require_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
-    _require_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
-    _require_one_of("balance.pool", config.balance.pool, ("layer", "all"))
-    _require_one_of("optimizer.weight_decay_mode", config.optimizer.weight_decay_mode, ("coupled", "independent"))
-    _require_one_of("precision", config.precision, ("bf16", "fp32"))
-    _require_one_of("model.attn_implementation", model.attn_implementation, ATTENTION)
-    _require_one_of("model.experts_implementation", model.experts_implementation, EXPERTS)
+    yield from _unless_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
+    yield from _unless_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
+    yield from _unless_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
+    yield from _unless_one_of("balance.pool", config.balance.pool, ("layer", "all"))
+    yield from _unless_one_of(
+        "optimizer.weight_decay_mode", config.optimizer.weight_decay_mode, ("coupled", "independent")
+    )
+    yield from _unless_one_of("precision", config.precision, ("bf16", "fp32"))
+    yield from _unless_one_of("model.attn_implementation", model.attn_implementation, ATTENTION)
+    yield from _unless_one_of("model.experts_implementation", model.experts_implementation, EXPERTS)
     if config.engine.expect is not None:
-        _require_one_of("engine.expect", config.engine.expect, ENGINES)
+        yield from _unless_one_of("engine.expect", config.engine.expect, ENGINES)
     for tracker in config.tracker.log_with:
-        _require_one_of("tracker.log_with", tracker, TRACKERS)
+        yield from _unless_one_of("tracker.log_with", tracker, TRACKERS)
+    for tracker in config.tracker.init_kwargs:
+        yield from _unless_one_of("A name in tracker.init_kwargs", tracker, config.tracker.log_with)
     for name, value in (
         ("model.vocab_size", model.vocab_size),
         ("model.hidden_size", model.hidden_size),
@@ -395,93 +412,107 @@ def check(config: Config) -> None:
         *((f"batch.ramp[{i}].sequences", phase.sequences) for i, phase in enumerate(batch.ramp)),
     ):
         if not value > 0:
-            raise ConfigError(f"{name} is {value}; it has to be greater than zero.")
+            yield f"{name} is {value}; it has to be greater than zero."
     if not 0 <= model.attention_dropout < 1:
-        raise ConfigError(f"model.attention_dropout is {model.attention_dropout}; it is a share from 0 to below 1.")
+        yield f"model.attention_dropout is {model.attention_dropout}; it is a share from 0 to below 1."
     if not -(2**63) <= config.run.seed < 2**63:
-        raise ConfigError(f"run.seed is {config.run.seed}; it has to fit 64 bits.")
+        yield f"run.seed is {config.run.seed}; it has to fit 64 bits."
     for name, value in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
         if value < 0:
-            raise ConfigError(f"{name} is {value}; it is a number of steps, or 0 for the end only.")
+            yield f"{name} is {value}; it is a number of steps, or 0 for the end only."
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas is {list(config.optimizer.betas)}; it holds two numbers from 0 to below 1.")
+        yield f"optimizer.betas is {list(config.optimizer.betas)}; it holds two numbers from 0 to below 1."
     if config.run.tokens_seen < 0:
-        raise ConfigError(f"run.tokens_seen is {config.run.tokens_seen}; a token count cannot be negative.")
+        yield f"run.tokens_seen is {config.run.tokens_seen}; a token count cannot be negative."
     if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
-        raise ConfigError(
+        yield (
             f"run.name is '{config.run.name}'; it names one folder inside run.folder, so it cannot be empty, "
             "'.' or '..' or hold a path separator. Put the path into run.folder."
         )
 
+    if model.hidden_size <= 0 or model.num_attention_heads <= 0:
+        return
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
     if model.hidden_size % heads:
-        raise ConfigError(
+        yield (
             f"model.hidden_size {model.hidden_size} is not divisible by model.num_attention_heads {heads}: "
             f"the head size would be {model.hidden_size / heads:.2f}. The paper keeps heads of 64."
         )
     if (model.hidden_size // heads) % 2:
-        raise ConfigError(
+        yield (
             f"The head size hidden_size / num_attention_heads = {model.hidden_size // heads} is odd; rotary "
             "position embeddings need an even one."
         )
     if kv_heads < 1 or heads % kv_heads:
-        raise ConfigError(
-            f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}."
-        )
+        yield (f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}.")
     if model.model_type == "granitemoe" and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
-        raise ConfigError(
+        yield (
             f"model.num_experts_per_tok is {model.num_experts_per_tok} with model.num_local_experts "
             f"{model.num_local_experts}; a token needs at least one expert and at most all of them."
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < length:
-        raise ConfigError(
+        yield (
             f"data.sequence_length {length} is longer than model.max_position_embeddings "
             f"{model.max_position_embeddings}."
         )
 
-    schedule = config.make_schedule()
+    yield from _schedule_problems(config)
+    for name, phases in (("batch.ramp", batch.ramp), ("data.stages", config.data.stages)):
+        starts = [phase.from_tokens for phase in phases]
+        if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
+            yield f"{name} has from_tokens {starts}; they have to rise, from above zero."
+    yield from _data_problems(config.data)
+    for name, value in setting_values(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value}; it has to be a finite number."
+
+
+def _schedule_problems(config: Config) -> Iterator[str]:
+    try:
+        schedule = config.make_schedule()
+    except ConfigError as error:
+        yield str(error)
+        return
     decay = getattr(schedule, "decay", None)
     if schedule.warmup_tokens >= config.end_tokens:
-        raise ConfigError(
+        yield (
             f"schedule.warmup_tokens {schedule.warmup_tokens:,} is not shorter than the run, which ends at "
             f"{config.end_tokens:,} tokens: the rate would never leave warmup. The paper's warmup of 1B tokens "
             "belongs to runs of 100B and more; 1 to 5% of the budget is common in short ones."
         )
     if decay is not None and decay.start + decay.tokens > config.end_tokens:
-        raise ConfigError(
+        yield (
             f"The decay starts at {decay.start:,} tokens and takes {decay.tokens:,}, but the run ends at "
             f"{config.end_tokens:,}: it would stop before the decay does. Shorten schedule.decay.tokens, or "
             f"raise run.tokens to {decay.start + decay.tokens - config.run.tokens_seen:,}."
         )
 
-    for name, phases in (("batch.ramp", batch.ramp), ("data.stages", config.data.stages)):
-        starts = [phase.from_tokens for phase in phases]
-        if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
-            raise ConfigError(f"{name} has from_tokens {starts}; they have to rise, from above zero.")
-    _check_mixtures(config.data)
-    for name, value in setting_values(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name} is {value}; it has to be a finite number.")
 
-
-def _check_mixtures(data: DataConfig) -> None:
+def _data_problems(data: DataConfig) -> Iterator[str]:
     corpora = data.corpora
+    if data.workers is not None and data.workers < 1:
+        yield f"data.workers is {data.workers}; it is a number of processes, one or more."
     for where, mixture in (
         ("data.mixture", data.mixture),
         *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in data.stages),
     ):
         for name, weight in mixture.items():
             if name not in corpora:
-                raise ConfigError(
+                yield (
                     f"{where} names the corpus '{name}', which data.corpora does not define "
                     f"(it has: {', '.join(corpora) or 'none'})."
                 )
             if not weight >= 0 or math.isinf(weight):
-                raise ConfigError(f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
+                yield (f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
 
 
 def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:
     """Raises ConfigError unless the batch, `tokens` into the run and later, splits over ranks and micro-batches."""
+    _raise_first(batch_problems(config, world_size, tokens))
+
+
+def batch_problems(config: Config, world_size: int, tokens: int = 0) -> Iterator[str]:
+    """All that `check_batch` would raise, a paragraph each."""
     micro = config.batch.micro_sequences
     ahead = [phase.sequences for phase in config.batch.ramp if phase.from_tokens > tokens]
     for sequences in (config.batch_at(tokens), *ahead):
@@ -489,7 +520,7 @@ def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:
         if sequences % unit:
             below, above = sequences // unit * unit, -(-sequences // unit) * unit
             fitting = [m for m in range(1, sequences // world_size + 1) if sequences % (m * world_size) == 0]
-            raise ConfigError(
+            yield (
                 f"A batch of {sequences} sequences does not split into micro-batches of {micro} on {world_size} "
                 f"rank(s), {unit} sequences at a time. Batches near it that do: "
                 f"{', '.join(str(n) for n in (below, above) if n)}. Values of batch.micro_sequences that fit "
@@ -504,9 +535,14 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def _require_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+def _unless_one_of(name: str, value: str, allowed: Sequence[str]) -> Iterator[str]:
     if value not in allowed:
-        raise ConfigError(f"{name} is '{value}'; it is one of {', '.join(allowed)}.")
+        yield f"{name} is '{value}'; it is one of {', '.join(allowed)}."
+
+
+def _raise_first(found: Iterator[str]) -> None:
+    for problem in found:
+        raise ConfigError(problem)
 
 
 def setting_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

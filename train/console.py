@@ -1,17 +1,26 @@
-"""What a person sees of a run: a bar on a terminal, a line now and then where output is a file."""
+"""What a person sees of a run: a bar and its figures on a terminal, a line now and then where output is a file."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
 
-from train.config import Config
-from train.engine import Engine
-from train.state import State
+if TYPE_CHECKING:  # the preparation of data does without the seconds that these imports take
+    from train.config import Config
+    from train.engine import Engine
+    from train.state import State
+
+LINE_SHARE, LINE_SECONDS = 0.05, 600.0
 
 
 class _Console(Console):
@@ -20,58 +29,80 @@ class _Console(Console):
 
 
 class Progressing:
-    """A context manager whose `step` shows tokens, loss, rate, tokens/s and time left."""
+    """A context manager whose `step` shows how far a run is, and how well it goes."""
 
     def __init__(self, config: Config, engine: Engine, state: State) -> None:
         self.console = _Console(stderr=False)
         self.active = engine.is_main
         self.config = config
-        self.end = config.run.tokens
-        self.start = state.tokens - config.run.tokens_seen
-        self.last_line = self.start
+        self.cap: float | None = config.schedule.get("max_lr")
         self.smooth = 0.0
+        done = state.tokens - config.run.tokens_seen
+        self.told, self.told_tokens = -math.inf, done  # when the last line was written to a file
         self.progress = Progress(
-            TextColumn("{task.fields[tokens]} of " + human(config.end_tokens) + " tokens"),
-            BarColumn(bar_width=24),
-            TextColumn("lm_loss {task.fields[loss]}  rate {task.fields[rate]}  {task.fields[speed]} tokens/s  left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:.0f}%  {task.fields[left]} left"),
             console=self.console,
-            disable=not (self.active and self.console.is_terminal),
+            expand=True,
         )
-        self.task = self.progress.add_task(
-            "train", total=self.end, completed=self.start, tokens="0", loss="-", rate="-", speed="-"
-        )
+        self.task = self.progress.add_task(config.run.name, total=config.run.tokens, completed=done, left="?")
+        self.facts = Text()
+        self.live = Live(Group(self.progress, self.facts), console=self.console)
 
     def __enter__(self) -> Progressing:
-        self.progress.start()
+        if self.active and self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(OSError):
-            self.progress.stop()
+            self.live.stop()
 
     def step(self, record: dict[str, Any], state: State) -> None:
-        """Show one step's metrics."""
+        """Show one step's metrics: a line of them every LINE_SHARE of the run or LINE_SECONDS in a file."""
         if not self.active:
             return
-        done = state.tokens - self.config.run.tokens_seen
+        end, done = self.config.run.tokens, state.tokens - self.config.run.tokens_seen
         speed = record["tokens_per_second"]
         self.smooth = 0.9 * self.smooth + 0.1 * speed if self.smooth else speed
-        fields: dict[str, Any] = {
-            "tokens": human(state.tokens),
-            "loss": "skipped" if record["lm_loss"] is None else f"{record['lm_loss']:.3f}",
-            "rate": f"{record['lr']:.2e}",
-            "speed": human(self.smooth),
-        }
-        self.progress.update(self.task, completed=min(done, self.end), **fields)
-        if not self.console.is_terminal and (done - self.last_line >= self.end / 20 or done >= self.end):
-            self.last_line = done
-            self.say(
-                f"step {state.step:>7,}  {fields['tokens']} tokens ({done / self.end:.0%})  lm_loss {fields['loss']}  "
-                f"rate {fields['rate']}  {fields['speed']} tokens/s"
+        left = duration(max(0, end - done) / self.smooth)
+        facts = [
+            "skipped" if record["lm_loss"] is None else f"lm_loss {record['lm_loss']:.3f}",
+            self._rate(record),
+            f"{human(self.smooth)} tokens/s",
+        ]
+        if record["mfu"] is not None:
+            facts.append(f"MFU {record['mfu']:.0%}")
+        if "expert_load" in record:
+            facts.append(f"busiest expert {record['expert_load']['max_over_mean']:.2f} × mean")
+        share = min(1.0, done / end)
+        if self.console.is_terminal:
+            tokens = f"{human(state.tokens)} of {human(self.config.end_tokens)} tokens"
+            self.progress.update(
+                self.task,
+                completed=share * end,
+                description=f"{self.config.run.name}  step {state.step:,}  {tokens}",
+                left=left,
             )
+            self.facts.plain = "  ".join(facts)
+            return
+        now = time.monotonic()
+        if now - self.told >= LINE_SECONDS or done - self.told_tokens >= LINE_SHARE * end or done >= end:
+            self.told, self.told_tokens = now, done
+            tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
+            self.say("  ".join([f"step {state.step:>7,}", tokens, *facts]))
+
+    def _rate(self, record: dict[str, Any]) -> str:
+        """The rate, the schedule's phase, and how far the cap of a Power schedule is away."""
+        where = record["phase"]
+        if record["at_cap"] and where == "trunk":
+            where = "at the cap"
+        elif self.cap is not None:
+            where += f", {record['lr'] / self.cap:.0%} of the cap"
+        return f"rate {record['lr']:.2e} ({where})"
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -80,9 +111,44 @@ class Progressing:
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def progress_lines(say: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
+    """For `data.prepare`'s progress: a line when something begins, and one every so many seconds."""
+    begun: dict[str, tuple[float, int]] = {}
+    said: dict[str, float] = {}
+
+    def progress(description: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - said.setdefault(description, -math.inf) < every:
+            return
+        said[description] = now
+        then, before = begun.setdefault(description, (now, done))
+        so_far = f"{decimal(done)} of {decimal(total)}" if total else decimal(done)
+        line = f"{description}: {so_far}" if done else description
+        if done > before:
+            speed = (done - before) / (now - then)
+            line += f", {decimal(int(speed))}/s"
+            if total is not None:
+                line += f", {duration((total - done) / speed)} left"
+        say(line)
+
+    return progress
+
+
 def human(count: float) -> str:
     """1234567 as 1.23M."""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"
     return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """3700 as 1 h 02 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes / 1440:.1f} days"

@@ -81,6 +81,11 @@ class Engine:
             project_dir=str(config.run_folder),
             kwargs_handlers=handlers,
         )
+        if unknown := set(config.tracker.log_with) - {str(tracker) for tracker in self.accelerator.log_with}:
+            raise ConfigError(
+                f"tracker.log_with names {', '.join(sorted(unknown))}, which is not installed: "
+                f"pip install {' '.join(sorted(unknown))}. Or choose tracker=jsonl."
+            )
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
@@ -184,12 +189,7 @@ class Engine:
             for name, parameter in self.model.named_parameters()
         }
         casting = self.config.precision == "bf16" and self.kind != "zero3"
-        if self.config.engine.activation_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-            for layer in self.model.model.layers if casting else ():
-                layer._gradient_checkpointing_func = optim.checkpoint_on_copies
-        module: nn.Module = optim.BFloat16Weights(loss) if casting else loss
-        self._take_module(module, rows)
+        self._take_module(optim.for_training(loss, self.config.engine.activation_checkpointing, casting), rows)
         # By the CPU, as Transformers has them when it loads a model; and ZeRO-3 in bf16 has rounded them, too.
         rotary = self.model.model.rotary_emb
         for name, frequencies in type(rotary)(self.model.config).named_buffers():

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -45,9 +46,9 @@ def write(
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
-    `parent` is the checkpoint of another run that this one branched off.
+    `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
     """
-    record: dict[str, Any] = {"parent": None, "starts": []}
+    record: dict[str, Any] = {"id": secrets.token_hex(4), "parent": None, "starts": []}
     try:
         record |= json.loads(path.read_text())
     except FileNotFoundError:

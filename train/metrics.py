@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from train.config import Config
 from train.model import granite
 
-# Dense bf16 peak in FLOP/s by a part of the device's name, from the vendors' data sheets.
-_BF16_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+# Dense bf16 peak in FLOP/s, and bytes of memory, by a part of the device's name, from the vendors' data sheets.
+GPUS = {
+    "H200": (989e12, 141e9),
+    "H100": (989e12, 80e9),
+    "A100": (312e12, 80e9),
+    "L40S": (362e12, 48e9),
+    "B200": (2250e12, 180e9),
+}
 
 
 def count_parameters(shapes: Mapping[str, torch.Size], config: Config) -> dict[str, int]:
@@ -54,20 +62,22 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    return next((peak for part, (peak, _) in GPUS.items() if part in name), None)
 
 
-def expert_load(assignments: torch.Tensor) -> dict[str, float]:
+def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
     """Summary of (layers, experts) assignments, of the worst layer each.
 
-    `max_over_mean` is 1 when balanced, `entropy` is relative to uniform (1 when balanced), `idle` counts experts
-    of all layers that received nothing.
+    `max_over_mean` is 1 when balanced, `entropy` is relative to uniform (1 when balanced), `layer_entropy` is that of
+    each layer, `idle` counts experts of all layers that received nothing.
     """
     load = assignments.double()
     share = load / load.sum(dim=-1, keepdim=True)
-    entropy = torch.special.entr(share).sum(dim=-1) / torch.log(torch.tensor(float(load.shape[-1])))
+    uniform = math.log(load.shape[-1])
+    entropy = [each / uniform if uniform else 1.0 for each in torch.special.entr(share).sum(dim=-1).tolist()]
     return {
         "max_over_mean": (share.amax(dim=-1) * load.shape[-1]).max().item(),
-        "entropy": entropy.min().item() if load.shape[-1] > 1 else 1.0,
+        "entropy": min(entropy),
+        "layer_entropy": [round(value, 4) for value in entropy],  # of many layers and steps: files stay small
         "idle": int((load == 0).sum()),
     }

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from train.config import OptimizerConfig
+from train.loss import LanguageModelLoss
 from train.model.mup import Row, role_of
 
 
@@ -46,6 +47,15 @@ def parameter_groups(
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's AdamW; the loop writes each group's rate before each step."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def for_training(loss: LanguageModelLoss, activation_checkpointing: bool, casting: bool) -> nn.Module:
+    """What a step runs: the loss, with layers that are computed again and on bf16 copies where these are asked for."""
+    if activation_checkpointing:
+        loss.model.activation_checkpointing_enable({"use_reentrant": False})
+        for layer in loss.model.model.layers if casting else ():
+            layer._gradient_checkpointing_func = checkpoint_on_copies
+    return BFloat16Weights(loss) if casting else loss
 
 
 def checkpoint_on_copies(function: partial[Tensor], *arguments: Any) -> Any:

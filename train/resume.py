@@ -23,6 +23,7 @@ _FREE = (
     "run.resume",
     "batch.micro_sequences",
     "data.cache_dir",
+    "data.workers",
     "data.tokenizer",  # judged by the tokens it made: fingerprints
     "model.attn_implementation",
     "model.experts_implementation",

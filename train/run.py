@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, prepare, rows_needed
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
 from train.config import Config, ConfigError, Diverged, RunFailed, check_batch
-from train.console import Progressing, human
+from train.console import Progressing, human, progress_lines
 from train.engine import Engine
 from train.evaluate import Validation
 from train.export import check_target, export, generate, in_working_precision
@@ -203,7 +203,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
     prepared = prepare_data(config, engine, say)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
-    check_vocabulary(config, tokenizer, prepared)
+    check_vocabulary(config, tokenizer, prepared, say)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
     vocabulary = (
@@ -304,15 +304,12 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
             "There is nothing to train on: data.corpora is empty. Add data=stdlib, or describe your own corpora "
             "in a file configs/data/NAME.yaml."
         )
-    said: set[str] = set()
-
-    def progress(description: str, done: int, total: int | None) -> None:
-        if description not in said:
-            said.add(description)
-            say(description)
+    # Ranks of another machine, without this one's cache, would have as many processes each.
+    workers = (config.data.workers or environment.available_cores()) if engine.is_main else 1
 
     def prepared_data() -> Prepared:
-        return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress)
+        progress = progress_lines(say)
+        return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress, workers)
 
     first: list[Prepared] = []
     engine.first_rank_decides(lambda: first.append(prepared_data()))
@@ -325,13 +322,17 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
     return prepared
 
 
-def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared) -> None:
+def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, say: Say) -> None:
     """There is a tokenizer, and every token id has a row in the embedding."""
-    if len(tokenizer) > config.model.vocab_size:
+    used = rows_needed(tokenizer)
+    if used > config.model.vocab_size:
         raise ConfigError(
-            f"The tokenizer in {prepared.tokenizer_folder} has {len(tokenizer)} tokens and model.vocab_size is "
-            f"{config.model.vocab_size}: set model.vocab_size to {len(tokenizer)} or more."
+            f"The tokenizer in {prepared.tokenizer_folder} has {used} tokens and model.vocab_size is "
+            f"{config.model.vocab_size}: set model.vocab_size to {used} or more."
         )
+    if padding := config.model.vocab_size - used:
+        size = config.model.vocab_size
+        say(f"vocab_size {size:,}, of which the tokenizer uses {used:,}: {padding:,} rows are padding")
     cache = Path(config.data.cache_dir).expanduser()
     for files in (prepared.train, prepared.validation):
         for name, file in files.items():

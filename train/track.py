@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import Config, as_dict
+from train.config import Config, as_dict, setting_values
 from train.environment import replace_text, without_secrets
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ MOST_SECONDS = 5.0
 class Tracker:
     """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing.
 
-    accelerate's trackers get theirs in a thread: one that is slow, hangs or fails costs the run nothing but its own
-    numbers, and MOST_SECONDS at the end.
+    accelerate's trackers get theirs in a thread: one that is slow, hangs or fails costs the run nothing but what the
+    trackers would have shown, and MOST_SECONDS at the end.
     """
 
     def __init__(self, folder: Path, config: Config, engine: Engine, state: State, say: Callable[[str], None]) -> None:
@@ -42,9 +42,22 @@ class Tracker:
             self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
-            own = {"name": config.run.name, "dir": os.environ.get("WANDB_DIR", str(folder))}
-            init_kwargs = {"wandb": {**own, **config.tracker.init_kwargs}}
-            settings = without_secrets(as_dict(config))
+            run_id = json.loads((folder / "run.json").read_text())["id"]
+            # A run that goes on is the same run there, too.
+            own: dict[str, dict[str, Any]] = {
+                "wandb": {
+                    "name": config.run.name,
+                    "id": run_id,
+                    "resume": "allow",
+                    "dir": os.environ.get("WANDB_DIR", str(folder)),
+                },
+                "trackio": {"name": f"{config.run.name}-{run_id}", "resume": "allow"},  # which knows names alone
+                "tensorboard": {"purge_step": state.step + 1},
+            }
+            given = config.tracker.init_kwargs
+            init_kwargs = {name: own.get(name, {}) | given.get(name, {}) for name in config.tracker.log_with}
+            settings = dict(setting_values(without_secrets(as_dict(config))))  # flat: TensorBoard takes no other
+            settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
             self.accelerator, self._queue = engine.accelerator, queue.Queue()
             self._thread = threading.Thread(target=self._pass_on, args=(self._queue,), daemon=True)
             self._thread.start()
@@ -53,7 +66,7 @@ class Tracker:
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step done again after a resume is written again; the last line counts."""
         self._append("metrics.jsonl", metrics)
-        self._log(_numbers(metrics), metrics["step"])
+        self._log({k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """One evaluation of one corpus, or of all together."""

@@ -1,14 +1,23 @@
+import errno
+import fcntl
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import data.prepare
+import data.sources
 from data import DataError
 from data.prepare import TokenizerSpec, prepare
 from data.sources import Corpus
@@ -214,12 +223,245 @@ prepare({{"a": Corpus("text", {str(texts[0] / "*.txt")!r}, validation_fraction=0
     assert contents(prepare({"a": corpus_of(texts[0])}, specification, tmp_path).folders["a"]) == contents(folder)
 
 
-def test_an_error_leaves_nothing_behind(tokenizer, tmp_path, monkeypatch):
-    write_texts(tmp_path / "texts", 5)
-    monkeypatch.setattr(TokenWriter, "add", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(OSError, match="space"):
-        prepare({"a": corpus_of(tmp_path / "texts", 0)}, TokenizerSpec(str(tokenizer)), tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir() if "tokenizer" not in path.name] == []
+class Killed(BaseException):
+    """Ends a preparation as a signal does."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few documents, after each of which the state is saved."""
+    monkeypatch.setattr(data.sources, "BLOCK", 4000)
+    monkeypatch.setattr(data.sources, "ROWS", 4)
+    monkeypatch.setattr(data.prepare, "SAVE_SECONDS", 0.0)
+
+
+def written(folder: Path, texts: list[str], kind: str) -> Corpus:
+    """A corpus of `texts` and records that are none, some of the texts twice, in two files of a kind."""
+    folder.mkdir()
+    values: list = [*texts, None, *texts[10:30], "", *texts[5:8]]
+    for number, part in enumerate((values[:50], values[50:])):
+        path = folder / f"{number}.{kind}"
+        if kind.startswith("jsonl"):
+            raw = "".join(json.dumps({"text": value}) + "\n" for value in part).encode()
+            path.write_bytes(gzip.compress(raw) if kind == "jsonl.gz" else raw)
+        elif kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": part}), path, row_group_size=11)
+        else:
+            for index, value in enumerate(part):
+                (folder / f"{number}-{index:02}.txt").write_text(value or "")
+    held = folder / f"held.{kind}.held"
+    held.write_text(json.dumps({"text": "held " + texts[0]}) + "\n" + json.dumps({"text": texts[0]}) + "\n")
+    return Corpus(kind.partition(".")[0].replace("txt", "text"), str(folder / f"*.{kind}"), validation_fraction=0.2)
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
+def test_a_preparation_that_was_killed_goes_on(
+    kind, deduplicate, texts, tokenizer, tmp_path, small_blocks, monkeypatch
+):
+    specification = TokenizerSpec(str(tokenizer))
+    corpus = replace(written(tmp_path / "files", texts[1], kind), deduplicate=deduplicate)
+    if kind == "jsonl":
+        corpus = replace(corpus, validation_path=str(tmp_path / "files" / "*.held"))
+    whole = contents(prepare({"a": corpus}, specification, tmp_path / "whole").folders["a"])
+    encoded = []
+    real = data.prepare._Encoder.__call__
+
+    def encode(self, part, block, validation):
+        encoded.append((block.path, block.first, str(block.content)))
+        if len(encoded) in kills:
+            raise Killed
+        return real(self, part, block, validation)
+
+    monkeypatch.setattr(data.prepare._Encoder, "__call__", encode)
+    kills: set[int] = set()
+    prepare({"a": corpus}, specification, tmp_path / "counted")
+    blocks = list(encoded)
+    assert len(blocks) > 5 and len(set(blocks)) == len(blocks)
+
+    # Killed at the first block, at each later one when it is met again, and after everything.
+    encoded.clear()
+    kills = {1, *range(3, 2 * len(blocks), 2)}
+    cache = tmp_path / "cache"
+    for _ in blocks:
+        with pytest.raises(Killed):
+            prepare({"a": corpus}, specification, cache)
+        for path in cache.glob(".a-*/*.lengths"):  # what was written after the state does not count
+            with open(path, "ab") as file:
+                file.write(b"more")
+        for path in cache.glob(".a-*/whole/*"):
+            with open(path, "ab") as file:
+                file.write(b"more")
+    folder = prepare({"a": corpus}, specification, cache).folders["a"]
+    assert contents(folder) == whole
+    assert encoded == [block for block in blocks for _ in range(2)]  # none was made again
+    assert not list(cache.glob(".*"))
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+import data.prepare, data.sources
+from data.prepare import *
+if __name__ == "__main__":
+    path, tokenizer, cache = sys.argv[1:]
+    data.sources.BLOCK, data.prepare.SAVE_SECONDS, data.prepare.ALONE = 4000, 0.0, 0
+    seen = []
+    def progress(description, done, total):
+        seen.append(done)
+        if len(seen) == 5:
+            print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    corpus = Corpus("text", path, validation_fraction=0.2)
+    prepare({"a": corpus}, TokenizerSpec(tokenizer), cache, progress, workers=2)
+"""
+
+
+def test_several_processes_give_the_same_bytes_also_when_killed(texts, tokenizer, tmp_path, small_blocks, monkeypatch):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    whole = prepare({"a": corpus_of(texts[0])}, TokenizerSpec(str(tokenizer)), tmp_path / "whole").folders["a"]
+    command = [sys.executable, str(script), str(texts[0] / "*.txt"), str(tokenizer), str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.prepare.__file__).parent.parent)}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    children = list(map(int, killed.stdout.split()))
+    assert len(children) == 2
+    state = json.loads(next((tmp_path / "cache").glob(".a-*/state.json")).read_text())
+    assert 0 < sum(facts["documents"] for facts in state["statistics"].values()) < 60
+    monkeypatch.setattr(data.prepare, "ALONE", 0)
+    again = prepare({"a": corpus_of(texts[0])}, TokenizerSpec(str(tokenizer)), tmp_path / "cache", workers=2)
+    assert contents(again.folders["a"]) == contents(whole)
+    assert not list((tmp_path / "cache").glob(".*"))
+    for _ in range(100):
+        if left := [pid for pid in children if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+            time.sleep(0.1)
+    assert not left  # they ended with their parent
+
+
+def die(*_):
+    os._exit(1)
+
+
+def test_a_worker_that_is_killed_is_told_of(texts, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.prepare, "ALONE", 0)
+    monkeypatch.setattr(data.prepare, "_encode_here", die)
+    with pytest.raises(ChildProcessError, match=r"data\.workers"):
+        prepare({"a": corpus_of(texts[0])}, TokenizerSpec(str(tokenizer)), tmp_path, workers=2)
+
+
+def test_a_full_disk_keeps_what_is_done_and_bad_data_nothing(texts, tokenizer, tmp_path, small_blocks, monkeypatch):
+    specification = TokenizerSpec(str(tokenizer))
+    whole = contents(prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "whole").folders["a"])
+    real = data.prepare._Output.add
+    for error, message, left in (
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space is left for .*a-\w+\. Free some", 1),
+        (DataError("The file is cut."), "The file is cut", 0),
+    ):
+        calls = []
+
+        def add(*arguments, error=error, calls=calls):
+            calls.append(None)
+            if len(calls) == 3:
+                raise error
+            real(*arguments)
+
+        cache = tmp_path / type(error).__name__
+        with monkeypatch.context() as patch:
+            patch.setattr(data.prepare._Output, "add", add)
+            with pytest.raises(type(error), match=message):
+                prepare({"a": corpus_of(texts[0])}, specification, cache)
+        assert len(list(cache.glob(".a-*"))) == left
+        assert contents(prepare({"a": corpus_of(texts[0])}, specification, cache).folders["a"]) == whole
+        assert not list(cache.glob(".*"))
+
+
+@pytest.mark.parametrize("state", ["", "{}", "[]", '{"sizes": {}}'])
+def test_a_state_that_cannot_be_read_is_a_new_beginning(state, texts, tokenizer, tmp_path):
+    specification = TokenizerSpec(str(tokenizer))
+    whole = prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "whole").folders["a"]
+    slot = tmp_path / "cache" / f".{whole.name}.0"
+    slot.mkdir(parents=True)
+    (slot / "state.json").write_text(state)
+    (slot / "whole").mkdir()
+    for name in ("train", "validation"):
+        (slot / "whole" / f"{name}.bin").write_bytes(b"left")
+        (slot / f"{name}.lengths").write_bytes(b"left")
+    (slot / "hashes").touch()
+    (slot / "whole" / "skipped.jsonl").touch()
+    assert contents(prepare({"a": corpus_of(texts[0])}, specification, slot.parent).folders["a"]) == contents(whole)
+
+
+def test_what_others_left_is_removed_when_the_corpus_is_whole(texts, tokenizer, tmp_path):
+    specification = TokenizerSpec(str(tokenizer))
+    name = prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "whole").folders["a"].name
+    for number in (0, 1, 2):
+        (tmp_path / "cache" / f".{name}.{number}").mkdir(parents=True)
+    with open(tmp_path / "cache" / f".{name}.1" / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").glob(".*")] == [f".{name}.1"]
+
+
+def test_caches_of_before_stay_valid(tmp_path, monkeypatch):
+    """The hash was computed by version 0.1.0 as it first was."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    os.utime(tmp_path / "a.jsonl", (1_700_000_000, 1_700_000_000))
+    monkeypatch.chdir(tmp_path)
+
+    def name(**more) -> str:
+        corpus = Corpus("jsonl", "*.jsonl", validation_fraction=0.25, **more)
+        return data.prepare._short_hash([data.prepare._describe(corpus), "identity"])
+
+    assert name() == "df41307b5765"
+    assert name(deduplicate=True) != name()
+
+
+def test_equal_texts_are_kept_once(texts, tokenizer, tmp_path):
+    corpus = replace(written(tmp_path / "files", texts[1], "jsonl"), deduplicate=True)
+    specification = TokenizerSpec(str(tokenizer))
+    prepared = prepare({"a": corpus}, specification, tmp_path / "cache")
+    once = prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "cache")
+    assert decoded(prepared, "a") == decoded(once, "a")
+    skipped = json.loads((prepared.folders["a"] / "corpus.json").read_text())["skipped"]["duplicate"]
+    first, second = (str(tmp_path / "files" / f"{number}.jsonl") for number in (0, 1))
+    # 60 texts, 50 records in the first file, then a null, twenty of them again, an empty one, and three more.
+    assert skipped["count"] == 23 and skipped["first"] == [f"{second}:{number}" for number in range(12, 17)]
+    lines = (prepared.folders["a"] / "skipped.jsonl").read_text().splitlines()
+    listed = [tuple(json.loads(line).values()) for line in lines]
+    assert sorted(listed) == sorted(
+        [("null", f"{second}:11"), ("empty", f"{second}:32")]
+        + [("duplicate", f"{second}:{number}") for number in (*range(12, 32), 33, 34, 35)]
+    )
+    assert first not in str(listed)
+    # A validation document that training has is left out, too.
+    apart = replace(corpus, validation_path=str(tmp_path / "files" / "*.held"))
+    splits = decoded(prepare({"a": apart}, specification, tmp_path / "cache"), "a")
+    assert splits == {"train": texts[1], "validation": ["held " + texts[1][0]]}
+
+
+def test_hashes_are_known_again_and_no_others():
+    draw = np.random.default_rng(0)
+    kept, seen = data.prepare._Kept(), set()
+    for _ in range(200):
+        # Of few different values, some with zeros at their ends, which numpy's byte strings would lose on their own.
+        hashes = np.frombuffer(
+            (draw.integers(0, 4, (50, 16)) * (draw.integers(0, 9, (50, 16)) > 6)).astype("u1"), "S16"
+        )
+        new = []
+        for value in map(np.ndarray.tobytes, hashes.reshape(-1, 1)):
+            new.append(value not in seen)
+            seen.add(value)
+        assert kept.new(hashes).tolist() == new
+    assert 100 < len(seen) < 10_000
+
+
+def test_the_list_of_what_was_left_out_is_bounded(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.prepare, "LISTED", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' + "{}\n" * 100)
+    folder = prepare({"a": Corpus("jsonl", str(path))}, TokenizerSpec(str(tokenizer)), tmp_path / "cache").folders["a"]
+    assert json.loads((folder / "corpus.json").read_text())["skipped"]["missing_field"]["count"] == 100
+    assert len((folder / "skipped.jsonl").read_text().splitlines()) == 10
 
 
 def test_two_at_once_the_first_to_finish_wins(texts, tokenizer, tmp_path):

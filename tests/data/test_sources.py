@@ -2,10 +2,15 @@ import gzip
 import json
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
+import data.sources
 from data import DataError
-from data.sources import Corpus, Skipped, documents, files
+from data.sources import Corpus, Skipped, blocks, documents, files
 
 
 def read(corpus: Corpus) -> tuple[list[str], Skipped]:
@@ -67,15 +72,113 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
         read(Corpus("parquet", str(tmp_path / "a.parquet")))
-    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    (tmp_path / "a.jsonl.xz").write_bytes(b"")
     with pytest.raises(DataError, match="Decompress"):
-        read(Corpus("jsonl", str(tmp_path / "a.jsonl.zst")))
+        read(Corpus("jsonl", str(tmp_path / "a.jsonl.xz")))
+
+
+@pytest.mark.parametrize("source", ["jsonl", "text"])
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_files_that_are_not_whole_or_not_compressed_are_named(tmp_path, suffix, source):
+    raw = json.dumps({"text": "word " * 10_000}).encode() + b"\n"
+    frame = gzip.compress(raw) if suffix == "gz" else zstandard.compress(raw)
+    path = tmp_path / f"a.{suffix}"
+    for damaged in (frame[:-1], frame + frame[: len(frame) // 2], raw, frame + b"more"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"a\.{suffix} cannot be read"):
+            read(Corpus(source, str(path)))
+    path.write_bytes(frame + frame)
+    assert len(read(Corpus(source, str(path)))[0]) == (2 if source == "jsonl" else 1)
+    path.write_bytes(b"")
+    assert read(Corpus(source, str(path)))[0] == []
+
+
+def test_zst_frames_are_read_to_the_last_and_with_long_windows(tmp_path):
+    lines = [json.dumps({"text": f"{number} " * 500}).encode() + b"\n" for number in range(300)]
+    long = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    ).compressobj()  # larger than zstandard takes by default
+    frames = [
+        zstandard.compress(b"".join(lines[:100])),
+        b"\x50\x2a\x4d\x18\x04\0\0\0skip",  # a frame that is to be skipped
+        long.compress(b"".join(lines[100:200])) + long.flush(),
+        *map(zstandard.compress, lines[200:]),
+    ]
+    (tmp_path / "a.zst").write_bytes(b"".join(frames))
+    texts, skipped = read(Corpus("jsonl", str(tmp_path / "a.zst")))
+    assert texts == [json.loads(line)["text"] for line in lines] and not skipped.counts
+
+
+def write_table(path: Path, table: pyarrow.Table) -> None:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=70)
+    else:
+        new = pyarrow.ipc.new_file if path.suffix == ".file" else pyarrow.ipc.new_stream
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "file", "stream", "huggingface"])
+def test_reading_goes_on_at_the_end_of_any_block(tmp_path, kind, monkeypatch):
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(data.sources, "BLOCK", 3000)
+    monkeypatch.setattr(data.sources, "ROWS", 16)
+    texts = [f"{number} " * (number % 97 + 1) for number in range(300)]
+    for part in range(3):
+        some: list = [*texts[part * 100 : part * 100 + 100], None]
+        path = tmp_path / f"{part}.{kind}"
+        if kind == "text":
+            for number, text in enumerate(some[:-1]):
+                (tmp_path / f"{part}-{number:03}.text").write_text(text)
+        elif kind.startswith("jsonl"):
+            raw = "".join(json.dumps({"text": text}) + "\n" for text in some).encode()
+            path.write_bytes({"gz": gzip.compress, "zst": zstandard.compress}.get(kind[6:], bytes)(raw))
+        elif kind == "huggingface":
+            datasets.Dataset.from_dict({"text": some if part else texts}).save_to_disk(tmp_path / str(part))
+        else:
+            write_table(path, pyarrow.table({"text": some}))
+    source = {"file": "arrow", "stream": "arrow"}.get(kind, kind.partition(".")[0])
+    corpus = Corpus(source, str(tmp_path / ("0" if kind == "huggingface" else f"*.{kind}")))
+    every = list(blocks(corpus))
+    assert len(every) > 10 and read(corpus)[0] == texts
+    for number, block in enumerate(every[:-1]):
+        assert list(blocks(corpus, block.end)) == every[number + 1 :]
+    assert list(blocks(corpus, every[-1].end)) == []
+    if kind != "huggingface":
+        done = [block.done for block in every]
+        total = sum(path.stat().st_size for path in files(corpus))
+        assert done == sorted(done) and done[-1] == total - 8 * (kind == "stream")  # the mark of its end
+
+
+def test_arrow_files_and_streams(tmp_path):
+    strings = pyarrow.array(["one", None, "", "two", "café"])
+    kinds = {
+        "string": strings,
+        "large": strings.cast(pyarrow.large_string()),
+        "view": strings.cast(pyarrow.string_view()),
+        "dictionary": strings.dictionary_encode(),
+    }
+    for suffix in ("file", "stream"):
+        for name, column in kinds.items():
+            path = tmp_path / f"{name}.{suffix}"
+            write_table(path, pyarrow.table({"id": range(5), "text": column}))
+            texts, skipped = read(Corpus("arrow", str(path)))
+            assert texts == ["one", "two", "café"]
+            assert skipped.first == {"null": [f"{path}:2"], "empty": [f"{path}:3"]}
+        with pytest.raises(DataError, match=r"no column 'body'.*\['id', 'text'\]"):
+            read(Corpus("arrow", str(path), field="body"))
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", b"ARROW1", b"nothing of the kind"):
+            path.write_bytes(damaged)
+            with pytest.raises(DataError, match=rf"dictionary\.{suffix} cannot be read"):
+                read(Corpus("arrow", str(path)))
+    nulls = tmp_path / "nulls.stream"
+    write_table(nulls, pyarrow.table({"text": pyarrow.nulls(3), "nested": [{"a": None}] * 3}))
+    assert read(Corpus("arrow", str(nulls)))[1].counts == {"null": 3}
+    assert read(Corpus("arrow", str(nulls), field="nested"))[1].counts == {"not_a_string": 3}
 
 
 def test_parquet(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     path = tmp_path / "a.parquet"
     invalid = pyarrow.array([b"one", b"caf\xe9", None, b"", b"two"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": invalid, "id": [1, 2, 3, 4, 5]}), path)
@@ -89,8 +192,6 @@ def test_parquet(tmp_path):
 
 
 def test_huggingface_folders(tmp_path):
-    import datasets
-
     datasets.disable_progress_bars()
     table = datasets.Dataset.from_dict({"body": ["one", None, "", "two"]})
     table.save_to_disk(tmp_path / "saved")
@@ -130,6 +231,7 @@ def test_no_file_matches(tmp_path):
         ({"source": "text", "path": "x", "validation_fraction": 1.0}, "1.0"),
         ({"source": "text", "path": "x", "validation_fraction": -0.1}, "-0.1"),
         ({"source": "stdlib", "validation_path": "x"}, "stdlib takes only"),
+        ({"source": "tokens", "path": "x", "deduplicate": True}, "as it is"),
     ],
 )
 def test_corpora_that_mean_nothing(corpus, words):

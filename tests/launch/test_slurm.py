@@ -46,7 +46,8 @@ def test_a_dry_run_prints_the_command_of_each_node(cluster: dict[str, str]) -> N
         check=True,
     )
     start = "accelerate launch --config_file launch/accelerate/multi_node.yaml --num_machines 2 --num_processes 4"
-    rest = "--main_process_ip 127.0.0.1 --main_process_port 20017 train.py +experiment=powermoe_3b run.name=a\\ b"
+    standard = "--main_process_port 20017 --deepspeed_multinode_launcher standard"
+    rest = f"--main_process_ip 127.0.0.1 {standard} train.py +experiment=powermoe_3b run.name=a\\ b"
     assert [line.strip() for line in done.stdout.splitlines()] == [
         f"{start} --machine_rank {node} {rest}" for node in (0, 1)
     ]

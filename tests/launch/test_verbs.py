@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import subprocess
@@ -9,10 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, launch
 
+from data.tokens import TokenWriter
 from launch.__main__ import VERBS
+from train.track import read_lines
 
 
 def verb(name: str, *arguments: str) -> int:
@@ -59,8 +63,79 @@ def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.C
                  "data.corpora.files.validation_fraction=0.2",
                  "data.tokenizer.vocab_size=300", f"data.cache_dir={tmp_path}")  # fmt: skip
     assert verb("prepare", *arguments) == 0
-    assert "train: 6" in capsys.readouterr().out or next(tmp_path.glob("files-*/train.bin"))
+    printed = capsys.readouterr().out
+    assert "300 tokens: model.vocab_size=384, the next multiple of 128, has 84 rows of padding" in printed
+    facts = json.loads(next(tmp_path.glob("files-*/corpus.json")).read_text())["splits"]["train"]
+    assert f"train: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['bytes']:,} bytes" in printed
     assert verb("prepare", "data=files") == 2
+    assert verb("prepare", *arguments, "data.workers=0") == 2
+    assert "data.workers is 0" in capsys.readouterr().err
+
+
+def mine(folder: Path, words: Path) -> Path:
+    """A folder with data/mine.yaml: corpora of every kind of file, their weights, and a later stage."""
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    texts = [path.read_text() for path in sorted(words.glob("*.txt"))]
+    lines = "".join(json.dumps({"content": f"{text} in a line"}) + "\n" for text in texts).encode()
+    (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "lines.jsonl.zst").write_bytes(zstandard.compress(lines.replace(b"a line", b"a frame") + b"{}\n"))
+    rows = pyarrow.table({"text": [f"{text} in a row" for text in [*texts, *texts[:20]]]})
+    pyarrow.parquet.write_table(rows, folder / "rows.parquet")
+    with pyarrow.ipc.new_stream(folder / "rows.arrow", rows.schema) as stream:
+        stream.write_table(rows)
+    with TokenWriter(folder / "megatron", np.uint16) as writer:
+        for number in range(40):
+            writer.add([*(number + np.arange(60)) % 290 + 1, 0])
+    (folder / "data").mkdir()
+    (folder / "data/mine.yaml").write_text(f"""
+tokenizer: {{path: null, vocab_size: 300}}
+corpora:
+  books: {{source: text, path: "{words}/*.txt", validation_fraction: 0.2}}
+  lines: {{source: jsonl, path: "{folder}/lines.jsonl.*", field: content, validation_fraction: 0.2}}
+  rows: {{source: parquet, path: "{folder}/*.parquet", deduplicate: true, validation_fraction: 0.2}}
+  arrows: {{source: arrow, path: "{folder}/*.arrow", validation_fraction: 0.2}}
+  theirs: {{source: tokens, path: "{folder}/megatron"}}
+mixture: {{books: 1, lines: 2, rows: 1, theirs: 1}}
+stages:
+  - {{from_tokens: 1536, mixture: {{books: 1, arrows: 3}}}}
+""")
+    return folder
+
+
+def test_corpora_of_all_kinds_in_one_file_are_prepared_inspected_and_trained_on(
+    words: Path, tmp_path: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mine(tmp_path, words)
+    ours = (f"--config-dir={folder}", "data=mine", f"data.cache_dir={tmp_path}/cache")
+    assert verb("prepare", *ours, "data.sequence_length=64", "--inspect") == 0
+    printed = capsys.readouterr().out
+    sections = {name: printed.split(f"\n{name}  ")[1] for name in ("books", "lines", "rows", "arrows", "theirs")}
+    assert "left out, missing_field: 1, the first " + f"{tmp_path}/lines.jsonl.zst:61" in sections["lines"]
+    assert "left out, duplicate: 20" in sections["rows"].split("\narrows  ")[0]
+    assert "left out" not in sections["arrows"]
+    assert "train: 40 documents, 2,440 tokens\n" in sections["theirs"]
+    assert "tokens a document: shortest 61, 10% 61, median 61" in sections["theirs"]
+    assert "longer than a window of 64: 0.0% of documents" in sections["theirs"]
+    assert "about" in sections["theirs"] and "about" not in sections["arrows"].split("\ntheirs  ")[0]
+    for name, section in sections.items():
+        assert "<|endoftext|>┃end of document┃\n" in section, name
+    assert verb("prepare", *ours, "data.sequence_length=64", "--inspect") == 0
+    assert capsys.readouterr().out.partition("\ntokenizer")[2] in printed  # the same places again
+
+    trained = run(*ours, "run.name=mine", "model.vocab_size=320")
+    assert "vocab_size 320, of which the tokenizer uses 300: 20 rows are padding" in capsys.readouterr().out
+    lines = read_lines(trained / "evals.jsonl")
+    assert {line["corpus"] for line in lines} == {
+        "words",
+        "books",
+        "lines",
+        "rows",
+        "arrows",
+        "overall",
+    }  # words is tiny's
 
 
 def test_export_of_an_earlier_step_and_generation(

@@ -237,3 +237,45 @@ def test_trainer_logs_the_rates_and_resumes_with_them(tmp_path):
     assert weights.keys() == resumed_weights.keys()
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
     assert not math.isclose(expected[3][1], expected[7][1])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming")  # its loader's place is not this project's
+def test_lightning_steps_at_the_rates_and_resumes_with_them(tmp_path):
+    import lightning
+
+    batch_tokens, steps = 2 * 2 * 16, 8
+    fields = dict(a=0.5, warmup_tokens=2 * batch_tokens, decay=Decay(start=5 * batch_tokens, tokens=3 * batch_tokens))
+    rows = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.rates = torch.nn.Linear(4, 1), []
+
+        def training_step(self, batch, _):
+            return self.layer(batch).square().mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1.0)
+            scheduler = PowerLR(optimizer, batch_tokens=batch_tokens, **fields)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def on_before_optimizer_step(self, optimizer):
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def train(steps, resume=None):
+        torch.manual_seed(0)
+        module = Module()
+        quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_steps=steps, accumulate_grad_batches=2, default_root_dir=tmp_path, **quiet
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    pure = Power(**fields)
+    expected = [pure(tokens=k * batch_tokens, batch=batch_tokens / 4096) for k in range(steps)]
+    assert train(steps).rates == expected
+    train(3)
+    assert train(steps, resume=tmp_path / "3.ckpt").rates == expected[3:]

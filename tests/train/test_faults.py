@@ -373,7 +373,8 @@ def test_fault_23_and_28_age_is_told_by_the_step_alone(run: Callable[..., Path])
 @pytest.mark.slow
 def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -> None:
     canaries = {"WANDB_API_KEY": "canary-1-" + "x" * 40, "MY_SECRET": "canary-2-hush-hush"}
-    settings = ("+tracker.init_kwargs.api_key=canary-3", "+tracker.init_kwargs.notes=canary-2-hush-hush")
+    given = ("api_key=canary-3", "notes=canary-2-hush-hush")
+    settings = ("tracker=wandb", *(f"+tracker.init_kwargs.wandb.{each}" for each in given))
     done = launch(tiny("run.name=secret", "checkpoint.every=6", *settings), **canaries)
     tracked = launch(tiny("run.name=tracked", "tracker=wandb"), **canaries)
     refused = launch(tiny("run.name=canary-2-hush-hush/x"), **canaries)
@@ -428,14 +429,14 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("key", ["model._target_", "data.corpora.words._target_", "tracker.init_kwargs._target_"])
+@pytest.mark.parametrize("key", ["model._target_", "data.corpora.words._target_", "tracker.init_kwargs.wandb._target_"])
 def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: str) -> None:
     from train.cli import composed
 
     mark = tmp_path / "mark"
-    evil = (f"+{key}=os.mkdir", f"+{key.rpartition('.')[0]}.path={mark}")
+    evil = ("tracker=wandb", f"+{key}=os.mkdir", f"+{key.rpartition('.')[0]}.path={mark}")
     if key.startswith("tracker"):
-        assert composed(tiny(*evil)).tracker.init_kwargs["_target_"] == "os.mkdir"  # a text like any other
+        assert composed(tiny(*evil)).tracker.init_kwargs["wandb"]["_target_"] == "os.mkdir"  # a text like any other
     else:
         with pytest.raises(ConfigError):
             composed(tiny(*evil))

@@ -312,15 +312,15 @@ def test_a_cpu_has_no_known_peak() -> None:
 
 def test_expert_load_of_hand_made_loads() -> None:
     balanced = metrics.expert_load(torch.full((2, 4), 5))
-    assert balanced == {"max_over_mean": 1.0, "entropy": pytest.approx(1.0), "idle": 0}
+    assert balanced == {"max_over_mean": 1.0, "entropy": pytest.approx(1.0), "layer_entropy": [1, 1], "idle": 0}
     # The worst layer of each: 8 of 8 on one expert is 4 means, entropy 0; 3 + 1 idle experts.
     mixed = metrics.expert_load(torch.tensor([[2, 2, 2, 2], [0, 8, 0, 0], [1, 2, 0, 1]]))
-    assert mixed == {"max_over_mean": 4.0, "entropy": pytest.approx(0.0), "idle": 4}
+    assert mixed == {"max_over_mean": 4.0, "entropy": pytest.approx(0.0), "layer_entropy": [1, 0, 0.75], "idle": 4}
     # (1/4, 1/2, 0, 1/4): entropy 1.5 ln 2 of 2 ln 2
     one = metrics.expert_load(torch.tensor([[10, 20, 0, 10]]))
-    assert one == {"max_over_mean": 2.0, "entropy": pytest.approx(0.75), "idle": 1}
+    assert one == {"max_over_mean": 2.0, "entropy": pytest.approx(0.75), "layer_entropy": [0.75], "idle": 1}
     alone = metrics.expert_load(torch.tensor([[7], [7]]))
-    assert alone == {"max_over_mean": 1.0, "entropy": 1.0, "idle": 0}
+    assert alone == {"max_over_mean": 1.0, "entropy": 1.0, "layer_entropy": [1, 1], "idle": 0}
 
 
 def test_default_balance_is_the_designs() -> None:

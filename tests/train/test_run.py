@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from schedulers import Decay, Power
+from train.config import ConfigError
 from train.track import read_lines
 
 
@@ -122,6 +123,50 @@ def test_exported_model_loads_with_transformers_alone(run: Callable[..., Path]) 
 def test_wandb_offline_without_an_account(run: Callable[..., Path]) -> None:
     folder = run("tracker=wandb")
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_trackers_show_a_resumed_run_as_one_run(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    import shutil
+    import sqlite3
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "tiny"
+    settings = tiny("tracker.log_with=[wandb,tensorboard,trackio]", "checkpoint.every=6", "checkpoint.keep=9")
+    for _ in range(2):
+        shutil.rmtree(folder / "checkpoints/step-00000012", ignore_errors=True)  # what followed step 6 is lost
+        done = launch(settings, TRACKIO_DIR=str(tmp_path / "trackio"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Warning" not in done.stdout
+    losses = {line["step"]: line["lm_loss"] for line in read_lines(folder / "metrics.jsonl")}
+    record = json.loads((folder / "run.json").read_text())
+    assert len(losses) == 12
+    assert len(record["starts"]) == 2
+
+    offline = sorted(folder.glob("wandb/offline-run-*"))
+    assert len(offline) == 2
+    assert {path.name.rpartition("-")[2] for path in offline} == {record["id"]}
+
+    events = EventAccumulator(str(folder / "powertrain")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("lm_loss")}
+    assert shown == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("lm_loss")] == list(range(1, 13))  # none of them twice
+    assert len(events.Scalars("evaluation/words/loss")) == 1
+
+    with sqlite3.connect(next((tmp_path / "trackio").glob("*.db"))) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert {name for name, _, _ in rows} == {f"tiny-{record['id']}"}
+    values = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert {step: metrics["lm_loss"] for step, metrics in values if "lm_loss" in metrics} == losses
+
+
+def test_a_tracker_that_is_not_installed_is_told_at_once(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        run("tracker=tensorboard")
 
 
 def test_fault_09_a_skipped_step_leaves_weights_and_moments(

@@ -1,0 +1,286 @@
+"""How much memory a training step takes, counted without taking it.
+
+The step's own code runs on tensors that have shapes and no contents (PyTorch's FakeTensorMode), and every storage is
+counted while it lives. So what autograd keeps, what a loss by chunks or activation checkpointing saves, and when a
+gradient appears are not formulas that may be forgotten when the code changes. What DeepSpeed and DDP keep beside it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+from transformers.integrations import moe
+
+from train import loss as train_loss
+from train import optim
+from train.balance import Balance
+from train.loop import loss_terms, total_loss
+from train.loss import LanguageModelLoss
+from train.model import experts, granite
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+# DeepSpeed's defaults, which a run keeps, in elements: reduce_bucket_size, and of stage 3 max_live_parameters,
+# prefetch_bucket_size and param_persistence_threshold.
+BUCKET, LIVE, PREFETCHED, PERSISTENT = 500_000_000, 1_000_000_000, 50_000_000, 100_000
+
+PARTS = ("masters", "moments", "gradients", "copies", "activations", "loss", "backward", "buffers")
+
+
+class Peaks(NamedTuple):
+    """Bytes at their most, by part; moments are not among them.
+
+    Attributes:
+        whole: with masters, and with whole gradients that are kept until the step.
+        rest: without both.
+    """
+
+    whole: Counter[str]
+    rest: Counter[str]
+
+
+class Tally(TorchDispatchMode):
+    """Bytes of the storages that live at once, by the part that they were made in or that they were moved to.
+
+    Attributes:
+        part: what is made from now on belongs to it.
+        peak: the most bytes so far, by part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "data"
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.rest: Counter[str] = Counter()
+        self._part_of: dict[int, str] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, out)):
+            if isinstance(leaf, Tensor):
+                self._see(leaf, self.part)
+        return out
+
+    def _see(self, tensor: Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._part_of or tensor.device.type == "meta":
+            return
+        self._part_of[key] = part
+        self.now[part] += size
+        weakref.finalize(storage, self._gone, key, size)
+        self._compare()
+
+    def peaks(self) -> Peaks:
+        """Those since it was last asked."""
+        peaks = Peaks(self.peak, _without(self.rest, "masters", "gradients"))
+        self.peak, self.rest = self.now.copy(), self.now.copy()
+        return peaks
+
+    def _compare(self) -> None:
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+        if self._rest(self.now) > self._rest(self.rest):
+            self.rest = self.now.copy()
+
+    @staticmethod
+    def _rest(parts: Counter[str]) -> int:
+        return parts.total() - parts["masters"] - parts["gradients"]
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now[self._part_of.pop(key)] -= size
+
+    def move(self, tensor: Tensor, part: str) -> None:
+        """From now on the tensor belongs to `part`."""
+        self._see(tensor, part)
+        storage = tensor.untyped_storage()
+        self.now[self._part_of[storage._cdata]] -= storage.nbytes()
+        self.now[part] += storage.nbytes()
+        self._part_of[storage._cdata] = part
+
+    def follow(self, module: nn.Module, loss: LanguageModelLoss) -> None:
+        """Name the parts of a step of `module`, which wraps `loss`."""
+
+        def begins(part: str) -> Any:
+            def hook(*_: Any) -> None:
+                self.part = part
+
+            return hook
+
+        module.register_forward_pre_hook(begins("copies"))
+        loss.register_forward_pre_hook(begins("activations"))
+        loss.model.model.register_forward_hook(begins("loss"))
+        module.register_forward_hook(begins("backward"))
+        for parameter in loss.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self.move(p.grad, "gradients"))
+
+
+class Passes:
+    """A micro-batch's passes on each of so many ranks, counted when they are asked for, once."""
+
+    def __init__(self, config: Config, ranks: int, gpu: bool) -> None:
+        self._arguments = config, gpu, config.batch.sequences > ranks * config.batch.micro_sequences
+        self._counted: dict[bool, tuple[Peaks, Peaks]] = {}
+
+    def of(self, sharded: bool) -> tuple[Peaks, Peaks]:
+        """Those of `counted`."""
+        if sharded not in self._counted:
+            self._counted[sharded] = counted(*self._arguments, sharded)
+        return self._counted[sharded]
+
+
+def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int = BUCKET) -> Counter[str]:
+    """Bytes that a step takes on each GPU at its most, by PARTS.
+
+    Args:
+        engine: plain, ddp, zero1, zero2, zero3 or zero3_offload.
+        ranks: over which the batch and ZeRO's parts are split.
+        passes: of the same configuration on as many ranks.
+        bucket: DeepSpeed's reduce_bucket_size; others are for tests.
+    """
+    sharded, bf16 = engine.startswith("zero3"), config.precision == "bf16"
+    accumulating = config.batch.sequences > ranks * config.batch.micro_sequences
+    shapes = [parameter.shape for parameter in granite.build(config, "meta").parameters()]
+    count = sum(shape.numel() for shape in shapes)
+    part = -(-count // ranks)  # of what ZeRO shares out
+    forward, backward = passes.of(sharded)
+    reduced = min(count, bucket)  # elements that DeepSpeed reduces at a time
+    later = 1 - reduced / count  # share of a backward pass that is to come when it first does
+
+    if engine in ("plain", "ddp"):
+        found = _most(forward.whole, backward.whole) + Counter(moments=8 * count)
+        return found + Counter(buffers=4 * count * (engine == "ddp"))  # DDP's buckets
+    buffers = Counter(buffers=4 * bucket)
+    if engine in ("zero1", "zero2"):
+        state = Counter(masters=4 * count + 4 * part, moments=8 * part)
+        reducing = Counter(gradients=4 * part * (later > 0))
+        if engine == "zero1":
+            first, second = (_without(peaks.whole, "masters") for peaks in (forward, backward))
+            reducing += Counter(gradients=4 * count)
+        else:
+            state += Counter(gradients=4 * part * accumulating)
+            first, second = forward.rest, backward.rest
+            waiting = Counter(backward=2 * count) if bf16 else backward.rest  # gradients of the copies come last
+            reducing += Counter(buffers=4 * reduced) + _times(waiting, later)
+        # They are made when the first gradient is there, which that of a copy is only after all layers.
+        if accumulating:
+            first += buffers
+        if accumulating or not bf16:
+            second += buffers
+        return state + _most(first, second, reducing + buffers)
+    working = 2 if bf16 else 4  # bytes of a weight that is computed with
+    state = Counter(copies=working * part)
+    if engine == "zero3":
+        state += Counter(masters=4 * part, moments=8 * part, gradients=4 * part)
+    small = sum(shape.numel() for shape in shapes if shape.numel() <= PERSISTENT)
+    gathered = Counter(copies=working * min(count, LIVE))
+    fetching = gathered + Counter(buffers=working * min(count, PREFETCHED))
+    passing = gathered + _most(forward.rest, backward.rest)
+    reducing = _times(passing, later) + Counter(buffers=8 * reduced)
+    return state + buffers + Counter(copies=working * small) + _most(passing, fetching, reducing)
+
+
+def _without(parts: Counter[str], *names: str) -> Counter[str]:
+    return Counter({name: size for name, size in parts.items() if name not in names})
+
+
+def _times(parts: Counter[str], factor: float) -> Counter[str]:
+    return Counter({name: int(size * factor) for name, size in parts.items()})
+
+
+def _most(*candidates: Counter[str]) -> Counter[str]:
+    return max(candidates, key=Counter.total)
+
+
+def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False) -> tuple[Peaks, Peaks]:
+    """Peaks of one micro-batch's forward pass, and of its backward pass.
+
+    Args:
+        gpu: count the kernels that a run takes on a GPU, or those of a CPU; see `kernels`.
+        accumulating: there are gradients of a micro-batch before it.
+        sharded: as ZeRO 3 runs it, on working weights that are nobody's copies.
+    """
+    config = copy.deepcopy(config)
+    attention, expert_kernel = kernels(config, gpu)
+    config.model.attn_implementation = _UNMASKED if attention.startswith(("flash", "flex")) else attention
+    config.model.experts_implementation = expert_kernel
+    layers, width = config.model.num_hidden_layers, config.model.num_local_experts
+    if config.model.model_type != "granitemoe":
+        layers = width = 0
+    tally = Tally()
+    with FakeTensorMode(), _shapes_alone(gpu):
+        model = granite.build(config)
+        bf16 = config.precision == "bf16"
+        if bf16 and sharded:
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter.bfloat16()))
+            model.tie_weights()
+        loss = LanguageModelLoss(model)
+        wrapped = optim.for_training(loss, config.engine.activation_checkpointing, bf16 and not sharded)
+        balance = Balance(config.balance, layers, width, lambda tensor: tensor)
+        tokens = torch.zeros(config.batch.micro_sequences, config.data.sequence_length, dtype=torch.int64)
+        for parameter in loss.parameters():
+            tally.move(parameter, "masters")
+            if accumulating:
+                parameter.grad = torch.zeros_like(parameter)
+                tally.move(parameter.grad, "gradients")
+        tally.follow(wrapped, loss)
+        with tally:
+            outputs = wrapped(input_ids=tokens, labels=tokens, position_ids=tokens)
+            loss_of_all = total_loss(loss_terms(outputs, balance, outputs.targets, tokens.numel()), config.balance)
+            forward = tally.peaks()
+            loss_of_all.backward()
+    return forward, tally.peaks()
+
+
+def kernels(config: Config, gpu: bool) -> tuple[str, str]:
+    """Attention and experts as they are counted. `auto` on a GPU in bf16 is taken for FlashAttention, which is there
+    when its package is; experts that ask for numbers are taken for grouped_mm."""
+    attention, chosen = config.model.attn_implementation, config.model.experts_implementation
+    if attention == "auto":
+        attention = "flash_attention" if gpu and config.precision == "bf16" else "sdpa"
+    if chosen == "auto":
+        chosen = "grouped_mm" if gpu else experts.NAME
+    return attention, "grouped_mm" if chosen in ("eager", "sonicmoe") else chosen
+
+
+_UNMASKED = "unmasked"
+
+
+def _unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+    """What Flash- and FlexAttention keep: inputs, output and log-sum-exps. No mask, and no keys for each head."""
+    out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_UNMASKED, _unmasked)
+
+
+def _shapes_alone(gpu: bool) -> contextlib.ExitStack:
+    """Where the code asks for numbers or for the device: experts have equal shares, and the loss has a GPU's pieces."""
+
+    def equal_shares(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
+        counts = [-(-chosen.numel() // num_experts)] * num_experts
+        return torch.zeros_like(chosen), counts, [experts._filled(count) for count in counts]
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(patch.object(experts, "_sorted_by_expert", equal_shares))
+    stack.enter_context(patch.object(moe, "_can_use_grouped_mm", lambda *_: False))  # its stand-in has every dtype
+    if gpu:
+        stack.enter_context(patch.object(train_loss, "_CACHED_LOGITS", train_loss._CHUNK_LOGITS))
+    return stack

@@ -1,0 +1,131 @@
+"""launch.estimate: its arithmetic against closed forms and a real run, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.tokens import TokenWriter
+from launch import estimate
+from train.cli import composed
+
+TINY = ["+experiment=proxy_tiny", "cluster.gpu=cpu"]
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        estimate.main([*arguments])
+    captured = capsys.readouterr()
+    # As one line, whatever the width.
+    return int(ended.value.code or 0), " ".join((captured.out + captured.err).split())
+
+
+def test_a_run_that_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plot = tmp_path / "rates.png"
+    code, said = ran(capsys, *TINY, f"data.cache_dir={tmp_path}", "cluster.peak=1e9", "--plot", str(plot))
+    assert code == 0
+    assert "480 steps" in said and "plain is the simplest that fits" in said
+    assert "cost" not in said  # no price, no line
+    assert plot.stat().st_size > 1000
+    assert not [path for path in tmp_path.iterdir() if path != plot]  # nothing was prepared
+
+
+def test_everything_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = ran(
+        capsys,
+        *TINY,
+        "model.num_attention_heads=3",
+        "schedule.warmup_tokens=999_999_999",
+        "precision=fp8",
+        "+data.mixture.nowhere=1",
+        "run.name=..",
+    )
+    assert code == 1
+    for part in ("num_attention_heads 3", "never leave warmup", "fp8", "'nowhere'", "run.name is '..'", "5 error(s)"):
+        assert part in said
+
+
+def test_values_that_others_are_divided_by(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = ran(capsys, *TINY, "model.num_attention_heads=0", "batch.sequences=0")
+    assert code == 1 and "2 error(s)" in said
+
+
+def test_data_is_looked_at_and_not_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with TokenWriter(tmp_path / "corpus", np.dtype("<u2")) as writer:
+        writer.add(np.zeros(64 * 100 + 1, np.uint16))
+    corpora = f"data.corpora={{a:{{source:tokens,path:{tmp_path}/corpus}},b:{{source:text,path:{tmp_path}/*.txt}}}}"
+    code, said = ran(capsys, *TINY, "data=none", corpora)
+    assert code == 1 and f"No file matches '{tmp_path}/*.txt'" in said
+    only = f"data.corpora={{a:{{source:tokens,path:{tmp_path}/corpus}}}}"
+    code, said = ran(capsys, *TINY, "data=none", only, "run.tokens=64_000", "schedule.warmup_tokens=640")
+    assert code == 0 and "a has 6.4k tokens, and the run sees them 10.0 times" in said
+
+
+def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, said = ran(
+        capsys,
+        *TINY,
+        f"data.cache_dir={tmp_path}",
+        "data.tokenizer.vocab_size=600",
+        "cluster.gpus=3",
+        "batch.ramp=[{from_tokens:300_000,sequences:24}]",
+    )
+    assert code == 1
+    assert "has 600 tokens, and model.vocab_size is 512" in said
+    assert "does not split into micro-batches of 8 on 3 rank(s)" in said
+    assert "batch.ramp has a part from 300,000 tokens on" in said
+
+
+def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, said = ran(capsys, *TINY, f"data.cache_dir={tmp_path}", "cluster.memory=1e6")
+    assert code == 1 and "batch.micro_sequences=8 fits 90% of 1.0 MB with none of plain" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [
+        ("cluster.gpus=0", "greater than zero"),
+        ("cluster.gpu=H1000", "none of H200"),
+        ("cluster.gpsu=4", "gpsu"),
+        ("cluster.mfu=40", "at most 1"),
+        ("cluster.gpus=many", "gpus"),
+        ("--plot", "takes a file"),
+        ("--json", "no option"),
+    ],
+)
+def test_bad_usage(capsys: pytest.CaptureFixture[str], setting: str, part: str) -> None:
+    code, said = ran(capsys, *TINY, setting)
+    assert code == 2 and part in said
+
+
+@pytest.mark.parametrize("ramp", ["[]", "[{from_tokens:1000,sequences:16},{from_tokens:40_000,sequences:64}]"])
+def test_steps_are_those_of_the_loop(ramp: str) -> None:
+    config = composed(["+experiment=proxy_tiny", "run.tokens=100_000", f"batch.ramp={ramp}"])
+    tokens = steps = last = 0
+    while tokens < config.run.tokens:
+        last = tokens
+        tokens += config.batch_at(tokens) * config.data.sequence_length
+        steps += 1
+    assert estimate.steps_of(config) == (steps, last)
+
+
+def test_the_cap_is_released_where_the_rate_leaves_it() -> None:
+    config = composed(["+experiment=powermoe_3b"])
+    release, schedule = estimate.cap_release(config), config.make_schedule()
+    assert release == pytest.approx((1024 * 4 / 0.02) ** (1 / 0.51))
+    assert schedule(tokens=int(release * 0.999), batch=1024) == 0.02 > schedule(tokens=int(release * 1.01), batch=1024)
+    growing = composed(["+experiment=powermoe_3b", "batch.ramp=[{from_tokens:1_000_000_000,sequences:2048}]"])
+    assert estimate.cap_release(growing) == pytest.approx((2048 * 4 / 0.02) ** (1 / 0.51))
+
+
+def test_goodput_is_best_at_young_and_dalys_interval() -> None:
+    standing, between, restart = 5.0, 50_000.0, 600.0
+    best = math.sqrt(2 * standing * between)
+    share = {factor: estimate.goodput(factor * best, standing, between, restart) for factor in (0.8, 1.0, 1.25)}
+    assert max(share, key=lambda factor: share[factor]) == 1.0
+    # Of each interval 5 s, and of each 50,000 s a restart and half an interval.
+    lost = 5 / best + (600 + best / 2) / 50_000
+    assert share[1.0] == pytest.approx(1 - lost, abs=2e-3)

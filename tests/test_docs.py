@@ -1,0 +1,94 @@
+"""Every command of README.md and docs/ runs, in the order of the page, in a checkout with nothing else in it.
+
+A block ```sh holds commands for any machine, ```console what only a cluster or a GPU can do, and a block ```yaml whose
+first line is "# PATH.yaml" is the content of that file. docs/results/ holds records, and is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+
+# The models are smaller than what the pages train, and nothing else: steps, tokens, batches and schedules are theirs.
+SMALLER = (
+    "model.hidden_size=32 model.intermediate_size=24 model.num_hidden_layers=2 model.num_attention_heads=2 "
+    "model.num_key_value_heads=null threads=1"
+)
+PRELUDE = f"""
+set -euo pipefail
+trap 'echo "FAILED: $BASH_COMMAND"' ERR
+smaller="{SMALLER}"
+python() {{
+    case "${{2:-}}" in
+        train) case "$*" in *--cfg*|*--help*) command python "$@" ;; *) command python "$@" $smaller ;; esac ;;
+        launch.bench) command python "$@" $smaller batch.sequences=2 --rounds 1 ;;
+        *) command python "$@" ;;
+    esac
+}}
+accelerate() {{ command accelerate "$@" $smaller; }}
+pip() {{ case "$*" in *-e\\ *|*--editable*) true ;; *) command pip "$@" ;; esac; }}  # it is installed already
+make() {{ case "$1" in train) accelerate launch train.py +experiment=quickstart ;; test*) true ;; *) false ;; esac; }}
+export -f python accelerate pip make
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of this project, and the corpora that the pages speak of."""
+    folder = tmp_path_factory.mktemp("docs") / "powertrain"
+    left_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", "results")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    text = [" ".join(f"word{number * k % 89}" for k in range(200)) for number in range(400)]
+    for name in ("corpus/books", "addresses/train", "addresses/validation"):
+        (folder / name).mkdir(parents=True)
+        for number in range(40):
+            (folder / name / f"{number}.txt").write_text(text[number])
+    (folder / "corpus/web.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in text))
+    return folder
+
+
+def run_page(page: Path, folder: Path) -> None:
+    for _, text in BLOCK.findall(page.read_text()):
+        if named := re.match(r"# (\S+\.yaml)\n", text):
+            (folder / named[1]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / named[1]).write_text(text)
+    found = [
+        f"command python - <<'END'\n{text}END\n" if language == "python" else text
+        for language, text in BLOCK.findall(page.read_text())
+        if language in ("sh", "python")
+    ]
+    script = PRELUDE + "\n".join(found)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment["XDG_CACHE_HOME"] = environment["HOME"] = str(folder / "home")
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs(page: Path, checkout: Path) -> None:
+    run_page(page, checkout)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_and_file_of_a_page_is_there(page: Path) -> None:
+    text = page.read_text()
+    anchors = {re.sub(r"[^\w -]", "", line.strip("# ")).lower().replace(" ", "-") for line in text.splitlines()}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            assert (page.parent / path).exists() if path else anchor in anchors, target
+    assert {language for language, _ in BLOCK.findall(text)} <= {"sh", "console", "yaml", "python"}
