@@ -32,6 +32,10 @@ smaller="{SMALLER}"
 python() {{
     case "${{2:-}}" in
         train) case "$*" in *--cfg*|*--help*) command python "$@" ;; *) command python "$@" $smaller ;; esac ;;
+        launch.sweep) case "$*" in
+            *sweep=compare*) command python "$@" 'sweep.tokens=[122_880]' 'sweep.batch=[0.125]' ;;  # a quarter of it
+            *) command python "$@" ;;
+        esac ;;
         launch.bench) command python "$@" $smaller batch.sequences=2 --rounds 1 ;;
         *) command python "$@" ;;
     esac
