@@ -142,17 +142,18 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     sources = {name: _describe(corpus) for name, corpus in text.items()}
     folder = None
     if tokenizer.path is not None and os.path.isdir(os.path.expanduser(tokenizer.path)):
-        folder = _fetch_tokenizer(tokenizer.path, cache)
+        folder = _named_tokenizer(tokenizer.path, cache)[1]
     elif tokenizer.path is None and text:
-        trained = _trained_folder(sources, tokenizer.vocab_size, cache)
-        folder = trained if _complete(trained, "tokenizer.json") else None
+        folder = _trained_folder(sources, tokenizer.vocab_size, cache)
+    if folder is not None and not (folder / "tokenizer.json").exists():
+        folder = None
     folders, train = {}, {}
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
             train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
         elif folder is not None:
             own = cache / f"{name}-{_short_hash([sources[name], _identity(folder)])}"
-            if _complete(own, "corpus.json"):
+            if (own / "corpus.json").exists():
                 folders[name] = own
                 train[name] = TokenFile(own / "train")
     return Prepared(folders, folder, train, {})
@@ -572,6 +573,15 @@ def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) ->
 
 def _fetch_tokenizer(path: str, cache: Path) -> Path:
     """A copy of the tokenizer in the cache, named by its content."""
+    tokenizer, folder = _named_tokenizer(path, cache)
+    if not _complete(folder, "tokenizer.json"):
+        with _building(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _named_tokenizer(path: str, cache: Path) -> tuple[Any, Path]:
+    """The tokenizer, and where its copy in the cache is or would be."""
     from transformers import AutoTokenizer
 
     try:
@@ -590,11 +600,7 @@ def _fetch_tokenizer(path: str, cache: Path) -> Path:
             "tokenizer_config.json."
         )
     identity = _short_hash([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id])
-    folder = cache / f"tokenizer-{identity}"
-    if not _complete(folder, "tokenizer.json"):
-        with _building(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
-    return folder
+    return tokenizer, cache / f"tokenizer-{identity}"
 
 
 def _load_tokenizer(folder: Path) -> tuple[str, int, int]:

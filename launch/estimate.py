@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data import DataError
 from launch.check import described
@@ -98,15 +99,15 @@ def _estimate(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, soft_wrap=False)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, soft_wrap=False, markup=False)
     if not errors:
         errors, warnings = _sections(console, config, cluster)
-        if plot is not None:
-            draw(config, plot)
     for kind, found in (("Warning", warnings), ("ERROR", errors)):
         for paragraph in found:
             console.print(f"{kind}: {paragraph}", markup=False)
     console.print(f"\n{len(errors)} error(s), {len(warnings)} warning(s)." if errors or warnings else "\nIt would run.")
+    if plot is not None and not list(problems(config)):
+        draw(config, plot)
     return 1 if errors else 0
 
 
@@ -116,7 +117,10 @@ def _plot_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
     place = arguments.index("--plot")
     if place + 1 == len(arguments):
         raise ConfigError("--plot takes a file, such as rates.png or rates.svg.")
-    return Path(arguments[place + 1]), arguments[:place] + arguments[place + 2 :]
+    file = Path(arguments[place + 1])
+    if file.suffix not in (".png", ".svg", ".pdf") or not file.absolute().parent.is_dir():
+        raise ConfigError(f"--plot is {file}; it takes a .png, .svg or .pdf in a folder that exists.")
+    return file, arguments[:place] + arguments[place + 2 :]
 
 
 def cluster_of(settings: list[str]) -> Cluster:
@@ -126,13 +130,13 @@ def cluster_of(settings: list[str]) -> Cluster:
     try:
         given = OmegaConf.from_dotlist(settings)
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Cluster), given))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(Cluster))
         raise ConfigError(f"cluster: {str(error).partition(chr(10))[0]}. Its settings are {known}.") from error
     cluster: Cluster = found
     for name, value in vars(cluster).items():
-        if isinstance(value, (int, float)) and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"cluster.{name} is {value}; it has to be a finite number greater than zero.")
+        if isinstance(value, (int, float)) and not 1e-9 <= value <= 1e24:
+            raise ConfigError(f"cluster.{name} is {value}; it has to be a number greater than zero, from 1e-9 to 1e24.")
     if cluster.gpu in GPUS:
         peak, memory = GPUS[cluster.gpu]
         cluster.peak, cluster.memory = cluster.peak or peak, cluster.memory or memory
@@ -280,7 +284,7 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
 def command_of(cluster: Cluster, engine: str, micro: int) -> str:
     """What to paste; the run's own settings follow."""
     if engine == "plain":
-        return "  accelerate launch train.py …"
+        return f"  accelerate launch train.py … batch.micro_sequences={micro}"
     if cluster.gpus <= cluster.gpus_per_node:
         environment = "ACCELERATE_USE_CPU=true " if not cluster.on_gpu and engine == "ddp" else ""
         file = f"--config_file launch/accelerate/{engine}.yaml --num_processes {cluster.gpus}"
@@ -392,15 +396,17 @@ def key_points(config: Config) -> list[tuple[str, int]]:
 
 
 def cap_release(config: Config) -> float | None:
-    """Clock reading from which on the power law, and not max_lr, sets the rate of the batch that the run then has."""
+    """Clock reading from which on max_lr sets no rate any more: a batch that grows can bring it back."""
     schedule: Any = config.make_schedule()
     power = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
     if not isinstance(power, Power):
         return None
-    release = 0.0
-    for tokens, sequences in phases_of(config):
-        if config.run.tokens_seen + tokens <= max(release, config.run.tokens_seen):
-            release = power.cap_release(config.beta(sequences))
+    begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in phases_of(config)]
+    release = None
+    for (begin, sequences), (end, _) in zip(begins, [*begins[1:], (math.inf, 0)], strict=True):
+        of_batch = power.cap_release(config.beta(sequences))
+        if release is None or of_batch > begin:
+            release = min(of_batch, end)
     return release
 
 
@@ -412,7 +418,7 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     if release is not None and release >= trunk_ends:
         yield (
             f"The cap would release at {human(release)} tokens, and the trunk ends at {human(trunk_ends)}: the rate is "
-            "max_lr all the way, which is WSD. Train longer, with a smaller batch, or with a higher schedule.max_lr."
+            "max_lr to its end, as WSD's is. Train longer, with a smaller batch, or with a higher schedule.max_lr."
         )
     elif release is not None and release <= schedule.warmup_tokens and schedule.warmup_tokens:
         yield (
@@ -449,12 +455,9 @@ def draw(config: Config, path: Path) -> None:
         if name in ("cap releases", "decay starts", "end of warmup"):
             axis.axvline(at, color="grey", linewidth=0.5)
             axis.annotate(name, (at, max(rates)), rotation=90, va="top", ha="right", fontsize=8)
-    axis.set(xlabel="tokens", ylabel="learning rate", title=config.run.name, ylim=(0, None))
+    axis.set(xlabel="tokens", ylabel="learning rate", title=config.run.name.replace("$", r"\$"), ylim=(0, None))
     axis.xaxis.set_major_formatter(EngFormatter())
-    try:
-        figure.savefig(path, dpi=100)
-    except ValueError as error:
-        raise ConfigError(f"--plot {path}: {error}") from error
+    figure.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------------------------------------------ what would go wrong
@@ -470,8 +473,17 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
 
     errors: list[str] = []
     data = config.data
+    if config.evaluation.tasks:
+        from train import tasks
+
+        try:
+            tasks.load(config.evaluation.tasks, Path(config.evaluation.data) if config.evaluation.data else None)
+        except ConfigError as error:
+            errors.append(f"evaluation.tasks: {error}")
     if not data.corpora:
-        return [], ["No data is named yet, so nothing was looked at; training wants data=NAME, or corpora described."]
+        return errors, [
+            "No data is named yet, so nothing was looked at; training wants data=NAME, or corpora described."
+        ]
     for corpus in data.corpora.values():
         for path in (corpus.path, *([corpus.validation_path] if corpus.validation_path else [])):
             try:
@@ -481,6 +493,11 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
                     sources.files(dataclasses.replace(corpus, path=path, validation_path=None))
             except (DataError, OSError) as error:
                 errors.append(str(error))
+    if data.tokenizer.path is None and all(corpus.source == "tokens" for corpus in data.corpora.values()):
+        errors.append(
+            "All corpora are token files, which do not say how they were made: name the tokenizer in "
+            "data.tokenizer.path."
+        )
     stages = config.stages()
     for _, mixture in stages:
         try:
@@ -494,11 +511,12 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     except DataError as error:
         return [str(error)], []
     vocabulary, whose = data.tokenizer.vocab_size, "The tokenizer to be trained (data.tokenizer.vocab_size)"
-    if found.tokenizer_folder is not None:
+    own = Path(data.tokenizer.path).expanduser() if data.tokenizer.path is not None else None
+    if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
         from transformers import AutoTokenizer
 
-        vocabulary = len(AutoTokenizer.from_pretrained(found.tokenizer_folder))
-        whose = f"The tokenizer in {found.tokenizer_folder}"
+        vocabulary = len(AutoTokenizer.from_pretrained(folder))
+        whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
         vocabulary = 0  # not known: of the hub
     if vocabulary > config.model.vocab_size:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", nargs="+", default=[], type=Path, metavar="FILE", help="texts in UTF-8, plain or .gz")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences at a time; default: 16")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: MODEL-evaluation.json, beside the model folder"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: MODEL-evaluation.json beside the model folder; MODEL-text.json without tasks",
     )
     parser.add_argument(
         "--confirm-run-unsafe-code",
@@ -63,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     # ---- whatever can be wrong, before the model is loaded
     folder = model_folder(options.model).resolve()
-    out = options.out or folder.with_name(f"{folder.name}-evaluation.json")
+    # Apart, so that a look at a text does not replace hours of benchmarks.
+    out = options.out or folder.with_name(f"{folder.name}-{'evaluation' if options.tasks else 'text'}.json")
     if not options.tasks and not options.text:
         raise ConfigError("Nothing to judge by: name --tasks or --text files, or both. --help shows examples.")
     for name, value in (("--limit", options.limit), ("--batch-size", options.batch_size)):
@@ -125,7 +130,7 @@ def _read(path: Path) -> bytes:
     try:
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
         raw.decode()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is not text in UTF-8, plain or in a whole .gz file: {error}.") from error
     if not raw:
         raise ConfigError(f"{path} is empty; there is nothing to measure.")

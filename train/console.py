@@ -40,7 +40,7 @@ class Progressing:
         done = state.tokens - config.run.tokens_seen
         self.told, self.told_tokens = -math.inf, done  # when the last line was written to a file
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:.0f}%  {task.fields[left]} left"),
             console=self.console,

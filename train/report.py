@@ -17,6 +17,7 @@ from train.config import LAW_SEQUENCE_LENGTH, Config, load, setting_values
 from train.track import read_lines
 
 POINTS = 600  # of a curve at most: more of them are averaged
+_MEASURES = ("loss", "bits_per_byte")
 _ITS_OWN = ("run.name", "run.folder")  # of every run
 _SHADES = {"warmup": "tab:orange", "trunk": "tab:blue", "decay": "tab:green", "rewarmup": "tab:orange"}
 
@@ -70,7 +71,8 @@ class Run:
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder, self.name = folder, name or folder.name
-        self.label = self.name.replace("$", r"\$")  # which matplotlib would take for mathematics
+        # matplotlib would take $ for mathematics, and leave out what begins with _.
+        self.label = ("\u200b" if self.name.startswith("_") else "") + self.name.replace("$", r"\$")
         self.config: Config = load(folder / "config.yaml")
         if self.config.data.tokenizer.path == str(folder / "tokenizer"):
             self.config.data.tokenizer.path = None  # the one that was trained for it, which a resumed run names
@@ -79,10 +81,9 @@ class Run:
         self.tokens = np.array([line["tokens"] + line["batch"] * LAW_SEQUENCE_LENGTH for line in lines])
         self.evaluations = read_lines(folder / "evals.jsonl")
         self.overall = [line for line in self.evaluations if line["corpus"] == "overall"]
-        self.record = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-        ended = folder / "exit.json"
+        self.record = _read(folder / "run.json")
         done = bool(lines) and self.tokens[-1] >= self.config.end_tokens  # its own page comes before exit.json
-        self.ended = json.loads(ended.read_text())["reason"] if ended.exists() else "finished" if done else "running"
+        self.ended = _read(folder / "exit.json").get("reason") or ("finished" if done else "running")
 
     def curve(self, name: str, logarithmic: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Tokens and a metric over them; of more than POINTS values, means over equal stretches of the axis."""
@@ -96,6 +97,14 @@ class Run:
             warnings.simplefilter("ignore", RuntimeWarning)  # a stretch of skipped steps has no mean
             means = [np.nanmean(values[a:b]) for a, b in zip(starts, ends, strict=True)]
         return self.tokens[ends - 1], np.array(means)
+
+
+def _read(path: Path) -> Any:
+    """The object in a file; {} where there is none, or none that can be read, as a power cut leaves it."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def runs_page(folders: Sequence[Path]) -> str:
@@ -125,8 +134,7 @@ def summary(runs: Sequence[Run]) -> str:
                 run.config.schedule["name"],
                 f"{run.tokens[-1] if len(run.tokens) else 0:,.0f}",
                 f"{run.lines[-1]['step'] if run.lines else 0:,}" + (f" ({skipped} skipped)" if skipped else ""),
-                f"{last['loss']:.4f}" if last else "",
-                f"{last['bits_per_byte']:.4f}" if last else "",
+                *(("not finite" if last[m] is None else f"{last[m]:.4f}") if last else "" for m in _MEASURES),
                 f"{rate:,.0f}",
                 run.ended,
             )
