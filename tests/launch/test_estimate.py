@@ -60,7 +60,10 @@ def test_data_is_looked_at_and_not_made(capsys: pytest.CaptureFixture[str], tmp_
     code, said = ran(capsys, *TINY, "data=none", corpora)
     assert code == 1 and f"No file matches '{tmp_path}/*.txt'" in said
     only = f"data.corpora={{a:{{source:tokens,path:{tmp_path}/corpus}}}}"
-    code, said = ran(capsys, *TINY, "data=none", only, "run.tokens=64_000", "schedule.warmup_tokens=640")
+    run = [*TINY, "data=none", only, "run.tokens=64_000", "schedule.warmup_tokens=640"]
+    code, said = ran(capsys, *run)
+    assert code == 1 and "name the tokenizer" in said
+    code, said = ran(capsys, *run, "data.tokenizer.path=someone/on-the-hub")
     assert code == 0 and "a has 6.4k tokens, and the run sees them 10.0 times" in said
 
 
@@ -129,3 +132,17 @@ def test_goodput_is_best_at_young_and_dalys_interval() -> None:
     # Of each interval 5 s, and of each 50,000 s a restart and half an interval.
     lost = 5 / best + (600 + best / 2) / 50_000
     assert share[1.0] == pytest.approx(1 - lost, abs=2e-3)
+
+
+def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
+    # At a batch of 1 (× 4096 tokens) the cap of 0.02 lets go at 32k tokens; one of 4 brings it back at 60k, until 492k.
+    settings = ["+experiment=quickstart", "run.tokens=800_000", "schedule.decay.tokens=50_000"]
+    ramp = "batch.ramp=[{from_tokens:60_000,sequences:64}]"
+    config = composed([*settings, "batch.sequences=16", ramp, "schedule.warmup_tokens=4096"])
+    schedule, release = config.make_schedule(), estimate.cap_release(config)
+    assert release is not None
+    at_cap = [
+        n for n in range(4096, 740_000, 4096) if schedule(tokens=n, batch=config.beta(config.batch_at(n))) == 0.02
+    ]
+    assert at_cap[-1] <= release < at_cap[-1] + 4096
+    assert any(n < 60_000 for n in at_cap) and any(n > 60_000 for n in at_cap)
