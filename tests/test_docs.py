@@ -36,7 +36,7 @@ python() {{
             *sweep=compare*) command python "$@" 'sweep.tokens=[122_880]' 'sweep.batch=[0.125]' ;;  # a quarter of it
             *) command python "$@" ;;
         esac ;;
-        launch.bench) command python "$@" $smaller batch.sequences=2 --rounds 1 ;;
+        launch.bench) command python "$@" $smaller batch.sequences=2 batch.micro_sequences=2 --rounds 1 ;;
         *) command python "$@" ;;
     esac
 }}
