@@ -6,8 +6,8 @@ usage: python -m launch.decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
 KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
 
 examples:
-  python -m launch.decay runs/quickstart --at 300 --tokens 250_000
-  python -m launch.decay runs/quickstart --at 300 --tokens 250_000 --shape linear --name quickstart-linear
+  python -m launch.decay runs/quickstart --at 200 --tokens 200_000
+  python -m launch.decay runs/quickstart --at 200 --tokens 200_000 --shape linear --name quickstart-linear
   python -m launch.decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
 """
 

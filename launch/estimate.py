@@ -306,11 +306,12 @@ def time_section(
     steps, _ = steps_of(config)
     every = config.checkpoint.every or steps
     saves = -(-steps // every)
+    most = min(config.checkpoint.keep + 1, saves)  # one of them is being written
     console.print(
         f"checkpoints       {_bytes(size)} each ({CHECKPOINT_BYTES} bytes a parameter), {saves:,} of them, every "
         f"{every:,} steps: {_bytes(size * saves)} written\n"
-        f"on disk           {_bytes(size * min(config.checkpoint.keep + 1, saves))}: the {config.checkpoint.keep} that "
-        f"are kept, and one under way\n"
+        f"on disk           {_bytes(size * most)}: {most:,} "
+        f"at the most, of which checkpoint.keep={config.checkpoint.keep} stay\n"
         f"writing one       {size / cluster.write:,.0f} s at {cluster.write / 1e9:g} GB/s (cluster.write)"
     )
     if cluster.peak is None:

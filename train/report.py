@@ -83,7 +83,9 @@ class Run:
         self.overall = [line for line in self.evaluations if line["corpus"] == "overall"]
         self.record = _read(folder / "run.json")
         done = bool(lines) and self.tokens[-1] >= self.config.end_tokens  # its own page comes before exit.json
-        self.ended = _read(folder / "exit.json").get("reason") or ("finished" if done else "running")
+        # A start that was refused later has left its own reason.
+        reason = str(_read(folder / "exit.json").get("reason") or "running").partition("\n")[0]
+        self.ended = "finished" if done else reason[:80]
 
     def curve(self, name: str, logarithmic: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Tokens and a metric over them; of more than POINTS values, means over equal stretches of the axis."""
