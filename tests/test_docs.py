@@ -1,7 +1,7 @@
 """Every command of README.md and docs/ runs, in the order of the page, in a checkout with nothing else in it.
 
-A block ```sh holds commands for any machine, ```console what only a cluster or a GPU can do, and a block ```yaml whose
-first line is "# PATH.yaml" is the content of that file. docs/results/ holds records, and is left out.
+A block ```sh holds commands for any machine, ```console what only a cluster or a GPU can do, and a block ```yaml
+that begins with "# PATH.yaml" is the content of that file. docs/results/ holds records, and is left out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_page(page: Path, folder: Path) -> None:
     for _, text in BLOCK.findall(page.read_text()):
-        if named := re.match(r"# (\S+\.yaml)\n", text):
+        if named := re.match(r"(?:# @package \S+\n)?# (\S+\.yaml)\n", text):
             (folder / named[1]).parent.mkdir(parents=True, exist_ok=True)
             (folder / named[1]).write_text(text)
     found = [
