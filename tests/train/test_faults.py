@@ -162,7 +162,7 @@ def test_fault_07_a_signal_to_the_launcher(
     tiny: Overrides, tmp_path: Path, engine: str, number: signal.Signals
 ) -> None:
     # Alone, steps are short: there have to be enough left for the signal to find one.
-    ranks, steps = (1, 400) if engine == "launched" else (2, 50)
+    ranks, steps = (1, 1000) if engine == "launched" else (2, 50)
     longer = (f"run.tokens={256 * steps}", *SETTINGS, "checkpoint.every=40")
     succeed(launch(tiny("run.name=whole", *longer), ranks=ranks, engine=engine))
     process = start(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine)

@@ -99,6 +99,7 @@ def test_fault_07_a_signal_to_one_rank_stops_all(tiny: Callable[..., list[str]],
 def test_fault_22_a_second_run_in_the_same_folder_is_refused(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     process = start(tiny("run.name=busy", *LONG))
     wait_until(lambda: steps_taken(tmp_path / "busy") > 0, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # or it might have ended before the second one looks
     second = launch(tiny("run.name=busy", *LONG))
     assert second.returncode == 2
     assert "Another process is training in" in second.stderr
