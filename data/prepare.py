@@ -122,7 +122,7 @@ def prepare(
             continue
         assert tokenizer_folder is not None
         identity = _identity(tokenizer_folder)
-        folder = cache / f"{name}-{_short_hash([sources[name], identity])}"
+        folder = _corpus_folder(cache, name, sources[name], identity)
         if not _complete(folder, "corpus.json"):
             _write_corpus(name, corpus, folder, tokenizer_folder, identity, report, workers)
         folders[name] = folder
@@ -152,7 +152,7 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
         if corpus.source == "tokens":
             train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
         elif folder is not None:
-            own = cache / f"{name}-{_short_hash([sources[name], _identity(folder)])}"
+            own = _corpus_folder(cache, name, sources[name], _identity(folder))
             if (own / "corpus.json").exists():
                 folders[name] = own
                 train[name] = TokenFile(own / "train")
@@ -655,6 +655,11 @@ def _describe(corpus: Corpus) -> dict[str, Any]:
     if corpus.source == "text" and any(path.endswith(COMPRESSED) for path, *_ in facts):
         description["decompressed"] = True  # which they once were not
     return description
+
+
+def _corpus_folder(cache: Path, name: str, source: Mapping[str, Any], tokenizer: str) -> Path:
+    """By what its content depends on: a description of the corpus, and the identity of the tokenizer."""
+    return cache / f"{name}-{_short_hash([source, tokenizer])}"
 
 
 def _settings(corpus: Corpus) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def _line_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
         raise DataError(f"{path}: only plain, .gz and .zst files can be read. Decompress it first.")
     size = os.path.getsize(path)
     number, records, offset = place
-    with open(path, "rb") as raw, _decompressed(path, raw) as file:
+    with open(path, "rb") as raw, decompressed(path, raw) as file:
         if file is raw:
             file.seek(offset)
         else:
@@ -238,7 +238,9 @@ def _line_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
             yield content, first, Place(number, records, offset), raw.tell() / size
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    """The bytes of an open file, decompressed if its name ends in one of COMPRESSED; damaged ones raise OSError,
+    EOFError or zlib.error."""
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return io.BufferedReader(_Zstd(raw), 1 << 17) if path.suffix == ".zst" else raw
@@ -408,7 +410,7 @@ def _texts(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]
     for path in block.content:
         identifier = os.path.relpath(path, root) if root else str(path)
         try:
-            with open(path, "rb") as raw, _decompressed(path, raw) as file:
+            with open(path, "rb") as raw, decompressed(path, raw) as file:
                 content = file.read()
         except (OSError, EOFError, zlib.error) as error:
             if path.suffix not in COMPRESSED:

@@ -96,17 +96,18 @@ def _estimate(arguments: list[str]) -> int:
     cluster = cluster_of([each.removeprefix("cluster.") for each in arguments if each.startswith("cluster.")])
     config = composed(described([each for each in arguments if not each.startswith("cluster.")]), checked=False)
     errors, warnings = list(problems(config)), list[str]()
+    sound = not errors
 
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, soft_wrap=False, markup=False)
-    if not errors:
+    if sound:
         errors, warnings = _sections(console, config, cluster)
     for kind, found in (("Warning", warnings), ("ERROR", errors)):
         for paragraph in found:
             console.print(f"{kind}: {paragraph}", markup=False)
     console.print(f"\n{len(errors)} error(s), {len(warnings)} warning(s)." if errors or warnings else "\nIt would run.")
-    if plot is not None and not list(problems(config)):
+    if plot is not None and sound:
         draw(config, plot)
     return 1 if errors else 0
 
@@ -469,7 +470,7 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     from data import sources
     from data.mixture import mixture_of
     from data.order import Order, Stage
-    from data.prepare import find
+    from data.prepare import find, rows_needed
     from data.tokens import TokenFile
 
     errors: list[str] = []
@@ -516,7 +517,7 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
         from transformers import AutoTokenizer
 
-        vocabulary = len(AutoTokenizer.from_pretrained(folder))
+        vocabulary = rows_needed(AutoTokenizer.from_pretrained(folder))
         whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
         vocabulary = 0  # not known: of the hub

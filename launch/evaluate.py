@@ -14,7 +14,6 @@ docs/evaluation.md tells what they hold, and how folders of datasets look.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data.sources import decompressed
 from launch.generate import model_folder
 from train.cli import guard
 from train.config import ConfigError
@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--data", type=Path, help="datasets on disk, DIR/NAME/CONFIG/SPLIT; default: lm-eval's, from the hub"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    parser.add_argument("--text", nargs="+", default=[], type=Path, metavar="FILE", help="texts in UTF-8, plain or .gz")
+    parser.add_argument(
+        "--text", nargs="+", default=[], type=Path, metavar="FILE", help="texts in UTF-8, plain, .gz or .zst"
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences at a time; default: 16")
     parser.add_argument(
         "--out",
@@ -126,12 +128,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> bytes:
-    raw = path.read_bytes()
-    try:
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        raw.decode()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} is not text in UTF-8, plain or in a whole .gz file: {error}.") from error
+    with open(path, "rb") as file:
+        try:
+            with decompressed(path, file) as whole:
+                raw = whole.read()
+            raw.decode()
+        except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+            raise ConfigError(f"{path} is not text in UTF-8, plain or in a whole .gz or .zst file: {error}.") from error
     if not raw:
         raise ConfigError(f"{path} is empty; there is nothing to measure.")
     return raw

@@ -444,7 +444,7 @@ def problems(config: Config) -> Iterator[str]:
             "position embeddings need an even one."
         )
     if kv_heads < 1 or heads % kv_heads:
-        yield (f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}.")
+        yield f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}."
     if model.model_type == "granitemoe" and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
         yield (
             f"model.num_experts_per_tok is {model.num_experts_per_tok} with model.num_local_experts "
@@ -503,7 +503,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
                     f"(it has: {', '.join(corpora) or 'none'})."
                 )
             if not weight >= 0 or math.isinf(weight):
-                yield (f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more.")
+                yield f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more."
 
 
 def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:

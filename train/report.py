@@ -79,13 +79,26 @@ class Run:
         lines = [line for line in read_lines(folder / "metrics.jsonl") if line["lm_loss"] is not None]
         self.lines = lines
         self.tokens = np.array([line["tokens"] + line["batch"] * LAW_SEQUENCE_LENGTH for line in lines])
+        self.phases = self._phases()
         self.evaluations = read_lines(folder / "evals.jsonl")
         self.overall = [line for line in self.evaluations if line["corpus"] == "overall"]
         self.record = _read(folder / "run.json")
+        steps = [re.search(r"step-0*(\d+)", start["from"] or "") for start in self.record.get("starts", [])[1:]]
+        went_on = {int(step[1]) + 1 for step in steps if step}
+        self.resumed = [line["tokens"] for line in lines if line["step"] in went_on]  # the clock at each later start
         done = bool(lines) and self.tokens[-1] >= self.config.end_tokens  # its own page comes before exit.json
         # A start that was refused later has left its own reason.
         reason = str(_read(folder / "exit.json").get("reason") or "running").partition("\n")[0]
         self.ended = "finished" if done else reason[:80]
+
+    def _phases(self) -> list[tuple[str, float, float]]:
+        """(phase, tokens where it begins, where it ends), in the order of the run."""
+        lines = self.lines
+        begins = [i for i, line in enumerate(lines) if i == 0 or line["phase"] != lines[i - 1]["phase"]]
+        # From the end of the first step: a logarithmic axis has no place for 0 tokens.
+        firsts = [lines[i]["tokens"] if i else self.tokens[0] for i in begins]
+        ends = [self.tokens[i - 1] for i in [*begins[1:], len(lines)]] if lines else []
+        return [(lines[i]["phase"], *reach) for i, *reach in zip(begins, firsts, ends, strict=True)]
 
     def curve(self, name: str, logarithmic: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Tokens and a metric over them; of more than POINTS values, means over equal stretches of the axis."""
@@ -288,23 +301,16 @@ def overlays(runs: Sequence[Run]) -> list[str]:
 
 def _phases(axis: Any, run: Run, color: str | None, named: bool) -> None:
     """Shade the phases of the schedule, or mark where they begin in the color of the run; mark where it went on."""
-    begins = [0, *(i for i in range(1, len(run.lines)) if run.lines[i]["phase"] != run.lines[i - 1]["phase"])]
-    for begin, end in zip(begins, [*begins[1:], len(run.lines)], strict=True):
-        phase = run.lines[begin]["phase"]
-        # From the end of its first step: a logarithmic axis has no place for 0 tokens.
-        first, last = run.tokens[0] if begin == 0 else run.lines[begin]["tokens"], run.tokens[end - 1]
+    for number, (phase, first, last) in enumerate(run.phases):
         if color is None:
             axis.axvspan(first, last, color=_SHADES.get(phase, "grey"), alpha=0.1)
-        elif begin:
+        elif number:
             axis.axvline(first, color=color, linestyle=":", linewidth=0.8)
         if named and color is None:
-            height = 0.02 + 0.07 * (begins.index(begin) % 2)  # or a short phase's name would lie under the next one
+            height = 0.02 + 0.07 * (number % 2)  # or a short phase's name would lie under the next one
             axis.text(first, height, f" {phase}", transform=axis.get_xaxis_transform(), fontsize=8)
-    for start in run.record.get("starts", [])[1:]:
-        steps = re.search(r"step-0*(\d+)", start["from"] or "")
-        resumed = [line["tokens"] for line in run.lines if steps and line["step"] == int(steps[1]) + 1]
-        for tokens in resumed:
-            axis.axvline(tokens, ymax=0.04, color=color or "black", linewidth=1)
+    for tokens in run.resumed:
+        axis.axvline(tokens, ymax=0.04, color=color or "black", linewidth=1)
 
 
 def _experts(run: Run) -> list[str]:
