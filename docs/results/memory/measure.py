@@ -2,7 +2,7 @@
 
 usage: python docs/results/memory/measure.py
 
-For each case two steps of a run's own engine and loop are taken on random tokens, on the two ranks of an accelerate
+For each case five steps of a run's own engine and loop are taken on random tokens, on the two ranks of an accelerate
 launch, and storages are counted as launch.memory counts those of a step that is not taken. DeepSpeed's buckets are
 made small in some cases: they are 2 GB whatever the model, beside which all else here is nothing.
 """
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def launched(engine: str, bucket: int, settings: list[str]) -> dict[str, Any]:
 
 
 def rank(bucket: int, overrides: list[str]) -> None:
-    """Take two steps, and print what the second one took."""
+    """Take five steps, and print the smallest peak after the first, which has no moments yet: by chance gloo's threads hold
+    a bucket of DeepSpeed's a moment longer than its reduction takes."""
     from data.tokens import TokenFile
     from launch.bench import write_tokens
     from launch.contest import assemble
@@ -116,7 +118,7 @@ def rank(bucket: int, overrides: list[str]) -> None:
 
     Engine._configure_deepspeed = with_buckets
     tokens = Path(tempfile.mkdtemp()) / "tokens"
-    write_tokens(tokens, config, 3 * config.batch.sequences * config.data.sequence_length)
+    write_tokens(tokens, config, 5 * config.batch.sequences * config.data.sequence_length)
     tally, state = Tally(), State()
     tally.part = "masters"
     with tally:
@@ -124,14 +126,17 @@ def rank(bucket: int, overrides: list[str]) -> None:
     tally.follow(ours.engine.module, ours.engine.loss)
     moments = ours.engine.zero.optimizer if ours.engine.sharded else ours.engine.optimizer
     moments.register_step_pre_hook(lambda *_: setattr(tally, "part", "moments"))
-    for _ in range(2):
+    peaks = []
+    for _ in range(5):
         tally.peaks()
         with tally:
             tally.part = "data"
             train_step(config, ours.engine, ours.batches, ours.balance, state)
+        peaks.append(tally.peak)
+    peak = min(peaks[1:], key=Counter.total)
     if ours.engine.is_main:
         facts = {"engine": ours.engine.kind, "ranks": ours.engine.world_size, "state": tally.now.total()}
-        print(json.dumps({**facts, "peak": tally.peak.total(), "parts": tally.peak}), flush=True)
+        print(json.dumps({**facts, "peak": peak.total(), "parts": peak}), flush=True)
     ours.engine.reduce(ours.balance.previous)
     os._exit(0)  # as train.cli.leave does
 
