@@ -49,6 +49,9 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+if not sys.stderr.isatty():  # a log has lm-eval's progress once a minute
+    for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        os.environ.setdefault(name, "60")
 
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
