@@ -100,8 +100,10 @@ def launched(engine: str, bucket: int, settings: list[str]) -> dict[str, Any]:
 
 
 def rank(bucket: int, overrides: list[str]) -> None:
-    """Take five steps, and print the smallest peak after the first, which has no moments yet: by chance gloo's threads hold
-    a bucket of DeepSpeed's a moment longer than its reduction takes."""
+    """Take five steps, and print the smallest peak after the first, which has no moments yet.
+
+    The smallest, as gloo's threads by chance hold a bucket of DeepSpeed's a moment longer than its reduction takes.
+    """
     from data.tokens import TokenFile
     from launch.bench import write_tokens
     from launch.contest import assemble
