@@ -260,7 +260,7 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
         f"At a step's most, on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
         f"Counted with {attention}{f', {experts}, equal shares for all experts' if moe else ''}"
         f"{', activation checkpointing' if config.engine.activation_checkpointing else ''}. copies: working weights; "
-        "backward: gradients on their way; buffers: of DDP or DeepSpeed."
+        "backward: gradients on their way; buffers: of DeepSpeed."
     )
     if "zero3_offload" in needed[micro]:
         host = 16 * metrics.parameters_of(config)["total"] / cluster.gpus * min(cluster.gpus, cluster.gpus_per_node)

@@ -161,9 +161,10 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
     reduced = min(count, bucket)  # elements that DeepSpeed reduces at a time
     later = 1 - reduced / count  # share of a backward pass that is to come when it first does
 
-    if engine in ("plain", "ddp"):
-        found = _most(forward.whole, backward.whole) + Counter(moments=8 * count)
-        return found + Counter(buffers=4 * count * (engine == "ddp"))  # DDP's buckets
+    if engine == "plain":
+        return _most(forward.whole, backward.whole) + Counter(moments=8 * count)
+    if engine == "ddp":  # whose buckets are the gradients, and stay
+        return _most(forward.rest, backward.rest) + Counter(masters=4 * count, moments=8 * count, gradients=4 * count)
     buffers = Counter(buffers=4 * bucket)
     if engine in ("zero1", "zero2"):
         state = Counter(masters=4 * count + 4 * part, moments=8 * part)

@@ -70,7 +70,7 @@ class Engine:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
-        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             # Ranks may wait for hours while the first one prepares a large corpus; train.watchdog sees to hanging ones.
             backend, timeout = ("gloo" if on_cpu else None), datetime.timedelta(days=1)
@@ -249,7 +249,8 @@ class Engine:
         skipped = not torch.isfinite(torch.tensor(norm)).item()
         if not skipped:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        # DDP's gradients lie in its buckets, which are there anyway; without them the next would be made beside.
+        self.optimizer.zero_grad(set_to_none=self.kind != "ddp")
         return norm, skipped
 
     def logits(self, input_ids: Tensor) -> Tensor:
