@@ -163,7 +163,9 @@ def files(corpus: Corpus) -> list[Path]:
     pattern = os.path.expanduser(str(corpus.path))
     if corpus.source == "huggingface":
         return sorted(path for path in Path(pattern).rglob("*") if path.is_file()) if os.path.isdir(pattern) else []
-    found = [Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    # Each file once: a link to a folder above would make ** find it by dozens of paths.
+    names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    found = list({os.path.realpath(name): Path(name) for name in reversed(names)}.values())
     if not found:
         raise DataError(
             f"No file matches {pattern!r} (from {os.getcwd()}). Give a glob that names files, such as "
@@ -209,7 +211,7 @@ def _unreadable() -> tuple[type[Exception], ...]:
     """What the readers of damaged files raise."""
     import pyarrow
 
-    return OSError, EOFError, zlib.error, pyarrow.ArrowException
+    return OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException
 
 
 def _cannot_be_read(path: Path, error: Exception) -> DataError:
@@ -317,7 +319,11 @@ def _arrow_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
             count = reader.num_record_batches if is_file else 0
             for index, batch in enumerate(map(reader.get_batch, range(count)) if is_file else reader, 1):
                 share = index / count if is_file else source.tell() / size
-                one = pyarrow.RecordBatch.from_arrays([batch.column(column)], [corpus.field])
+                texts = batch.column(column)
+                bare = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+                # pyarrow trusts a damaged file's lengths. As bytes: bad UTF-8 is one row's fault, not the file's.
+                texts.view(bare.get(texts.type, texts.type)).validate(full=True)
+                one = pyarrow.RecordBatch.from_arrays([texts], [corpus.field])
                 for begin in range(0, len(batch), ROWS):
                     part = one.slice(begin, ROWS)
                     row += len(part)

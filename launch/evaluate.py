@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import zlib
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from data.sources import decompressed
 from launch.generate import model_folder
 from train.cli import guard
 from train.config import ConfigError
+from train.environment import check_output
 
 LONGEST_WINDOW = 4096  # tokens: whole logits of a longer one would want tens of GiB
 
@@ -76,8 +76,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     for name, value in (("--limit", options.limit), ("--batch-size", options.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it is at least 1.")
-    if not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
-        raise ConfigError(f"The result cannot be written to {out}; name another file with --out.")
+    check_output(out)
     texts = {path: _read(path) for path in options.text}
     loaded: dict[str, Any] = {}
     if options.tasks:
@@ -91,10 +90,9 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "--confirm-run-unsafe-code, inside a container, or leave them out."
             )
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from train.export import load
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    tokenizer, model = load(folder)
     report: dict[str, Any] = {
         "model": str(options.model),
         "parameters": model.num_parameters(),

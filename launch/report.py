@@ -23,7 +23,7 @@ import numpy as np
 from launch.fit import read
 from train.cli import guard
 from train.config import ConfigError
-from train.environment import replace_text
+from train.environment import check_output, replace_text
 from train.report import Run, overlays, page, picture, runs_page, table
 
 Line = dict[str, Any]
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _report(folders: list[Path], out: Path | None) -> int:
     out = out or folders[0] / "report.html"
+    if folders[0].is_dir():  # or it is told below that it is no run's
+        check_output(out)
     if (folders[0] / "ledger.jsonl").exists() and len(folders) == 1:
         text = sweep_page(folders[0])
     else:

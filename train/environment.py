@@ -212,6 +212,14 @@ def as_others_are(path: Path) -> None:
     path.chmod(0o666 & ~_UMASK)
 
 
+def check_output(path: Path) -> None:
+    """Raises ConfigError unless a file can be written there, in place of one that is there."""
+    there = path.exists()
+    possible = path.is_file() if there else path.parent.is_dir()
+    if not possible or not os.access(path if there else path.parent, os.W_OK):
+        raise ConfigError(f"The result cannot be written to '{path}'; name another file with --out.")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")

@@ -103,10 +103,25 @@ def _largest_logit_difference(config: Config, folder: Path, probe: Tensor, logit
     return (logits - exported).abs().max().item()
 
 
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """The tokenizer and the model in `folder`, by Transformers alone, in the precision that it was saved in.
+
+    Raises:
+        ConfigError: a file of it is missing or damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(
+            f"{folder} cannot be loaded: {said}. If a file of it is missing or damaged, export it again."
+        ) from error
+
+
 def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | None = None) -> str:
     """The prompt continued by the model in `folder`: greedily, or sampled when a seed is given."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto").eval()
+    tokenizer, model = load(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if seed is not None:
         torch.manual_seed(seed)

@@ -342,8 +342,8 @@ def _experts(run: Run) -> list[str]:
         figure.colorbar(image)
         parts.append(picture(figure))
     states = sorted((run.folder / "checkpoints").glob("step-*/state.json"))
-    if states:
-        load = np.array(json.loads(states[-1].read_text())["assignments"], dtype=float)
+    if states and (state := _read(states[-1])):
+        load = np.array(state["assignments"], dtype=float)
         load /= np.maximum(load.mean(axis=1, keepdims=True), 1e-9)
         figure, axis = _layers(len(load), f"load over the mean, {states[-1].parent.name}")
         image = axis.imshow(load, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")

@@ -117,7 +117,7 @@ class Tracker:
         while (call := waiting.get()) is not None:
             try:
                 call()
-            except Exception as error:  # whatever a tracker raises, it must not stop a run
+            except (Exception, SystemExit) as error:  # whatever a tracker raises, it must not stop a run
                 self.say(f"Warning: tracking has ended: {type(error).__name__}: {without_secrets(str(error))}")
                 self._queue = None
                 return

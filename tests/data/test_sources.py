@@ -1,5 +1,6 @@
 import gzip
 import json
+import struct
 from pathlib import Path
 
 import datasets
@@ -172,10 +173,28 @@ def test_arrow_files_and_streams(tmp_path):
             path.write_bytes(damaged)
             with pytest.raises(DataError, match=rf"dictionary\.{suffix} cannot be read"):
                 read(Corpus("arrow", str(path)))
+    lengths = struct.pack("<6i", 0, 3, 3, 3, 6, 11)
+    for suffix in ("file", "stream"):  # pyarrow would read a gigabyte past the end
+        path = tmp_path / f"string.{suffix}"
+        whole = path.read_bytes()
+        assert whole.count(lengths) == 1
+        path.write_bytes(whole.replace(lengths, struct.pack("<6i", 0, 3, 3, 1 << 30, 6, 11)))
+        with pytest.raises(DataError, match=rf"string\.{suffix} cannot be read"):
+            read(Corpus("arrow", str(path)))
     nulls = tmp_path / "nulls.stream"
     write_table(nulls, pyarrow.table({"text": pyarrow.nulls(3), "nested": [{"a": None}] * 3}))
     assert read(Corpus("arrow", str(nulls)))[1].counts == {"null": 3}
     assert read(Corpus("arrow", str(nulls), field="nested"))[1].counts == {"not_a_string": 3}
+
+
+def test_a_file_is_read_once(tmp_path):
+    """However many paths links make of it."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").symlink_to(folder / "a.txt")
+    (folder / "self").symlink_to(folder)
+    assert files(Corpus("text", f"{folder}/**/*.txt")) == [folder / "a.txt"]
 
 
 def test_parquet(tmp_path):

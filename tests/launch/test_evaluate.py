@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,15 @@ def test_what_cannot_be_judged(
     binary, empty = tmp_path / "binary", tmp_path / "empty"
     binary.write_bytes(b"\xff\xfe")
     empty.touch()
+    text = tmp_path / "text"
+    text.write_text("word")
+    cut, bare = (Path(shutil.copytree(exported / "model", tmp_path / name)) for name in ("cut", "bare"))
+    (cut / "model.safetensors").write_bytes((exported / "model" / "model.safetensors").read_bytes()[:-9])
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
     for arguments, named in (
+        ([cut, "--text", text], "cut cannot be loaded"),
+        ([bare, "--text", text], "bare cannot be loaded"),
         ([exported], "--tasks or --text"),
         ([tmp_path, "--text", empty], "neither a model folder nor the folder of a run"),
         ([exported, "--text", binary], "not text in UTF-8"),
