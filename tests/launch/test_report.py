@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.report import main
 from train import report
 from train.report import runs_page  # here, for the `run` fixture replaces it
 
@@ -55,6 +56,19 @@ def test_several_runs_are_told_apart(run: Callable[..., Path]) -> None:
     last = json.loads((runs[0].folder / "evals.jsonl").read_text().splitlines()[-1])
     assert f"<td>overall</td><td>one</td><td>12</td><td>{last['loss']:.4f}</td>" in table
     assert report.differences(runs[:1]) == []
+
+
+def test_where_a_page_cannot_be_written(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run()
+    (tmp_path / "link").symlink_to("/dev/null")
+    for out in (tmp_path, tmp_path / "no" / "page.html", tmp_path / "link"):
+        with pytest.raises(SystemExit) as ended:
+            main([str(folder), "--out", str(out)])
+        assert ended.value.code == 2
+        assert f"cannot be written to '{out}'" in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_the_phases_of_a_run_are_where_the_schedule_has_them(run: Callable[..., Path]) -> None:

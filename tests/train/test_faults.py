@@ -165,7 +165,9 @@ def test_fault_07_a_signal_to_the_launcher(
     ranks, steps = (1, 1000) if engine == "launched" else (2, 50)
     longer = (f"run.tokens={256 * steps}", *SETTINGS, "checkpoint.every=40")
     succeed(launch(tiny("run.name=whole", *longer), ranks=ranks, engine=engine))
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup it would be ignored, here and by what starts here
     process = start(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine)
+    signal.signal(number, before)
     wait_for_step(tmp_path / "stopped", 5, process)
     process.send_signal(number)
     process.communicate(timeout=120)  # until nobody can write to its output any more
@@ -446,9 +448,9 @@ def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: s
 # ------------------------------------------------------------------------------------------------------- trackers
 
 
-@pytest.mark.parametrize("wrong", ["init raises", "log raises", "init hangs", "log hangs"])
+@pytest.mark.parametrize("wrong", ["init raises", "log raises", "log exits", "init hangs", "log hangs"])
 def test_fault_27_a_tracker_that_fails_changes_nothing(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wrong: str
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wrong: str
 ) -> None:
     import threading
 
@@ -462,7 +464,7 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
     def fail(*_: object, **__: object) -> None:
         if "hangs" in wrong:
             never.wait(60)
-        raise ConnectionError("unreachable")
+        raise SystemExit("unreachable") if "exits" in wrong else ConnectionError("unreachable")
 
     monkeypatch.setattr(track, "MOST_SECONDS", 0.5)
     monkeypatch.setattr(Accelerator, "init_trackers", fail if "init" in wrong else lambda *a, **k: None)
@@ -470,5 +472,7 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
     began = time.monotonic()
     on = read_lines(run("run.name=on", "tracker=wandb") / "metrics.jsonl")
     assert time.monotonic() - began < 30  # it would have been 60
+    told = "is left behind" if "hangs" in wrong else ": unreachable"
+    assert told in "".join(capfd.readouterr())
     never.set()
     assert without_timing(on) == without_timing(off)
