@@ -118,7 +118,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
                     scores = benchmarks.evaluate(parts.tokenizer, state)
             for line in (*lines, *scores):
                 tracker.evaluation(line)
-            said = [f"validation loss {lines[-1]['loss']:.4f}"] if lines else []
+            said = [f"validation loss {of_each_corpus(lines)}"] if lines else []
             for line in scores:
                 said += [
                     f"{line['corpus']} {metric} {line[metric]:.4f}" for metric in ("acc", "acc_norm") if metric in line
@@ -137,9 +137,12 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
 
         with watchdog:
             with Stop(folder, engine) as stop:
-                due = config.evaluation.every and state.step and state.step % config.evaluation.every == 0
-                if due and own and not engine.first_rank_decides(lambda: tracker.has_evaluated(state.step)):
-                    evaluate()  # the stop had come before it
+                due = config.evaluation.every and state.step % config.evaluation.every == 0
+                if due and (
+                    start_from is None  # what training begins with
+                    or (own and not engine.first_rank_decides(lambda: tracker.has_evaluated(state.step)))
+                ):  # or the stop had come before it
+                    evaluate()
                 try:
                     reason = train_loop(
                         config, engine, parts.batches, parts.balance, state, stop, on_step, evaluate, save
@@ -370,6 +373,8 @@ def say_result(
             f"({last['targets']:,} targets)\n"
             f"unigram model   {unigram['loss']:.4f} nats a token, {unigram['bits_per_byte']:.4f} bits a byte"
         )
+        if len(lines) > 2:
+            say(f"of each corpus  {of_each_corpus(lines)}")
     if config.sample_prompt:
         say(f"\n{generate(folder / 'model', config.sample_prompt, 64, seed=config.run.seed)}\n")
     checkpoints = checkpoint.available(folder / "checkpoints")
@@ -379,6 +384,19 @@ def say_result(
         f"metrics     {folder / 'metrics.jsonl'}\n"
         f"report      {picture}"
     )
+
+
+def of_each_corpus(lines: list[dict[str, Any]]) -> str:
+    """The losses of an evaluation, as `4.8120 overall (addresses 5.3440, code 4.2810)`; one number of a single corpus.
+
+    Args:
+        lines: as `Validation.evaluate` returns them, `overall` last.
+    """
+    *corpora, overall = lines
+    if len(corpora) == 1:
+        return f"{overall['loss']:.4f}"
+    each = ", ".join(f"{line['corpus']} {line['loss']:.4f}" for line in corpora)
+    return f"{overall['loss']:.4f} overall ({each})"
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ class Tracker:
         if self.active:
             for name in FILES:
                 _cut_after(folder / name, state.step)
-            self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
+            mode = "ab" if state.step else "wb"  # what begins anew, with other settings perhaps, has no past
+            self._files = {name: open(folder / name, mode, buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
             run_id = json.loads((folder / "run.json").read_text())["id"]
