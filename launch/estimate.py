@@ -40,7 +40,7 @@ from data import DataError
 from launch.check import described
 from schedulers import Power, Rewarmup
 from train.cli import composed, guard
-from train.config import Config, ConfigError, batch_problems, problems
+from train.config import Config, ConfigError, batch_problems, doubts, problems
 from train.console import human
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     errors = list(batch_problems(config, cluster.gpus))
     if config.engine.expect == ("plain" if cluster.gpus > 1 else "ddp"):
         errors.append(f"engine.expect is {config.engine.expect}, which cluster.gpus={cluster.gpus} cannot be.")
-    warnings = [*schedule_warnings(config), *phase_warnings(config)]
+    warnings = [*doubts(config), *schedule_warnings(config), *phase_warnings(config)]
     engine = None
     if not errors:
         engine = memory_section(console, config, cluster)

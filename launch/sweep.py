@@ -55,7 +55,7 @@ from launch.trials import (
 )
 from schedulers.law import expected_error
 from train.cli import composed, composed_sweep, guard
-from train.config import Config, ConfigError, RunFailed, load, setting_values
+from train.config import Config, ConfigError, RunFailed, doubts, load, setting_values
 from train.environment import available_cores, lock, replace_text
 from train.track import read_lines
 
@@ -141,6 +141,8 @@ def control(options: argparse.Namespace) -> int:
     sweep = Sweep(options.overrides)
     configs = sweep.configs()
     console = Console()
+    for doubt in dict.fromkeys(doubt for config in configs.values() for doubt in doubts(config)):
+        console.print(f"Warning: {doubt}", markup=False)
     if options.dry_run:
         console.print(planned(sweep), summary(sweep, sweep.progress()))
         return 0

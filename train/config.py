@@ -506,6 +506,16 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
                 yield f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more."
 
 
+def doubts(config: Config) -> Iterator[str]:
+    """What is allowed and seldom meant, a paragraph each."""
+    if config.model.model_type == "granitemoe" and config.model.num_experts_per_tok == 1:
+        yield (
+            "model.num_experts_per_tok is 1: GraniteMoe weighs the chosen experts by a softmax over their logits, "
+            "which for a single one is 1 whatever the router says. The router then learns from the balance and z "
+            "losses alone, and from no token which expert suits it. Take 2 or more (docs/balance.md)."
+        )
+
+
 def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:
     """Raises ConfigError unless the batch, `tokens` into the run and later, splits over ranks and micro-batches."""
     _raise_first(batch_problems(config, world_size, tokens))

@@ -104,6 +104,7 @@ def train_step(
     }
     if balance.num_experts:
         record["expert_load"] = metrics.expert_load(assignments)
+        record["expert_load"]["collapsed"] = metrics.collapsed_layers(assignments, config.model.num_experts_per_tok)
     state.advance(sequences, length, skipped)
     seconds = time.perf_counter() - start
     record["tokens_per_second"] = batch_tokens / seconds

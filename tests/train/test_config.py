@@ -317,3 +317,13 @@ def test_setting_names_are_every_leaf() -> None:
         names
     )
     assert len(names) == len(set(names))
+
+
+def test_one_expert_a_token_is_doubted() -> None:
+    from train.config import doubts
+
+    make = ["+experiment=quickstart"]
+    assert list(doubts(composed(make))) == []
+    (doubt,) = doubts(composed([*make, "model.num_experts_per_tok=1"]))
+    assert doubt.startswith("model.num_experts_per_tok is 1")
+    assert list(doubts(composed([*make, "model.model_type=granite", "model.num_experts_per_tok=1"]))) == []

@@ -128,9 +128,7 @@ def test_what_begins_anew_keeps_no_evaluation_of_the_start_before(run: Callable[
     assert {line["step"] for line in read_lines(folder / "evals.jsonl")} == {12}
 
 
-def test_every_corpus_is_told_of(
-    run: Callable[..., Path], words: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_corpus_is_told_of(run: Callable[..., Path], words: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`overall` has every corpus's windows in it: of equally many, whatever the mixture."""
     late = f"data.corpora.late={{source: text, path: {words}/1*.txt, validation_fraction: 0.2}}"
     folder = run(late, "data.mixture={words: 9, late: 1}", "evaluation.sequences=1", "evaluation.every=100")
