@@ -32,10 +32,12 @@ from train.config import (
     Config,
     ConfigError,
     DataConfig,
+    RunConfig,
     RunFailed,
     as_dict,
     data_from_hydra,
     from_hydra,
+    load,
     setting_names,
     unchecked,
 )
@@ -61,6 +63,7 @@ usage: accelerate launch train.py +experiment=NAME [KEY=VALUE …]
 examples:
   accelerate launch train.py +experiment=quickstart
   accelerate launch train.py +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
+  accelerate launch train.py run.name=second run.tokens=6_000_000      # one that is there, by its own config.yaml
 
   --cfg              print the composed configuration and do nothing
   --config-dir DIR   look for configs in DIR too (an experiment is DIR/experiment/NAME.yaml)
@@ -83,7 +86,8 @@ def _train(arguments: list[str]) -> int:
         print(TRAIN_HELP.format(experiments=", ".join(options("experiment")), groups=_groups()))
         return 0
     print_only = "--cfg" in arguments
-    config = composed([argument for argument in arguments if argument != "--cfg"])
+    described = [argument for argument in arguments if argument != "--cfg"]
+    config = of_a_run(described) or composed(described)
     if print_only:
         print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
         return 0
@@ -107,6 +111,24 @@ def run_training(config: Config, arguments: list[str]) -> int:
             signal.signal(number, end)
     train(config, [Path(sys.argv[0]).name, *arguments])
     return 0
+
+
+def of_a_run(overrides: list[str]) -> Config | None:
+    """The configuration of a run that is there and only named, by `run.name` and `run.folder`, with KEY=VALUE changed;
+    None where the overrides describe one, by an experiment or another group, or where there is none.
+
+    Raises:
+        ConfigError: with what is wrong, in one paragraph.
+    """
+    keys = [override.partition("=")[0] for override in overrides]
+    if any(not re.fullmatch(r"\w[\w.-]*", key) or key in group_names() for key in keys):
+        return None
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    place: dict[str, Any] = {name: given.pop(name) for name in ("run.name", "run.folder") if name in given}
+    settings = Path(place.get("run.folder", RunConfig.folder)) / place.get("run.name", "") / "config.yaml"
+    if "run.name" not in place or not settings.is_file():
+        return None
+    return load(settings, place, [f"{name}={value}" for name, value in given.items()])
 
 
 def composed(overrides: list[str], checked: bool = True) -> Config:

@@ -508,6 +508,12 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 def doubts(config: Config) -> Iterator[str]:
     """What is allowed and seldom meant, a paragraph each."""
+    decay = getattr(config.make_schedule(), "decay", None)
+    if decay is not None and not decay.floor and decay.start + decay.tokens < config.end_tokens:
+        yield (
+            f"The decay ends at {decay.start + decay.tokens:,} tokens and the run at {config.end_tokens:,}: in between "
+            "the rate is 0. Leave schedule.decay.start out, and the decay ends with the run."
+        )
     if config.model.model_type == "granitemoe" and config.model.num_experts_per_tok == 1:
         yield (
             "model.num_experts_per_tok is 1: GraniteMoe weighs the chosen experts by a softmax over their logits, "

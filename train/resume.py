@@ -58,6 +58,17 @@ def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
             f"The run cannot go on from step {state.step:,} with settings that it was not trained with:\n"
             f"{_diff(refused)}\nPut them back, or begin another run (run.name=…)."
         )
+    decay = getattr(config.make_schedule(), "decay", None)
+    if "run.tokens" in differences and decay is not None and not decay.floor:
+        ends = decay.start + decay.tokens
+        if config.end_tokens > max(ends, then.end_tokens):
+            parent = then.run.resume if then.run.resume not in ("auto", "never") else None
+            longer = "" if parent is None else f", or branch a longer decay off {parent} (launch.decay)"
+            raise ConfigError(
+                f"The decay ends at {ends:,} tokens, and from there to the end of run.tokens={config.run.tokens} the "
+                "rate would be 0. Say that it is to be warmed up again from here, with a decay at the new end: "
+                f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=… schedule.decay.start=null{longer}."
+            )
     effects = {name: pair for name, pair in differences.items() if _under(name, _BY_EFFECT)}
     if effects:
         _check_steps_taken(then, config, state, effects)

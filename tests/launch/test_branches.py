@@ -14,7 +14,7 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from schedulers import Decay, Power
 from train import checkpoint
-from train.cli import composed
+from train.cli import composed, of_a_run
 from train.config import ConfigError
 from train.run import train
 from train.track import read_lines
@@ -78,6 +78,60 @@ def test_a_branch_needs_a_rate_that_is_held(
     folder = run("checkpoint.every=1", "checkpoint.keep=20")
     assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
     assert reason in capsys.readouterr().err
+
+
+def by_name(*overrides: str) -> Path:
+    """As `train.py run.name=… KEY=VALUE` does, without the rest of what describes the run."""
+    config = of_a_run(list(overrides))
+    assert config is not None
+    train(config, ["test"])
+    return config.run_folder
+
+
+def test_a_run_is_extended_by_its_name_and_a_larger_budget(run: Callable[..., Path], tmp_path: Path) -> None:
+    settings = ("schedule.decay.tokens=0", "model.rope_theta=500", "optimizer.weight_decay=0.3")
+    once = run("run.name=once", *settings, "run.tokens=4_096")
+    run("run.name=twice", *settings)
+    twice = by_name("run.name=twice", f"run.folder={tmp_path}", "run.tokens=4_096")
+    lines = without_timing(read_lines(twice / "metrics.jsonl"))
+    assert lines == without_timing(read_lines(once / "metrics.jsonl")) and len(lines) == 16
+
+
+def test_a_branch_is_extended_by_its_name_and_a_larger_budget(run: Callable[..., Path], tmp_path: Path) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
+    place = f"run.folder={tmp_path}"
+    for name, floor in (("half", "0.5"), ("zero", "0")):
+        assert decay(str(trunk), "--at", "6", "--tokens", "512", "--floor", floor, "--name", name) == 0
+    # Half of the rate at the decay's start stays, times nothing for the tokens since.
+    lines = read_lines(by_name("run.name=half", place, "run.tokens=2_560") / "metrics.jsonl")
+    start = Power(max_lr=0.01, warmup_tokens=700)(tokens=1536, batch=0.0625)
+    assert [line["lr"] for line in lines[2:]] == [start / 2] * 2 and lines[-1]["step"] == 10
+    # Of one that has decayed to nothing the rate has to be warmed up again.
+    with pytest.raises(
+        ConfigError, match=r"ends at 2,048 .* would be 0.* schedule.rewarmup.start=2048 .*step-00000006"
+    ):
+        by_name("run.name=zero", place, "run.tokens=3_072")
+    rewarmed = ("schedule.rewarmup.start=2048", "schedule.rewarmup.tokens=256", "schedule.decay.start=null")
+    lines = read_lines(by_name("run.name=zero", place, "run.tokens=3_072", *rewarmed) / "metrics.jsonl")
+    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3072 - 512, tokens=512))
+    expected = [power(tokens=n, batch=0.0625) * (n > 2048) for n in range(2048, 3072, 256)]
+    assert [line["lr"] for line in lines[2:]] == expected
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+experiment=tiny", "run.name=there"],
+        ["data=stdlib", "run.name=there"],
+        ["--config-dir=conf", "run.name=there"],
+        ["run.name=another"],
+        ["run.tokens=5"],
+    ],
+)
+def test_what_is_described_is_not_taken_from_a_folder(tmp_path: Path, overrides: list[str]) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.yaml").write_text("run: {tokens: 1}")
+    assert of_a_run([*overrides, f"run.folder={tmp_path}"]) is None
 
 
 # ---------------------------------------------------------------------------------------------- mixtures and stages
