@@ -60,8 +60,8 @@ class TokenizerSpec:
     documents of the corpora prepared with it, so that another corpus means another tokenizer: a run that may gain
     corpora later should name the folder of a tokenizer trained once."""
 
-    path: str | None = None
-    vocab_size: int = 4096
+    path: str | None = None  # a Hugging Face tokenizer, name or folder; default: one is trained
+    vocab_size: int = 4096  # of a trained one
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 usage: python -m launch.fit LEDGER [options]
        python -m launch.fit LEDGER --predict batch=1024 tokens=1e12
+       python -m launch.fit LEDGER --predict sequences=64 [sequence_length=256] tokens=1e9
 
 examples:
   python -m launch.fit runs/tiny/ledger.jsonl                         # what it says, with pictures and tables beside it
@@ -9,7 +10,8 @@ examples:
   python -m train --config-dir mine +experiment=quickstart schedule=mine
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
-sweep of constant rates with a decay at the end will do.
+sweep of constant rates with a decay at the end will do. --predict takes the batch in the same units, or as
+batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import numpy as np
 from schedulers import Power
 from schedulers.law import Cell, Law, Reading, fit, name_of
 from train.cli import guard
-from train.config import Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
+from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
 from train.environment import replace_text
 
 
@@ -43,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
         usage=argparse.SUPPRESS,
     )
     parser.add_argument("ledger", type=Path)
-    parser.add_argument("--predict", nargs=2, metavar=("batch=β", "tokens=T"), help="print the best rate there")
+    parser.add_argument(
+        "--predict", nargs="+", metavar="KEY=VALUE", help="print the best rate at batch=β or sequences=N, and tokens=T"
+    )
     parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
     parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
     options = parser.parse_args(arguments)
@@ -60,7 +64,7 @@ def _fit(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.ledger}: {error}") from error
     text = schedule(law, ledger, options.ledger) if options.name else ""
     if options.predict:
-        print(prediction(law, *_predict_arguments(options.predict)))
+        print(prediction(law, *_predict_arguments(options.predict, ledger)))
         return 0
     out = options.out or options.ledger.parent
     print(report(law))
@@ -97,15 +101,38 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _predict_arguments(given: list[str]) -> tuple[float, float]:
+def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[float, float]:
+    """The batch in the law's unit, and the horizon."""
     try:
         values = {name: float(value.replace("_", "")) for name, value in (part.split("=") for part in given)}
-        batch, tokens = values["batch"], values["tokens"]
+        tokens = values.pop("tokens")
+        if "sequences" in values:
+            length = values.pop("sequence_length", None) or _sequence_length(ledger)
+            values["batch"] = values.pop("sequences") * length / LAW_SEQUENCE_LENGTH
+        (batch,) = (values.pop("batch"), *values)
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"--predict is written --predict batch=1024 tokens=1e12, not {' '.join(given)}.") from error
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"--predict is written --predict batch=1024 tokens=1e12, the batch in units of 4096 tokens, or --predict "
+            f"sequences=64 tokens=1e9, not {' '.join(given)}."
+        ) from error
     if not (0 < batch < math.inf and 0 < tokens < math.inf):
         raise ConfigError(f"--predict has batch {batch:g} and tokens {tokens:g}; both are above 0.")
     return batch, tokens
+
+
+def _sequence_length(ledger: list[dict[str, Any]]) -> int:
+    """That of all lines."""
+    configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
+    lengths = {config["sequence_length"] for config in configs if config.get("sequence_length")}
+    if len(lengths) != 1:
+        found = f"holds {' and '.join(map(str, sorted(lengths)))}" if lengths else "does not tell"
+        raise ConfigError(
+            f"--predict sequences=… wants the length of a sequence, and the ledger {found}: add sequence_length=…, or "
+            "give batch=…, in units of 4096 tokens."
+        )
+    return int(lengths.pop())
 
 
 # ------------------------------------------------------------------------------------------------------- in words

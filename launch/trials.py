@@ -31,31 +31,27 @@ WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
 class Repeat:
     """One point of the grid, trained again at every horizon with these seeds: what noise there is."""
 
-    model: str = MISSING
-    batch: float = MISSING
+    model: str = MISSING  # one of models
+    batch: float = MISSING  # one of batch
     fields: dict[str, float] = MISSING  # of the schedule: lr, or a and b
-    seeds: list[int] = MISSING
-    schedule: str = "wsd"
+    seeds: list[int] = MISSING  # to train it with at every horizon
+    schedule: str = "wsd"  # one of schedules
 
 
 @dataclass
 class SweepConfig:
-    """The `sweep` part of configs/sweep/NAME.yaml; the rest of that file is an experiment.
+    """The `sweep` part of configs/sweep/NAME.yaml; the rest of that file is an experiment."""
 
-    models: name → fields of `model`. schedules: name → field → values; all combinations are trained. batch: in units of
-    4096 tokens. tokens: horizons. A batch is trained at the horizons that give it min_steps to max_steps.
-    """
-
-    name: str = MISSING
-    models: dict[str, dict[str, Any]] = MISSING
-    schedules: dict[str, dict[str, list[float]]] = MISSING
-    batch: list[float] = MISSING
-    tokens: list[int] = MISSING
-    decay_fraction: float = 0.1
-    seeds: list[int] = field(default_factory=lambda: [0])
-    repeats: list[Repeat] = field(default_factory=list)
-    min_steps: int = 100
-    max_steps: int | None = None
+    name: str = MISSING  # the folder run.folder/name
+    models: dict[str, dict[str, Any]] = MISSING  # NAME: fields of `model`
+    schedules: dict[str, dict[str, list[float]]] = MISSING  # NAME: field: values; all combinations are trained
+    batch: list[float] = MISSING  # in units of 4096 tokens
+    tokens: list[int] = MISSING  # horizons
+    decay_fraction: float = 0.1  # of each horizon, for power and wsd
+    seeds: list[int] = field(default_factory=lambda: [0])  # each trains the whole grid
+    repeats: list[Repeat] = field(default_factory=list)  # points of the grid to train again with other seeds: the noise
+    min_steps: int = 100  # a batch is trained at the horizons that give it this many steps …
+    max_steps: int | None = None  # … to this many; default: no limit
     jobs: int = 2  # trials at a time on this machine
     launcher: str | None = None  # what starts a trial, such as "accelerate launch --num_processes 8"; default: python
     ledger: str | None = None  # default: RUN.FOLDER/NAME/ledger.jsonl

@@ -43,7 +43,7 @@ class Decay:
     f = floor + (1 - floor) * s(x), where x = (n - start) / tokens, held at 1 after the decay's end.
 
     Args:
-        start: tokens trained when the decay begins (N - N_d in the paper).
+        start: reading of the clock when the decay begins (N - N_d in the paper).
         tokens: length of the decay in tokens (N_d).
         shape: s(x): "exponential" (e^(1-x) - 1) / (e - 1), "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2
             or "sqrt" 1 - sqrt(x).

@@ -71,7 +71,7 @@ examples:
 
 experiments: {experiments}
 groups: {groups}
-Every setting, with its default and meaning, is in train/config.py; --cfg prints them all.
+Every setting, with its default and meaning, is in docs/settings.md and train/config.py; --cfg prints them all.
 """
 
 

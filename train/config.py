@@ -51,34 +51,34 @@ class RunConfig:
     """What to do, for how long, and where."""
 
     name: str = "run"  # the run's folder is folder/name
-    folder: str = "runs"
-    seed: int = 0
-    tokens: int = MISSING  # budget of this run; the clock may start later (tokens_seen)
-    tokens_seen: int = 0  # offsets n only: tokens that the initial weights have been trained on
+    folder: str = "runs"  # of all runs; relative to where the command is given
+    seed: int = 0  # of the initial weights and of the order of samples
+    tokens: int = MISSING  # budget of this run: without tokens_seen, but with what a branch's parent trained
+    tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
     init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder to take the weights from
     resume: str = "auto"  # auto | never | path of a checkpoint
 
 
 @dataclass
 class ModelConfig:
-    """Transformers' GraniteMoe or Granite configuration. `None` means derived."""
+    """Transformers' GraniteMoe or Granite configuration, by its names."""
 
     model_type: str = "granitemoe"  # granitemoe | granite
-    vocab_size: int = MISSING
-    hidden_size: int = MISSING
+    vocab_size: int = MISSING  # rows of the embedding: the tokenizer's, or more
+    hidden_size: int = MISSING  # width; muP's m_width is this over mup.base_hidden_size
     intermediate_size: int = MISSING  # of one expert, or of the dense MLP
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int | None = None
-    num_local_experts: int = 0
-    num_experts_per_tok: int = 0
+    num_hidden_layers: int = MISSING  # blocks of attention and experts, or MLP
+    num_attention_heads: int = MISSING  # the paper's heads are of 64: hidden_size / 64
+    num_key_value_heads: int | None = None  # fewer share keys and values; default: num_attention_heads
+    num_local_experts: int = 0  # of a layer; of no meaning for granite
+    num_experts_per_tok: int = 0  # that a token is sent to (top-k); 2 or more, see docs/balance.md
     max_position_embeddings: int | None = None  # default: data.sequence_length
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.1
-    embedding_multiplier: float = 12.0
+    rope_theta: float = 10000.0  # base of the rotary position embeddings
+    rms_norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    tie_word_embeddings: bool = True  # the output head is the embedding
+    attention_dropout: float = 0.0  # share of attention weights that training drops
+    initializer_range: float = 0.1  # σ of the embedding; internal matrices have σ / √m_width
+    embedding_multiplier: float = 12.0  # on the output of the embedding
     residual_multiplier: float | None = None  # default: 1.4 / sqrt(num_hidden_layers)
     attention_multiplier: float | None = None  # default: 1 / head size
     logits_scaling: float | None = None  # default: m_width
@@ -91,27 +91,27 @@ class MupConfig:
     """Maximal update parametrisation, table 1 of arXiv 2408.13359."""
 
     base_hidden_size: int = 256  # d_base; m_width = hidden_size / d_base
-    rule: str = "paper"  # paper | fan_in
+    rule: str = "paper"  # paper | fan_in: what m is for the down-projection; see docs/mup.md
 
 
 @dataclass
 class StageConfig:
     """From this many tokens of the run on, samples are drawn by this mixture."""
 
-    from_tokens: int = MISSING
-    mixture: dict[str, float] = field(default_factory=dict)
+    from_tokens: int = MISSING  # tokens of this run, as run.tokens counts: without tokens_seen
+    mixture: dict[str, float] = field(default_factory=dict)  # corpus: weight
 
 
 @dataclass
 class DataConfig:
     """Corpora, the tokenizer, and the order in which windows of them are seen."""
 
-    cache_dir: str = "~/.cache/powertrain"
+    cache_dir: str = "~/.cache/powertrain"  # of tokenised corpora and trained tokenizers
     workers: int | None = None  # processes that tokenise what is not in the cache; default: one for each core
-    sequence_length: int = 4096
-    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
-    corpora: dict[str, Corpus] = field(default_factory=dict)
-    mixture: dict[str, float] = field(default_factory=dict)  # weights; default: equal
+    sequence_length: int = 4096  # tokens of a window; the same for the whole run
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)  # path, or vocab_size of one that is trained
+    corpora: dict[str, Corpus] = field(default_factory=dict)  # NAME: what it is made of
+    mixture: dict[str, float] = field(default_factory=dict)  # corpus: weight, of which ratios count; default: equal
     stages: list[StageConfig] = field(default_factory=list)  # later mixtures, by tokens of the run
 
 
@@ -119,57 +119,57 @@ class DataConfig:
 class RampConfig:
     """From this many tokens of the run on, a step holds this many sequences."""
 
-    from_tokens: int = MISSING
-    sequences: int = MISSING
+    from_tokens: int = MISSING  # tokens of this run, as run.tokens counts: without tokens_seen
+    sequences: int = MISSING  # of a step from there on
 
 
 @dataclass
 class BatchConfig:
     """Sequences in a step over all ranks, and in one forward pass of one rank."""
 
-    sequences: int = MISSING
-    micro_sequences: int = 1
-    ramp: list[RampConfig] = field(default_factory=list)
+    sequences: int = MISSING  # of a step, over all ranks
+    micro_sequences: int = 1  # of a forward pass of one rank; fewer take less memory
+    ramp: list[RampConfig] = field(default_factory=list)  # larger batches, later in the run
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW. `independent` weight decay is not weakened by muP's rate multiplier, `coupled` (torch's) is."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-10
-    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)  # decays of the two moments
+    eps: float = 1e-10  # added to the root of the second moment
+    weight_decay: float = 0.1  # of matrices; norms have none
     weight_decay_mode: str = "coupled"  # coupled | independent
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
 
 
 @dataclass
 class BalanceConfig:
-    """Auxiliary losses on the routers; see train.balance."""
+    """Auxiliary losses on the routers of a mixture of experts."""
 
-    scope: str = "lagged"  # lagged | accumulated | dp | micro
-    pool: str = "layer"  # layer | all
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
+    scope: str = "lagged"  # lagged | accumulated | dp | micro: where loads are counted; see docs/balance.md
+    pool: str = "layer"  # layer | all: what is to be balanced, each layer or their mean
+    router_aux_loss_coef: float = 0.01  # of the balance loss of each layer
+    router_z_loss_coef: float = 0.001  # of the z loss, which keeps router logits small
 
 
 @dataclass
 class EvaluationConfig:
-    """Every so many steps (0: at the end only) validation loss on at most so many windows a corpus, and benchmarks."""
+    """Validation loss of every corpus that has a validation split, and benchmarks; also at the end."""
 
-    every: int = 0
-    sequences: int = 64
-    tasks: list[str] = field(default_factory=list)  # of lm-eval, those that choose by log-probability; see train.tasks
+    every: int = 0  # steps between evaluations, the first before step 1; 0: at the end only
+    sequences: int = 64  # windows of each corpus at most; `overall` is of all these windows, whatever the mixture
+    tasks: list[str] = field(default_factory=list)  # of lm-eval, those that choose by log-probability
     limit: int | None = None  # only the first so many questions of each task
     data: str | None = None  # the tasks' datasets, DIR/NAME/CONFIG/SPLIT; default: the hub's
 
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every so many steps (0: at the end only); the newest `keep` stay."""
+    """Checkpoints, to resume and to branch from; also at the end."""
 
-    every: int = 0
-    keep: int = 2
+    every: int = 0  # steps between checkpoints; 0: at the end only
+    keep: int = 2  # the newest so many stay
 
 
 @dataclass
@@ -187,7 +187,7 @@ class TrackerConfig:
     """accelerate's trackers beside metrics.jsonl, which is always written."""
 
     log_with: list[str] = field(default_factory=list)  # several of TRACKERS
-    project: str = "powertrain"
+    project: str = "powertrain"  # that trackers file the run under
     init_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by tracker: what its own init takes
 
 

@@ -117,6 +117,23 @@ def test_a_prediction_has_an_interval_the_release_of_the_cap_and_a_warning(
     assert 1024 * a * release**b == pytest.approx(cap, rel=0.02)
 
 
+def test_a_prediction_takes_the_batch_in_sequences(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 sequences of 256 are 4 × 4096 tokens."""
+    tokens = f"tokens={TOKENS[3]}"
+    call(fit.main, str(ledger), "--predict", "batch=4", tokens)
+    expected = capsys.readouterr().out
+    call(fit.main, str(ledger), "--predict", "sequences=64", tokens, code=2)
+    assert "add sequence_length=" in capsys.readouterr().err  # somebody else's ledger
+    call(fit.main, str(ledger), "--predict", "sequences=64", "sequence_length=256", tokens)
+    assert capsys.readouterr().out == expected
+    lines = [{**json.loads(line), "config": {"sequence_length": 256}} for line in ledger.read_text().splitlines()]
+    call(fit.main, str(write(ledger, lines)), "--predict", tokens, "sequences=64")
+    assert capsys.readouterr().out == expected
+    lines[0]["config"] = {"sequence_length": 512}
+    call(fit.main, str(write(ledger, lines)), "--predict", tokens, "sequences=64", code=2)
+    assert "holds 256 and 512" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "said"),
     [
@@ -125,6 +142,8 @@ def test_a_prediction_has_an_interval_the_release_of_the_cap_and_a_warning(
         ('{"lr": 1', [], "line 1, is not JSON"),
         ("[1]\n", [], "not a JSON object"),
         ("", ["--predict", "batch=1", "T=2"], "--predict batch=1024 tokens=1e12"),
+        ("", ["--predict", "batch=1", "tokens=2", "sequences=3"], "--predict batch=1024 tokens=1e12"),
+        ("", ["--predict", "batch=1", "tokens=2", "lr=3"], "--predict batch=1024 tokens=1e12"),
     ],
 )
 def test_mistakes_are_one_paragraph(
