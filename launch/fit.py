@@ -105,18 +105,17 @@ def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[
     """The batch in the law's unit, and the horizon."""
     try:
         values = {name: float(value.replace("_", "")) for name, value in (part.split("=") for part in given)}
-        tokens = values.pop("tokens")
-        if "sequences" in values:
-            length = values.pop("sequence_length", None) or _sequence_length(ledger)
-            values["batch"] = values.pop("sequences") * length / LAW_SEQUENCE_LENGTH
-        (batch,) = (values.pop("batch"), *values)
-    except (ValueError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ValueError:
+        values = {}
+    if set(values) not in ({"batch", "tokens"}, {"sequences", "tokens"}, {"sequences", "sequence_length", "tokens"}):
         raise ConfigError(
-            f"--predict is written --predict batch=1024 tokens=1e12, the batch in units of 4096 tokens, or --predict "
+            "--predict is written --predict batch=1024 tokens=1e12, the batch in units of 4096 tokens, or --predict "
             f"sequences=64 tokens=1e9, not {' '.join(given)}."
-        ) from error
+        )
+    batch, tokens = values.get("batch", 0.0), values["tokens"]
+    if "sequences" in values:
+        length = values["sequence_length"] if "sequence_length" in values else _sequence_length(ledger)
+        batch = values["sequences"] * length / LAW_SEQUENCE_LENGTH
     if not (0 < batch < math.inf and 0 < tokens < math.inf):
         raise ConfigError(f"--predict has batch {batch:g} and tokens {tokens:g}; both are above 0.")
     return batch, tokens
