@@ -124,14 +124,14 @@ def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[
 def _sequence_length(ledger: list[dict[str, Any]]) -> int:
     """That of all lines."""
     configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
-    lengths = {config["sequence_length"] for config in configs if config.get("sequence_length")}
+    lengths = {length for config in configs if isinstance(length := config.get("sequence_length"), int)}
     if len(lengths) != 1:
         found = f"holds {' and '.join(map(str, sorted(lengths)))}" if lengths else "does not tell"
         raise ConfigError(
             f"--predict sequences=… wants the length of a sequence, and the ledger {found}: add sequence_length=…, or "
             "give batch=…, in units of 4096 tokens."
         )
-    return int(lengths.pop())
+    return lengths.pop()
 
 
 # ------------------------------------------------------------------------------------------------------- in words

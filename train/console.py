@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the preparation of data does without the seconds that these
     from train.state import State
 
 LINE_SHARE, LINE_SECONDS = 0.05, 600.0
-# Of steps in a row: in the quickstart's warmup routers lean on one expert for up to eight, and find back by themselves.
+# Of steps in a row: in the quickstart's warmup routers lean on one expert for up to seven, and find back by themselves.
 COLLAPSE_STEPS = 20
 NOTED_EXCESS = 0.1  # nats above a uniform guess that a person may wonder about
 
