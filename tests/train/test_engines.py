@@ -1,4 +1,9 @@
-"""One mathematics: every engine starts from the same weights and follows the same losses."""
+"""One mathematics: every engine starts from the same weights and follows the same losses.
+
+Sums differ between engines in their last bits, and one day such a bit sends a token whose experts nearly tie to another
+one. From then on single losses part by more than rounding: docs/reliability.md has figures. The model of these tests is
+small enough that no token does so in its 20 steps, which they assert; that is why they can hold the losses to 1e-4.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +75,7 @@ def test_every_engine_follows_one_process(
     assert len(lines) == 20 and max(line["grad_norm"] for line in lines) > 0.5  # it is clipped
     assert {line["batch"] for line in lines} == {0.0625, 0.09375}
     for line, other in zip(lines, others, strict=True):
-        for exact in ("step", "tokens", "samples", "batch", "lr", "lr_per_group", "skipped"):
+        for exact in ("step", "tokens", "samples", "batch", "lr", "lr_per_group", "skipped", "expert_load"):
             assert line[exact] == other[exact], (line["step"], exact)
         for close in ("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm"):
             assert other[close] == pytest.approx(line[close], rel=1e-4), (line["step"], close)
