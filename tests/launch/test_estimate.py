@@ -75,8 +75,12 @@ def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture
         "data.tokenizer.vocab_size=600",
         "cluster.gpus=3",
         "batch.ramp=[{from_tokens:300_000,sequences:24}]",
+        "model.model_type=granitemoe",
+        "model.num_local_experts=4",
+        "model.num_experts_per_tok=1",
     )
     assert code == 1
+    assert "Warning: model.num_experts_per_tok is 1" in said
     assert "has 600 tokens, and model.vocab_size is 512" in said
     assert "does not split into micro-batches of 8 on 3 rank(s)" in said
     assert "batch.ramp has a part from 300,000 tokens on" in said

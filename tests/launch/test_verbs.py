@@ -154,8 +154,9 @@ def test_export_of_an_earlier_step_and_generation(
 
 
 def test_check_mup_prints_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verb("check", "mup") == 0
+    assert verb("check", "mup", "model.num_experts_per_tok=1") == 0
     printed = capsys.readouterr().out
+    assert "Warning: model.num_experts_per_tok is 1" in printed
     assert "model.layers.3.block_sparse_moe.experts.down_proj" in printed
     assert "logits_scaling = 0.5" in printed
 

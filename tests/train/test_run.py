@@ -85,9 +85,21 @@ def test_bf16_follows_fp32(run: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("scope", ["accumulated", "dp", "micro"])
-def test_every_scope_trains(run: Callable[..., Path], scope: str) -> None:
+def test_every_scope_trains(run: Callable[..., Path], capsys: pytest.CaptureFixture[str], scope: str) -> None:
     lines = read_lines(run(f"balance.scope={scope}", "balance.pool=all") / "metrics.jsonl")
+    assert "Warning" not in capsys.readouterr().out
     assert all(1.5 < line["balance_loss"] < 6 for line in lines)  # 2 layers, each 1 when balanced
+
+
+def test_one_expert_a_token_is_warned_of_and_its_router_has_no_moments(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the losses of balance nothing reaches the router."""
+    folder = run("model.num_experts_per_tok=1", "balance.router_aux_loss_coef=0", "balance.router_z_loss_coef=0")
+    assert "Warning: model.num_experts_per_tok is 1" in capsys.readouterr().out
+    moments = load_file(folder / "checkpoints/step-00000012/exp_avg_sq.safetensors")
+    assert {bool(tensor.any()) for name, tensor in moments.items() if "router" not in name} == {True}
+    assert {bool(tensor.any()) for name, tensor in moments.items() if "router" in name} == {False}
 
 
 def test_evaluation_changes_nothing(run: Callable[..., Path]) -> None:
