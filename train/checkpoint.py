@@ -272,7 +272,7 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
     moments: dict[str, Read] = {moment: Stored(checkpoint, moment).read for moment in MOMENTS if taken}
     engine.load(Stored(checkpoint, "weights").read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
-    if rng.exists():  # on more ranks than before, the new ones keep their seed
+    if rng.exists():  # on more ranks than before, the new ones keep their own seed
         _set_rng_state(load_file(rng), engine)
 
 

@@ -221,6 +221,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         engine.load(init_from.reader(config.run.init_from, engine.shapes))
     elif start_from is None:
         engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
+    seed_rank(config.run.seed, engine.rank, 0 if start_from is None else checkpoint.step_of(start_from))
     moe = config.model.model_type == "granitemoe"
     balance = Balance(
         config.balance,
@@ -250,6 +251,14 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             say(f"It was trained as {kind} on {ranks} rank(s); it goes on as {engine.kind} on {engine.world_size}.")
     validation = Validation(config, prepared.validation, tokenizer)
     return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts)
+
+
+def seed_rank(seed: int, rank: int, step: int) -> None:
+    """Let every rank draw a dropout of its own, once the model is the same on all. The first goes on with `seed`, as a
+    single process does. A rank that a checkpoint knows goes on with the state it has there; a new one begins here."""
+    if rank:
+        key = hashlib.blake2b(f"{seed}/rank {rank}/step {step}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]], int]:

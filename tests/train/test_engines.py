@@ -207,3 +207,42 @@ def test_compiled_layers_follow_the_others(
     assert graphs[0] == 0 < graphs[1]
     assert "recompile_limit" not in capfd.readouterr().err
     assert losses[1] == pytest.approx(losses[0], rel=bound)
+
+
+def test_every_rank_draws_a_dropout_of_its_own(tiny: Overrides, run: Callable[..., Path], tmp_path: Path) -> None:
+    from train.engine import Engine
+    from train.run import assemble
+    from train.state import State
+
+    config = composed(tiny("model.attention_dropout=0.1"))
+
+    def random_state(rank: int, start_from: Path | None = None) -> torch.Tensor:
+        engine = Engine(config)
+        engine.rank = rank
+        assemble(config, engine, State(), start_from, lambda text: None)
+        return torch.get_rng_state()
+
+    begun = [random_state(rank) for rank in range(3)]
+    torch.manual_seed(config.run.seed)
+    assert torch.equal(begun[0], torch.get_rng_state())  # as it was with one process
+    folder = run("model.attention_dropout=0.1", "checkpoint.every=6", "checkpoint.keep=9")
+    resumed = [
+        random_state(rank, folder / f"checkpoints/step-{step:08d}") for step in (6, 12) for rank in range(1, 3)
+    ]  # the checkpoint has the state of rank 0 alone
+    states = [state.numpy().tobytes() for state in (*begun, *resumed)]
+    assert len(set(states)) == 7
+    assert torch.equal(random_state(2), begun[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_ranks_of_an_engine_draw_different_dropout(tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    from safetensors.torch import load_file
+
+    settings = ("run.name=two", "model.attention_dropout=0.1", "run.tokens=512", "schedule.decay.tokens=0")
+    done = launch(tiny(*settings, "schedule.warmup_tokens=0", "checkpoint.every=1"), ranks=2, engine=engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in (1, 2):
+        files = sorted((tmp_path / f"two/checkpoints/step-{step:08d}/rng").iterdir())
+        first, second = (load_file(path)["cpu"] for path in files)
+        assert not torch.equal(first, second)
