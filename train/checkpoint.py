@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -46,6 +48,11 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, whatever becomes of it
 _POLL_SECONDS = 0.01
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Errors that tell of a file that is lost, or of its bytes. Any other one, such as a permission or a server that does
+# not answer, tells nothing of the checkpoint, which may be the best there is.
+_LOST = (*_GONE, errno.ESTALE, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 class Saver:
@@ -296,14 +303,38 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def available(checkpoints: Path) -> list[Path]:
-    """Folders with a checkpoint's name and a manifest, oldest first. Their files are not verified."""
-    return [path for path in _named(checkpoints) if not path.is_symlink() and (path / "manifest.json").is_file()]
+    """Folders with a checkpoint's name and a manifest, oldest first. Their files are not verified, and a manifest that
+    cannot be looked at counts.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    return [path for path in _named(checkpoints) if not os.path.islink(path) and _is_there(path / "manifest.json")]
+
+
+def _is_there(manifest: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(manifest).st_mode)
+    except OSError as error:
+        return error.errno not in _GONE
 
 
 def _named(checkpoints: Path) -> list[Path]:
-    if not checkpoints.is_dir():
-        return []
-    return sorted((path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+    try:
+        names = os.listdir(checkpoints)
+    except OSError as error:
+        if error.errno in _GONE:
+            return []
+        raise ConfigError(_unreadable(checkpoints, error)) from error
+    return sorted((checkpoints / name for name in names if _NAME.fullmatch(name)), key=step_of)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return (
+        f"{path} cannot be read ({error.strerror or error}), which does not say that it is damaged, so nothing was "
+        "changed and nothing begins without it. See to it that it can be read and start again; to go on from an older "
+        "checkpoint, or to begin again, move it away first."
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -315,27 +346,51 @@ def step_of(checkpoint: Path) -> int:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each file; empty when every byte is as written."""
+    """What is wrong with a checkpoint, a line each file; empty when every byte is as written.
+
+    Raises:
+        ConfigError: that cannot be told: somebody else's file, say.
+    """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         kinds = {name.partition("-")[0].partition(".")[0] for name in files}
         if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state", "rng/rank"} <= kinds:
             return ["manifest.json is not this checkpoint's"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return [_lost(checkpoint, "manifest.json", error)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"manifest.json cannot be read: {error}"]
     wrong = []
     for name, (size, sha256) in files.items():
         path = checkpoint / name
         if ".." in Path(name).parts or (path.is_absolute() and not path.is_relative_to(checkpoint)):
             wrong.append(f"{name} lies outside the checkpoint")
-        elif path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+            continue
+        try:
+            info = os.lstat(path)
+            if os.path.islink(path.parent) or not stat.S_ISREG(info.st_mode):
+                wrong.append(f"{name} is missing")
+            elif info.st_size != size:
+                wrong.append(f"{name} has {info.st_size} bytes, not {size}")
+            elif _sha256(path) != sha256:
+                wrong.append(f"{name} differs from its SHA-256")
+        except OSError as error:
+            wrong.append(_lost(checkpoint, name, error))
+        except ValueError:  # no name that a file can have
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-        elif _sha256(path) != sha256:
-            wrong.append(f"{name} differs from its SHA-256")
     return wrong
+
+
+def _lost(checkpoint: Path, name: str, error: OSError) -> str:
+    """What is wrong with a file that cannot be read.
+
+    Raises:
+        ConfigError: nothing may be.
+    """
+    if error.errno not in _LOST:
+        raise ConfigError(_unreadable(checkpoint / name, error)) from error
+    return f"{name} is missing" if error.errno in _GONE else f"{name} cannot be read: {error.strerror or error}"
 
 
 def verified(checkpoint: Path) -> Path:

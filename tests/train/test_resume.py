@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import io
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +149,72 @@ def test_fault_04_without_a_valid_checkpoint_nothing_begins_again(go_on: Callabl
 
     with pytest.raises(ConfigError, match=r"No checkpoint in .* is valid"):
         go_on(1, prepare=truncate)
+
+
+@pytest.fixture
+def as_a_user(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Permissions count, as they do not for root: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    effective = sets[0]
+    sets[0] &= ~0b110
+    libc.capset(header, sets)
+    yield
+    sets[0] = effective
+    libc.capset(header, sets)
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        "step-00000006/manifest.json",
+        "step-00000006/weights.safetensors",
+        "step-00000006/state.json",
+        "step-00000006/rng",
+        "step-00000006",
+        ".",
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_fault_04_what_may_not_be_read_is_not_what_is_damaged(
+    go_on: Callable[..., Path], tmp_path: Path, unreadable: str
+) -> None:
+    checkpoints = tmp_path / "cut/checkpoints"
+
+    def lock_away(folder: Path) -> None:
+        (checkpoints / unreadable).chmod(0)
+
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)") as refused:
+        go_on(6, prepare=lock_away)
+    assert "\n" not in str(refused.value)
+    (checkpoints / unreadable).chmod(0o700)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in range(1, 7)]
+    assert not (tmp_path / "cut/checkpoints/step-00000006.invalid").exists()
+    assert json.loads((tmp_path / "cut/exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("file", ["weights.safetensors", "manifest.json"])
+def test_fault_04_what_says_that_bytes_are_lost(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, number: int
+) -> None:
+    real = io.open
+
+    def broken(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if str(path).endswith(f"step-00000012/{file}"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr("io.open", broken)
+    monkeypatch.setattr("builtins.open", broken)
+    if number in (errno.EIO, errno.ESTALE, errno.ENOENT):
+        newest = checkpoint.newest_valid(whole / "checkpoints")
+        assert newest is not None and checkpoint.step_of(newest) == 11
+        said = "is missing" if number == errno.ENOENT else f"cannot be read: {os.strerror(number)}"
+        assert f"step-00000012 is not valid, trying the one before: {file} {said}." in capsys.readouterr().out
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"{file} cannot be read ({os.strerror(number)})")):
+            checkpoint.newest_valid(whole / "checkpoints")
 
 
 def test_fault_26_manifest_that_points_outside_is_refused(whole: Path, tmp_path: Path) -> None:
