@@ -85,7 +85,8 @@ class Saver:
 
         def begin() -> None:
             clean(self.checkpoints)
-            (partial / "rng").mkdir(parents=True)
+            for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
+                folder.mkdir(exist_ok=folder == self.checkpoints)
             for rank in range(self.engine.world_size):
                 (partial / _pending_file(rank)).touch()
 

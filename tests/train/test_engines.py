@@ -232,17 +232,3 @@ def test_every_rank_draws_a_dropout_of_its_own(tiny: Overrides, run: Callable[..
     states = [state.numpy().tobytes() for state in (*begun, *resumed)]
     assert len(set(states)) == 7
     assert torch.equal(random_state(2), begun[2])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
-def test_ranks_of_an_engine_draw_different_dropout(tiny: Overrides, tmp_path: Path, engine: str) -> None:
-    from safetensors.torch import load_file
-
-    settings = ("run.name=two", "model.attention_dropout=0.1", "run.tokens=512", "schedule.decay.tokens=0")
-    done = launch(tiny(*settings, "schedule.warmup_tokens=0", "checkpoint.every=1"), ranks=2, engine=engine)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for step in (1, 2):
-        files = sorted((tmp_path / f"two/checkpoints/step-{step:08d}/rng").iterdir())
-        first, second = (load_file(path)["cpu"] for path in files)
-        assert not torch.equal(first, second)

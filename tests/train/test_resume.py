@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -16,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_run, cut_at, tiny_overrides, train_here, without_timing
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from train import checkpoint
-from train.config import ConfigError
+from train.config import ConfigError, RampConfig
 from train.track import read_lines
 
 # attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
@@ -69,8 +72,6 @@ def test_the_cut_crosses_an_epoch(whole: Path) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    from omegaconf import OmegaConf
-
     return OmegaConf.load(folder / "config.yaml")
 
 
@@ -283,6 +284,36 @@ def test_fault_17_a_change_ahead_passes_and_is_recorded(go_on: Callable[..., Pat
     assert without_timing(read_lines(folder / "metrics.jsonl"))[:6] == before
 
 
+def test_what_another_split_of_the_batch_changes_is_said(
+    whole: Path, tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import resume
+    from train.cli import composed
+
+    path = whole / "checkpoints/step-00000006"
+    config = composed(tiny())
+
+    def said(scope: str, dropout: float, before: int, micro: int, ranks: int) -> str:
+        config.balance.scope, config.model.attention_dropout, config.batch.micro_sequences = scope, dropout, before
+        then = copy.deepcopy(config)
+        monkeypatch.setattr(resume, "load", lambda path: then)
+        config.batch.micro_sequences = micro
+        return resume.other_losses(path, config, ranks) or ""
+
+    for micro, ranks in itertools.product((2, 4), (1, 2)):  # 4 on one rank before, of batches of 8
+        split = (micro, ranks) != (4, 1)
+        for scope in ("lagged", "accumulated", "dp", "micro"):
+            counted = {"lagged": False, "micro": micro != 4}.get(scope, split)
+            assert (f"balance.scope={scope}" in said(scope, 0.0, 4, micro, ranks)) == counted
+            assert ("dropout" in said(scope, 0.1, 4, micro, ranks)) == split
+    assert "batch.micro_sequences 4 → 2, ranks 1 → 2: " in said("dp", 0.0, 4, 2, 2)
+    assert resume.changes(path, config, 2) == {"batch.micro_sequences": [4, 2], "ranks": [1, 2]}
+    # The whole batch in one forward pass is that on any number of ranks, as long as it does not grow.
+    assert said("dp", 0.0, 8, 4, 2) == ""
+    config.batch.ramp = [RampConfig(2048, 16)]
+    assert "dp" in said("dp", 0.0, 8, 4, 2)
+
+
 def test_fault_17_going_on_after_a_decay_began_needs_a_rewarmup(go_on: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match=r"The decay had begun.*schedule.rewarmup.start=2816"):
         go_on(11, "run.tokens=6144")
@@ -373,6 +404,24 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(
     monkeypatch.setattr(Tracker, "step", original)
     evaluations = run("run.name=stopped", *settings) / "evals.jsonl"
     assert evaluations.read_text() == whole
+
+
+def test_a_finished_run_only_says_so(
+    go_on: Callable[..., Path], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = go_on(12)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The run had finished" in said and "validation loss" in said and str(folder / "model") in said
+    assert read_lines(folder / "evals.jsonl") == read_lines(whole / "evals.jsonl")
+    assert len((folder / "evals.jsonl").read_text().splitlines()) == 2
+    assert (folder / "model/README.md").read_text().count("nats a token") == 1
+
+
+def test_a_finished_run_is_evaluated_again_when_that_is_asked_for(go_on: Callable[..., Path], whole: Path) -> None:
+    before = read_lines(whole / "evals.jsonl")
+    after = read_lines(go_on(12, "evaluation.sequences=2") / "evals.jsonl")
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    assert after[-1]["targets"] < before[-1]["targets"]
 
 
 # ------------------------------------------------------------------------------------- what a run must not lose
