@@ -29,7 +29,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +223,16 @@ class Saver:
 
 
 class Stored:
-    """`weights`, or a moment, in the files of a checkpoint, by parameter name."""
+    """`weights`, or a moment, in the files of a checkpoint, by parameter name.
 
-    def __init__(self, checkpoint: Path, what: str) -> None:
+    Args:
+        shapes: those of the model's parameters; what is stored has to have them.
+
+    Raises:
+        ConfigError: a file is none of safetensors, or a tensor in it is not float32 or of another shape.
+    """
+
+    def __init__(self, checkpoint: Path, what: str, shapes: Mapping[str, torch.Size] | None = None) -> None:
         self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
         self.checkpoint = checkpoint
         files = json.loads((checkpoint / "manifest.json").read_text())["files"]
@@ -237,9 +244,20 @@ class Stored:
                 raise ConfigError(f"{path} is not a safetensors file ({error}); nothing else is read.") from error
             for key in file.keys():  # noqa: SIM118
                 piece = _PIECE.fullmatch(key)
-                size = int(torch.Size(file.get_slice(key).get_shape()).numel())
-                name, start = (piece[1], int(piece[2])) if piece else (key, 0)
-                self._pieces.setdefault(name, []).append((start, start + size, key, file))
+                stored = file.get_slice(key)
+                shape, dtype = torch.Size(stored.get_shape()), stored.get_dtype()
+                name, start, stop = (piece[1], int(piece[2]), int(piece[3])) if piece else (key, 0, shape.numel())
+                whole = (shapes or {}).get(name)
+                wanted = torch.Size([stop - start]) if piece else shape if whole is None else whole
+                if dtype != "F32" or shape != wanted or (whole is not None and stop > whole.numel()):
+                    raise ConfigError(
+                        f"{path} holds {key} as {dtype} of the shape {tuple(shape)}, which is not float32 of the shape "
+                        f"{tuple(wanted)} in {tuple(wanted if whole is None else whole)}: the file was changed, or it "
+                        "belongs to another model."
+                    )
+                self._pieces.setdefault(name, []).append((start, stop, key, file))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[:2])
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter; only they are read from disk, or the rows they lie in.
@@ -248,12 +266,12 @@ class Stored:
             ConfigError: the files do not hold them all.
         """
         values = torch.empty(stop - start)
-        found = 0
+        found, position = 0, start
         for begin, end, key, file in self._pieces.get(name, []):
-            low, high = max(start, begin), min(stop, end)
+            low, high = max(position, begin), min(stop, end)
             if low < high:
                 values[low - start : high - start] = _elements(file.get_slice(key), low - begin, high - begin)
-                found += high - low
+                found, position = found + high - low, high
         if found != stop - start:
             raise ConfigError(
                 f"{self.checkpoint} holds {found:,} of the {stop - start:,} elements of {name} from {start:,} on: its "
@@ -277,8 +295,8 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
         setattr(state, name, value)
     balance.previous = torch.tensor(saved["assignments"], dtype=torch.int64).reshape(balance.previous.shape)
     taken = saved["optimizer_steps"]
-    moments: dict[str, Read] = {moment: Stored(checkpoint, moment).read for moment in MOMENTS if taken}
-    engine.load(Stored(checkpoint, "weights").read, taken, moments)
+    moments: dict[str, Read] = {moment: Stored(checkpoint, moment, engine.shapes).read for moment in MOMENTS if taken}
+    engine.load(Stored(checkpoint, "weights", engine.shapes).read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
     if rng.exists():  # on more ranks than before, the new ones keep their own seed
         _set_rng_state(load_file(rng), engine)
@@ -297,7 +315,7 @@ def trained_by(checkpoint: Path) -> tuple[str, int]:
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     """Put the weights of a verified checkpoint into a model, without an engine."""
-    stored = Stored(checkpoint, "weights")
+    stored = Stored(checkpoint, "weights", {name: tensor.shape for name, tensor in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored.read(name, 0, parameter.numel()).view(parameter.shape))

@@ -218,7 +218,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         if trained_with.is_dir():
             config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
     prepared = prepare_data(config, engine, say)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder, trust_remote_code=False)
     check_vocabulary(config, tokenizer, prepared, say)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
@@ -234,6 +234,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     rows = mup.table(config)
     engine.prepare(LanguageModelLoss(model), rows)
     if start_from is None and config.run.init_from is not None:
+        say(f"Weights, sizes and multipliers are those of {config.run.init_from}, whatever the experiment says.")
         engine.load(init_from.reader(config.run.init_from, engine.shapes))
     elif start_from is None:
         engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
