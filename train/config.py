@@ -520,7 +520,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
 
 
 def _decay_problems(config: Config) -> Iterator[str]:
-    """A decay in which no step begins. A step's rate is that at the tokens before it: at a decay's start the full one."""
+    """A decay in which no step begins: a step's rate is that at the tokens before it, and full at a decay's start."""
     ramp = config.batch.ramp
     if min(config.data.sequence_length, config.batch.sequences, *(phase.sequences for phase in ramp)) <= 0:
         return

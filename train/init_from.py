@@ -78,7 +78,8 @@ def _begun(config: Config) -> ModelConfig | None:
         found = [Path(wanted)]
     for path in reversed(found):
         with contextlib.suppress(ConfigError):  # damaged: another one, or none, will be gone on from
-            return load(path / "config.yaml").model
+            then = load(path / "config.yaml")
+            return then.model if then.run.init_from == config.run.init_from else None
     return None
 
 

@@ -148,6 +148,18 @@ def test_stored_reads_any_range_of_any_split(tmp_path: Path) -> None:
     (split / "manifest.json").write_text(json.dumps({"files": {names[0]: {}, names[2]: {}}}))
     with pytest.raises(ConfigError, match="holds 119 of the 120 elements of x from 0 on"):
         Stored(split, "weights").read("x", 0, 120)
+    save_file({"x[0:50]": values.flatten()[:50].clone()}, split / names[1])  # one part twice is not the other part
+    (split / "manifest.json").write_text(json.dumps({"files": {key: {} for key in names[:2]}}))
+    with pytest.raises(ConfigError, match="holds 50 of the 100 elements"):
+        Stored(split, "weights").read("x", 0, 100)
+    for other in (values.transpose(0, 1).contiguous(), values.half(), values.long()):
+        save_file({"x": other}, whole / "weights.safetensors")
+        with pytest.raises(ConfigError, match="holds x as"):
+            Stored(whole, "weights", {"x": values.shape})
+    for key, part in (("x[0:50]", values.flatten()[:49]), ("x[80:121]", values.flatten()[:41])):
+        save_file({key: part.clone()}, whole / "weights.safetensors")
+        with pytest.raises(ConfigError, match="holds x"):
+            Stored(whole, "weights", {"x": values.shape})
     with pytest.raises(ConfigError, match="is not a safetensors file"):
         (whole / "weights.safetensors").write_bytes(b"no")
         Stored(whole, "weights")
