@@ -585,7 +585,7 @@ def _named_tokenizer(path: str, cache: Path) -> tuple[Any, Path]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
     except Exception as error:  # whatever is wrong with a file or the network
         raise DataError(
             f"No tokenizer could be loaded from {path!r}: {type(error).__name__}: {error} Give a folder with a "
@@ -607,7 +607,7 @@ def _load_tokenizer(folder: Path) -> tuple[str, int, int]:
     """(its tokenizer.json without truncation and padding, the end-of-text id, the vocabulary's size)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

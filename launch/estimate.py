@@ -517,7 +517,7 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
         from transformers import AutoTokenizer
 
-        vocabulary = rows_needed(AutoTokenizer.from_pretrained(folder))
+        vocabulary = rows_needed(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
         vocabulary = 0  # not known: of the hub

@@ -151,7 +151,7 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     draw = random.Random(0)
 
     def text(begin: int, end: int, skip: bool = False) -> str:

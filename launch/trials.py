@@ -220,6 +220,12 @@ def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple
                 f"sequences of {config.data.sequence_length}. sweep.batch counts in units of 4096 tokens."
             )
         decay = decay_tokens(sweep, trial)
+        if trial.schedule in WITH_DECAY and decay <= trial.batch * LAW_SEQUENCE_LENGTH:
+            raise ConfigError(
+                f"The trial {trial.name} has {trial.steps} steps, and sweep.decay_fraction={sweep.decay_fraction:g} of "
+                "them is no more than one. A step's rate is that at the tokens before it, so such a decay would never "
+                f"be seen. Raise sweep.min_steps to {math.ceil(2 / sweep.decay_fraction)}, or sweep.decay_fraction."
+            )
         config.batch = dataclasses.replace(config.batch, sequences=int(sequences))
         config.run = dataclasses.replace(config.run, tokens=trial.tokens, seed=trial.seed)
         config.schedule = {**config.schedule, **dict(trial.fields)}

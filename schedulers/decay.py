@@ -31,7 +31,12 @@ def require(owner: object, **rules: str) -> None:
     """Hold attributes of `owner` to a rule of `_RULES` each, or raise a ValueError that names the value."""
     for name, rule in rules.items():
         value = getattr(owner, name)
-        if not isinstance(value, Real) or not math.isfinite(value) or not _RULES[rule](float(value)):
+        if (
+            not isinstance(value, Real)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or not _RULES[rule](float(value))
+        ):
             raise ValueError(f"{type(owner).__name__}: {name} must be {rule}; it is {value!r}.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import logging
 import os
@@ -32,6 +33,7 @@ from train.config import (
     Config,
     ConfigError,
     DataConfig,
+    ModelConfig,
     RunConfig,
     RunFailed,
     as_dict,
@@ -141,7 +143,15 @@ def composed(overrides: list[str], checked: bool = True) -> Config:
     if "sweep" in settings:  # a trial of it
         OmegaConf.set_struct(settings, False)
         del settings["sweep"]
-    return from_hydra(settings) if checked else unchecked(settings)
+    given = _given_of_the_model(overrides)
+    return from_hydra(settings, given) if checked else unchecked(settings, given)
+
+
+def _given_of_the_model(overrides: list[str]) -> list[str]:
+    """The settings of the model that these overrides name, all of them where they choose or describe one."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    everything = [field.name for field in dataclasses.fields(ModelConfig)] if "model" in keys else []
+    return [*everything, *(key.removeprefix("model.") for key in keys if key.startswith("model."))]
 
 
 def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
@@ -167,6 +177,12 @@ def composed_data(overrides: list[str]) -> DataConfig:
 
 
 def _compose(overrides: list[str]) -> DictConfig:
+    for argument in overrides:
+        if re.match(r"[+~]*/?hydra(?![\w-])", argument):
+            raise ConfigError(
+                f"'{argument}' is a setting of Hydra itself, which could import or run what it names; none is taken. "
+                "A folder with your own configs is named with --config-dir DIR."
+            )
     # A sweep's settings are its own to check: those that its file leaves at their defaults can be given, too.
     overrides = [f"++{o}" if o.startswith("sweep.") else o for o in _take_config_dir(overrides)]
     for argument in overrides:

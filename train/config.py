@@ -17,11 +17,13 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 import schedulers
+from data import DataError
+from data.mixture import mixture_of
 from data.prepare import TokenizerSpec
 from data.sources import Corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -55,7 +57,7 @@ class RunConfig:
     seed: int = 0  # of the initial weights and of the order of samples
     tokens: int = MISSING  # budget of this run: without tokens_seen, but with what a branch's parent trained
     tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
-    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder to take the weights from
+    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder, or a run's, to take the weights from
     resume: str = "auto"  # auto | never | path of a checkpoint
 
 
@@ -228,6 +230,18 @@ class Config:
                 sequences = phase.sequences
         return sequences
 
+    def step_after(self, tokens: int) -> int:
+        """Clock reading before the first step that begins after `tokens`, however long the budget."""
+        begins, length = 0, self.data.sequence_length
+        starts = [*(phase.from_tokens for phase in self.batch.ramp), math.inf]
+        for until in starts:
+            step = self.batch_at(begins) * length
+            after = begins + max(0, (tokens - self.run.tokens_seen - begins) // step + 1) * step
+            if after < until:
+                return self.run.tokens_seen + after
+            begins = max(begins, begins + -(-(int(until) - begins) // step) * step)
+        raise AssertionError  # the last phase has no end
+
     def beta(self, sequences: int) -> float:
         """Batch size in the law's unit: tokens of a step over 4096."""
         return sequences * self.data.sequence_length / LAW_SEQUENCE_LENGTH
@@ -282,24 +296,27 @@ class Config:
             raise ConfigError(f"schedule: {error}") from error
 
 
-def from_hydra(composed: DictConfig) -> Config:
+def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> Config:
     """The checked `Config` of a composed Hydra configuration; with `run.init_from`, the model is that folder's.
+
+    Args:
+        given: settings of the model that were asked for by name; see `train.init_from.adopt`.
 
     Raises:
         ConfigError: a value that is missing, or values that cannot work together.
     """
-    config = unchecked(composed)
+    config = unchecked(composed, given)
     check(config)
     return config
 
 
-def unchecked(composed: DictConfig) -> Config:
+def unchecked(composed: DictConfig, given: Collection[str] = ()) -> Config:
     """As `from_hydra`, without looking at what the values are; see `problems`."""
     config = typed(composed, Config)
     if config.run.init_from is not None:
         from train.init_from import adopt  # imports Transformers
 
-        adopt(config)
+        adopt(config, given)
     return config
 
 
@@ -320,7 +337,8 @@ def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}, or a change to it, cannot be read: {str(error).partition(chr(10))[0]}") from error
-    check(config)
+    # What a run was begun with is read, though it might not be begun today.
+    _raise_first(problems(config, beginning=bool(changed or overrides)))
     return config
 
 
@@ -362,7 +380,7 @@ def check(config: Config) -> None:
     _raise_first(problems(config))
 
 
-def problems(config: Config) -> Iterator[str]:
+def problems(config: Config, beginning: bool = True) -> Iterator[str]:
     """All that `check` would raise, a paragraph each. Where values are out of their range, what follows from them is
     not looked at."""
     model, batch, length = config.model, config.batch, config.data.sequence_length
@@ -403,6 +421,8 @@ def problems(config: Config) -> Iterator[str]:
             if name.endswith("_multiplier") and value is not None
         ),
         *((("model.logits_scaling", model.logits_scaling),) if model.logits_scaling is not None else ()),
+        *((("model.num_key_value_heads", model.num_key_value_heads),) if model.num_key_value_heads is not None else ()),
+        ("data.tokenizer.vocab_size", config.data.tokenizer.vocab_size),
         ("optimizer.eps", config.optimizer.eps),
         *((("threads", config.threads),) if config.threads is not None else ()),
         ("evaluation.sequences", config.evaluation.sequences),
@@ -413,6 +433,15 @@ def problems(config: Config) -> Iterator[str]:
     ):
         if not value > 0:
             yield f"{name} is {value}; it has to be greater than zero."
+    for name, value in (
+        ("model.num_local_experts", model.num_local_experts),
+        ("model.num_experts_per_tok", model.num_experts_per_tok),
+        ("optimizer.weight_decay", config.optimizer.weight_decay),
+        ("balance.router_aux_loss_coef", config.balance.router_aux_loss_coef),
+        ("balance.router_z_loss_coef", config.balance.router_z_loss_coef),
+    ):
+        if not value >= 0:
+            yield f"{name} is {value}; it has to be 0 or greater."
     if not 0 <= model.attention_dropout < 1:
         yield f"model.attention_dropout is {model.attention_dropout}; it is a share from 0 to below 1."
     if not -(2**63) <= config.run.seed < 2**63:
@@ -457,6 +486,8 @@ def problems(config: Config) -> Iterator[str]:
         )
 
     yield from _schedule_problems(config)
+    if beginning:
+        yield from _decay_problems(config)
     for name, phases in (("batch.ramp", batch.ramp), ("data.stages", config.data.stages)):
         starts = [phase.from_tokens for phase in phases]
         if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
@@ -488,6 +519,31 @@ def _schedule_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _decay_problems(config: Config) -> Iterator[str]:
+    """A decay in which no step begins: a step's rate is that at the tokens before it, and full at a decay's start."""
+    ramp = config.batch.ramp
+    if min(config.data.sequence_length, config.batch.sequences, *(phase.sequences for phase in ramp)) <= 0:
+        return
+    try:
+        schedule: Any = config.make_schedule()
+    except ConfigError:
+        return  # said above
+    schedule = getattr(schedule, "schedule", schedule)  # of a second warmup
+    start, what = schedule.warmup_tokens, "fall of the cosine"
+    end = min(getattr(schedule, "total_tokens", math.inf), config.end_tokens)
+    if (decay := getattr(schedule, "decay", None)) is not None:
+        start, end, what = decay.start, decay.start + decay.tokens, "decay"
+    elif not isinstance(schedule, schedulers.Cosine):
+        return
+    if start >= config.run.tokens_seen and config.step_after(start) >= end:
+        step = config.batch_at(start - config.run.tokens_seen) * config.data.sequence_length
+        yield (
+            f"The {what} from {start:,} to {end:,} tokens would never be seen: no step begins inside it, where a step "
+            f"is {step:,} tokens and its rate that at the tokens before it. Make it longer than a step"
+            + (", or set schedule.decay.tokens to 0 for no decay." if decay is not None else ".")
+        )
+
+
 def _data_problems(data: DataConfig) -> Iterator[str]:
     corpora = data.corpora
     if data.workers is not None and data.workers < 1:
@@ -496,14 +552,17 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         ("data.mixture", data.mixture),
         *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in data.stages),
     ):
-        for name, weight in mixture.items():
+        for name in mixture:
             if name not in corpora:
                 yield (
                     f"{where} names the corpus '{name}', which data.corpora does not define "
                     f"(it has: {', '.join(corpora) or 'none'})."
                 )
-            if not weight >= 0 or math.isinf(weight):
-                yield f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more."
+        if mixture or where != "data.mixture":
+            try:
+                mixture_of(mixture)
+            except DataError as error:
+                yield f"{where}: {error}"
 
 
 def doubts(config: Config) -> Iterator[str]:

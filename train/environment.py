@@ -160,8 +160,11 @@ def lock(path: Path) -> IO[str] | None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, engine: Engine) -> Iterator[None]:
+def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
     """Make the run's folder, and keep others from training in it. A process that dies gives it up by dying.
+
+    Yields:
+        What raises ConfigError on the first rank once the folder is another one: nothing may be written there then.
 
     Raises:
         ConfigError: another process has it, or it is a link.
@@ -183,10 +186,23 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
         held.append(file)
         (folder / "stop").unlink(missing_ok=True)  # from before; one that comes from now on is meant for this start
 
+    def check_ours() -> None:
+        for file in held:
+            try:
+                ours = os.path.samestat(os.stat(folder / ".lock"), os.fstat(file.fileno()))
+            except OSError as error:  # a server that does not answer has not taken the folder away
+                ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+            if not ours:
+                raise ConfigError(
+                    f"{folder} is not the folder any more that this run began in: it, or its file .lock, was moved, "
+                    "removed or replaced meanwhile. The run ends here and makes nothing anew; what it had written lies "
+                    "where that folder is now. Put it back, and the same command goes on from its newest checkpoint."
+                )
+
     engine.first_rank_decides(claim)
     try:
         engine.check_shared(folder / ".lock")
-        yield
+        yield check_ours
     finally:
         for file in held:
             file.close()

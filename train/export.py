@@ -53,7 +53,7 @@ def export(
     """
     check_target(folder)
     model = granite.build(config, "meta")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     hf_config = type(model.config).from_dict(model.config.to_dict())
     hf_config.dtype = next(iter(weights.values())).dtype
     hf_config.architectures = [type(model).__name__]
@@ -96,7 +96,9 @@ def check_target(folder: Path) -> None:
 def _largest_logit_difference(config: Config, folder: Path, probe: Tensor, logits: Tensor) -> float:
     device = logits.device
     kernels = granite.implementations(config, device)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device, **kernels).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map=device, use_safetensors=True, trust_remote_code=False, **kernels
+    ).eval()
     ids = probe.to(device)
     positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
     exported = loaded(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
@@ -110,9 +112,12 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         ConfigError: a file of it is missing or damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
-    except (OSError, ValueError, SafetensorError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto", use_safetensors=True, trust_remote_code=False
+        )
+        return tokenizer, model.eval()
+    except Exception as error:  # whatever is wrong with a file
         said = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"{folder} cannot be loaded: {said}. If a file of it is missing or damaged, export it again."

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import load_state
+from train.checkpoint import load_state, trained_by
 from train.config import Config, ConfigError, as_dict, load
 from train.state import State
 
@@ -38,8 +38,8 @@ TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
 
-def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
-    """What differs from the configuration that the checkpoint was trained with: setting → [then, now].
+def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]]:
+    """What differs from what the checkpoint was trained with: setting, or `ranks` → [then, now].
 
     Raises:
         ConfigError: a difference that affects steps already taken.
@@ -73,7 +73,42 @@ def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
     if effects:
         _check_steps_taken(then, config, state, effects)
         _check_samples_taken(then, config, state, effects)
-    return differences
+    trained_on = trained_by(checkpoint)[1]
+    return differences | ({"ranks": [trained_on, ranks]} if trained_on != ranks else {})
+
+
+def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
+    """Why the losses will be others than those of the undisturbed run, by more than rounding: a batch is split into
+    other forward passes, and something is counted or drawn in each. None when they will not."""
+    then, state = load(checkpoint / "config.yaml"), load_state(checkpoint)
+    micro = then.batch.micro_sequences, config.batch.micro_sequences
+    on = trained_by(checkpoint)[1], ranks
+    kernels = then.model.attn_implementation, config.model.attn_implementation
+    changed = [
+        f"{name} {pair[0]} → {pair[1]}"
+        for name, pair in (("batch.micro_sequences", micro), ("ranks", on), ("model.attn_implementation", kernels))
+        if pair[0] != pair[1]
+    ]
+    split = micro[0] != micro[1] or on[0] != on[1]
+    begun = state.tokens - config.run.tokens_seen
+    batches = [config.batch_at(begun), *(phase.sequences for phase in config.batch.ramp if phase.from_tokens > begun)]
+    whole = all(sequences <= m * n for sequences in batches for m, n in zip(micro, on, strict=True))
+    scope = config.balance.scope
+    balanced = config.model.model_type == "granitemoe" and config.balance.router_aux_loss_coef != 0
+    why = []
+    # `micro` sees the same slices of a batch on any number of ranks, the others one slice of each rank at a time.
+    if balanced and (
+        (scope in ("accumulated", "dp") and split and not whole) or (scope == "micro" and micro[0] != micro[1])
+    ):
+        why.append(f"balance.scope={scope} counts the experts' tokens by them (lagged does not)")
+    if config.model.attention_dropout and changed:
+        why.append("attention dropout is drawn anew in each of them")
+    if not why:
+        return None
+    return (
+        f"{', '.join(changed)}: a batch goes forward in other parts than before, and {' and '.join(why)}. From step "
+        f"{state.step + 1:,} on the losses are others than they would have been."
+    )
 
 
 def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:

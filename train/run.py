@@ -53,9 +53,12 @@ def train(config: Config, command: list[str]) -> Outcome:
     """
     engine, state = Engine(config), State(tokens=config.run.tokens_seen)
     folder = config.run_folder
-    with environment.claimed(folder, engine), leaving_exit_json(folder, engine, state) as ended:
+    with (
+        environment.claimed(folder, engine) as check_ours,
+        leaving_exit_json(folder, engine, state, check_ours) as ended,
+    ):
         try:
-            outcome = _train(config, engine, state, command)
+            outcome = _train(config, engine, state, command, check_ours)
         except RuntimeError as error:
             if not engine.lost_a_rank(error):
                 raise
@@ -67,14 +70,14 @@ def train(config: Config, command: list[str]) -> Outcome:
         return outcome
 
 
-def _train(config: Config, engine: Engine, state: State, command: list[str]) -> Outcome:
+def _train(config: Config, engine: Engine, state: State, command: list[str], check_ours: Callable[[], None]) -> Outcome:
     environment.check_no_secrets(config)
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
     check_target(folder / "model")
 
     # ---- where to begin
-    start_from, changes, tokens = engine.first_rank_decides(lambda: where_to_begin(config))
+    start_from, changes, tokens = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
     check_batch(config, engine.world_size, tokens - config.run.tokens_seen)
     benchmarks = None
     if config.evaluation.tasks:
@@ -129,6 +132,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
 
         def save() -> None:
             with watchdog.paused():  # a disk may be slow
+                engine.first_rank_decides(check_ours)
                 saver.save(state, parts.balance)
 
         def finish_saving() -> None:
@@ -136,12 +140,15 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
                 saver.finish()
 
         with watchdog:
-            with Stop(folder, engine) as stop:
+            with Stop(folder, engine, check_ours) as stop:
+                recorded = engine.first_rank_decides(lambda: tracker.evaluations(state.step)) if own else []
+                over = state.tokens >= config.end_tokens
+                evaluated = over and recorded and not any(name.startswith("evaluation.") for name in changes)
+                if evaluated:
+                    say("The run had finished: nothing is trained or evaluated again.")
                 due = config.evaluation.every and state.step % config.evaluation.every == 0
-                if due and (
-                    start_from is None  # what training begins with
-                    or (own and not engine.first_rank_decides(lambda: tracker.has_evaluated(state.step)))
-                ):  # or the stop had come before it
+                # What training begins with, or an evaluation that the stop had come before.
+                if due and (start_from is None or (own and not recorded and not over)):
                     evaluate()
                 try:
                     reason = train_loop(
@@ -153,7 +160,10 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
                 if saver.saved_step != state.step:
                     save()
                 finish_saving()
-                lines = evaluate() if reason is None else []
+                if evaluated:
+                    lines = [line for line in recorded if "bits_per_byte" in line]
+                else:
+                    lines = evaluate() if reason is None else []
             if reason is None:
                 probe = parts.batches.batch(0, 1)["input_ids"]
                 logits = engine.logits(probe)
@@ -167,9 +177,8 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
             return Outcome(reason, state.step)
 
     # ---- what is left to the user
+    engine.first_rank_decides(check_ours)
     if engine.is_main:
-        picture = folder / "report.html"
-        environment.replace_text(picture, report.runs_page([folder]))
         facts: dict[str, Any] = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
         if lines:
             facts |= {
@@ -177,6 +186,11 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
                 "bits per byte": f"{lines[-1]['bits_per_byte']:.4f}",
             }
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
+        picture = folder / "report.html"
+        try:
+            environment.replace_text(picture, report.runs_page([folder]))
+        except Exception as error:  # whatever it is, the model is more than its picture
+            say(f"Warning: {picture} could not be drawn: {type(error).__name__}: {error}")
         say_result(config, folder, parts, lines, picture, difference, say)
     return Outcome("finished", state.step)
 
@@ -205,7 +219,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         if trained_with.is_dir():
             config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
     prepared = prepare_data(config, engine, say)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder, trust_remote_code=False)
     check_vocabulary(config, tokenizer, prepared, say)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
@@ -221,9 +235,11 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     rows = mup.table(config)
     engine.prepare(LanguageModelLoss(model), rows)
     if start_from is None and config.run.init_from is not None:
+        say(f"Weights, sizes and multipliers are those of {config.run.init_from}, whatever the experiment says.")
         engine.load(init_from.reader(config.run.init_from, engine.shapes))
     elif start_from is None:
         engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
+    seed_rank(config.run.seed, engine.rank, 0 if start_from is None else checkpoint.step_of(start_from))
     moe = config.model.model_type == "granitemoe"
     balance = Balance(
         config.balance,
@@ -253,11 +269,21 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         kind, ranks = checkpoint.trained_by(start_from)
         if (kind, ranks) != (engine.kind, engine.world_size):
             say(f"It was trained as {kind} on {ranks} rank(s); it goes on as {engine.kind} on {engine.world_size}.")
+        if why := resume.other_losses(start_from, config, engine.world_size):
+            say(f"Warning: {why}")
     validation = Validation(config, prepared.validation, tokenizer)
     return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts)
 
 
-def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]], int]:
+def seed_rank(seed: int, rank: int, step: int) -> None:
+    """Let every rank draw a dropout of its own, once the model is the same on all. The first goes on with `seed`, as a
+    single process does. A rank that a checkpoint knows goes on with the state it has there; a new one begins here."""
+    if rank:
+        key = hashlib.blake2b(f"{seed}/rank {rank}/step {step}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+def where_to_begin(config: Config, ranks: int) -> tuple[Path | None, dict[str, list[Any]], int]:
     """The checkpoint to go on from, the settings that have changed since, and the tokens seen until then.
 
     What an interrupted save left is removed, and what is not valid is put aside.
@@ -299,7 +325,7 @@ def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]], i
     checkpoint.set_aside(checkpoints, chosen if chosen and chosen.parent == checkpoints else None)
     if chosen is None:
         return None, {}, config.run.tokens_seen
-    return chosen, resume.changes(chosen, config), checkpoint.load_state(chosen).tokens
+    return chosen, resume.changes(chosen, config, ranks), checkpoint.load_state(chosen).tokens
 
 
 def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
@@ -402,7 +428,9 @@ def of_each_corpus(lines: list[dict[str, Any]]) -> str:
 
 
 @contextlib.contextmanager
-def leaving_exit_json(folder: Path, engine: Engine, state: State) -> Iterator[dict[str, Any]]:
+def leaving_exit_json(
+    folder: Path, engine: Engine, state: State, check_ours: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
     """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
     ended: dict[str, Any] = {}
     try:
@@ -416,6 +444,8 @@ def leaving_exit_json(folder: Path, engine: Engine, state: State) -> Iterator[di
     finally:
         if engine.is_main:
             try:
+                check_ours()
                 environment.replace_text(folder / "exit.json", json.dumps(environment.without_secrets(ended)) + "\n")
-            except OSError as error:
-                print(f"powertrain: exit.json cannot be written: {error}", file=sys.stderr)
+            except (OSError, ConfigError) as error:
+                if str(error) not in str(ended.get("reason")):  # which will be said
+                    print(f"powertrain: exit.json cannot be written: {error}", file=sys.stderr)

@@ -75,9 +75,10 @@ class Tracker:
         prefix = f"evaluation/{metrics['corpus']}/"
         self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
-    def has_evaluated(self, step: int) -> bool:
-        """Whether evals.jsonl has a line of this step. On the first rank."""
-        return any(line["step"] == step for line in read_lines(self.folder / "evals.jsonl"))
+    def evaluations(self, step: int) -> list[dict[str, Any]]:
+        """The lines of this step in evals.jsonl, `overall` last. On the first rank."""
+        lines = [line for line in read_lines(self.folder / "evals.jsonl") if line["step"] == step]
+        return sorted(lines, key=lambda line: line.get("corpus") == "overall")
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import without_timing
+from conftest import tiny_overrides, train_here, without_timing
+from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from schedulers import Decay, Power
@@ -172,11 +174,11 @@ def test_a_branch_can_have_a_mixture_of_its_own(run: Callable[..., Path], words:
 
 def test_a_growing_batch_takes_rate_clock_and_samples_along(run: Callable[..., Path]) -> None:
     ramp = "batch.ramp=[{from_tokens: 1024, sequences: 16}, {from_tokens: 2048, sequences: 24}]"
-    lines = read_lines(run(ramp, "run.tokens=3584") / "metrics.jsonl")
+    lines = read_lines(run(ramp, "run.tokens=3584", "schedule.decay.tokens=1024") / "metrics.jsonl")
     assert [line["tokens"] for line in lines] == [0, 256, 512, 768, 1024, 1536, 2048, 2816]
     assert [line["samples"] for line in lines] == [0, 8, 16, 24, 32, 48, 64, 88]
     assert [line["batch"] * 128 for line in lines] == [8, 8, 8, 8, 16, 16, 24, 24]
-    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3584 - 768, tokens=768))
+    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3584 - 1024, tokens=1024))
     for line in lines:
         assert line["lr"] == power(tokens=line["tokens"], batch=line["batch"])
 
@@ -189,6 +191,14 @@ def test_a_phase_that_does_not_divide_is_refused_before_the_start(run: Callable[
 # -------------------------------------------------------------------------------------------- continued pretraining
 
 
+@pytest.fixture(scope="module")
+def sound(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a model to begin from."""
+    folder = tmp_path_factory.mktemp("sound")
+    settings = ("run.tokens=256", "schedule.decay.tokens=0", "schedule.warmup_tokens=0")
+    return train_here(tiny_overrides(words, cache, folder, *settings))
+
+
 def test_going_on_from_an_exported_model(run: Callable[..., Path], tmp_path: Path) -> None:
     first = run("run.name=first", "evaluation.every=100")
     last = read_lines(first / "evals.jsonl")[-1]
@@ -197,7 +207,7 @@ def test_going_on_from_an_exported_model(run: Callable[..., Path], tmp_path: Pat
         f"run.init_from={first}/model",
         "run.tokens_seen=3072",
         "run.tokens=1024",
-        "schedule.decay.tokens=256",
+        "schedule.decay.tokens=0",
         "schedule.rewarmup.tokens=512",
     )
     lines = read_lines(folder / "metrics.jsonl")
@@ -248,6 +258,118 @@ def test_a_model_that_cannot_be_trained_is_refused(
     (folder / "model/config.json").write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=reason):
         composed(tiny(f"run.init_from={folder}/model"))
+
+
+CONTINUED = ("run.name=more", "run.tokens_seen=3072", "run.tokens=1024", "schedule.decay.tokens=0")
+
+
+def test_a_run_folder_stands_for_its_model_and_is_needed_only_to_begin(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wide = ("model.hidden_size=64", "model.num_hidden_layers=1", "model.num_key_value_heads=1")
+    first = run("run.name=first", *wide, "run.tokens=512", "schedule.decay.tokens=0", "schedule.warmup_tokens=0")
+    settings = (*CONTINUED, f"run.init_from={first}", "checkpoint.every=2", "checkpoint.keep=9")
+    whole = run(*settings)
+    assert json.loads((whole / "model/config.json").read_text())["hidden_size"] == 64
+    lines = without_timing(read_lines(whole / "metrics.jsonl"))
+    shutil.rmtree(whole / "checkpoints/step-00000004")
+    first.rename(tmp_path / "away")
+    monkeypatch.setattr("train.init_from.AutoConfig", None)  # nothing of it is looked at
+    again = run(*settings)
+    assert without_timing(read_lines(again / "metrics.jsonl")) == lines
+    branch = run(*settings, "run.name=branch", f"run.resume={whole}/checkpoints/step-00000002")
+    assert without_timing(read_lines(branch / "metrics.jsonl")) == lines[2:]
+    with pytest.raises(ConfigError, match=r"model\.hidden_size 64, not 32"):
+        run(*settings, "model.hidden_size=32")
+
+
+def test_what_the_command_line_says_of_an_adopted_model_has_to_be_so(
+    run: Callable[..., Path], tiny: Callable[..., list[str]]
+) -> None:
+    init_from = f"run.init_from={run()}"
+    agreeing = (
+        "model.hidden_size=32",
+        "model.num_local_experts=4",
+        "model.logits_scaling=2",
+        "model.rope_theta=10_000",
+    )
+    assert composed(tiny(init_from, *agreeing, "model.attention_dropout=0.5")).model.attention_dropout == 0.5
+    for setting, said in (
+        ("model.hidden_size=256", "model.hidden_size 32, not 256"),
+        ("++model.num_hidden_layers=3", "model.num_hidden_layers 2, not 3"),
+        ("model.rope_theta=500", "model.rope_theta 10000.0, not 500.0"),
+        ("model.num_experts_per_tok=1", "model.num_experts_per_tok 2, not 1"),
+        ("model.residual_multiplier=1", "model.residual_multiplier 0.9"),
+        ("model.tie_word_embeddings=false", "model.tie_word_embeddings True, not False"),
+        ("model=proxy_12m", "model.model_type granitemoe, not granite"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+            composed(tiny(init_from, setting))
+        assert "leave these settings" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("a run without a model", "the folder of a run that has no model yet"),
+        ("no folder", "is no folder"),
+        ("no weights", "there is no model.safetensors"),
+        ("a pickle", "there is no model.safetensors"),
+        ("cut weights", "cannot be read: SafetensorError"),
+        ("whole numbers", "is I64, not one of"),
+        ("another shape", "cannot be read"),
+        ("a tensor too few", "lacks the tensors ['model.norm.weight']"),
+        ("a tensor too many", "the tensors ['model.layers.0.self_attn.q_proj.bias']"),
+        ("a word for a size", "cannot be read"),
+        ("no json", "cannot be read"),
+        ("code", "cannot be read"),
+        ("quantised", "quantization_config"),
+    ],
+)
+def test_weights_of_others_that_cannot_be_read_are_a_paragraph(
+    sound: Path, tiny: Callable[..., list[str]], tmp_path: Path, damage: str, said: str
+) -> None:
+    shutil.copytree(sound / "model", tmp_path / "theirs")
+    folder = tmp_path / "theirs"
+    config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    tensors = load_file(path)
+    if damage == "a run without a model":
+        shutil.move(folder, tmp_path / "elsewhere")
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+    elif damage == "no folder":
+        shutil.rmtree(folder)
+    elif damage in ("no weights", "a pickle"):
+        path.unlink()
+        if damage == "a pickle":
+            torch.save(tensors, folder / "pytorch_model.bin")
+    elif damage == "cut weights":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage in ("a word for a size", "code", "quantised"):
+        config |= {
+            "a word for a size": {"hidden_size": "wide"},
+            "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}},
+            "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        }[damage]
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "theirs.py").write_text(f"import pathlib; pathlib.Path('{tmp_path}/mark').touch()")
+    elif damage == "no json":
+        (folder / "config.json").write_text("{")
+    else:
+        norm = tensors["model.norm.weight"]
+        tensors |= {
+            "whole numbers": {"model.norm.weight": norm.long()},
+            "another shape": {"model.norm.weight": norm[:-1].clone()},
+            "a tensor too few": {},
+            "a tensor too many": {"model.layers.0.self_attn.q_proj.bias": norm.clone()},
+        }[damage]
+        if damage == "a tensor too few":
+            del tensors["model.norm.weight"]
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ConfigError) as refused:
+        train(composed(tiny(*CONTINUED, f"run.init_from={folder}")), ["test"])
+    assert said in str(refused.value) and f"run.init_from={folder}" in str(refused.value)
+    assert "\n" not in str(refused.value) and not (tmp_path / "mark").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- replay

@@ -207,7 +207,7 @@ def test_a_trial_on_a_shared_trunk_equals_a_separate_run(
     assert read_lines(shared / "evals.jsonl") == read_lines(alone / "evals.jsonl")
     steps = without_timing(read_lines(shared / "metrics.jsonl"))
     assert steps == without_timing(read_lines(alone / "metrics.jsonl"))[-len(steps) :]
-    assert len(steps) == 40 - 18  # it began where the decay of 2560 tokens did
+    assert len(steps) == 40 - 16  # it began where the decay of 2560 tokens did
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -327,6 +327,8 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert "no whole number of sequences" in refused(*words_sweep("sweep.batch=[0.0009765625]", "sweep.min_steps=1"))
     assert "warmup" in refused(*words_sweep("schedule.warmup_tokens=1200"))
     assert "hidden_sise" in refused(*words_sweep("++sweep.models.dense={hidden_sise: 32}"))
+    said = refused(*words_sweep("sweep.decay_fraction=0.1"))
+    assert "has 10 steps, and sweep.decay_fraction=0.1" in said and "Raise sweep.min_steps to 20" in said
     assert "start at nothing" in refused(*words_sweep("run.tokens_seen=10"))
     assert not (tmp_path / "words").exists()
 
@@ -355,7 +357,7 @@ def test_a_trial_of_another_configuration_is_refused(
             by_itself.unlink()
         for change, said in (
             ("optimizer.weight_decay=0.2", "weight_decay': 0.1}, and now {'optimizer.weight_decay': 0.2"),
-            ("sweep.decay_fraction=0.2", "another decay_fraction: 0.1, and now 0.2"),
+            ("sweep.decay_fraction=0.3", "another decay_fraction: 0.2, and now 0.3"),
             ("evaluation.sequences=4", "evaluation_sequences"),
             ("schedule.warmup_tokens=600", "another warmup_tokens: 700, and now 600"),
             ("data.corpora.words.validation_fraction=0.3", "another data_fingerprint"),
@@ -375,10 +377,10 @@ def test_a_trial_begins_further_back_when_the_trunk_is_damaged(words_sweep: Call
     sweep = train_trial(arguments, second)
     (start,) = begin_from(sweep, sweep.progress(), third)
     assert second.name in start
-    weights = sweep.folder / second.name / "checkpoints" / "step-00000018" / "weights.safetensors"
+    weights = sweep.folder / second.name / "checkpoints" / "step-00000016" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (start,) = begin_from(sweep, sweep.progress(), third)
-    assert first.name in start and "step-00000009" in start
+    assert first.name in start and "step-00000008" in start
 
 
 def test_the_users_own_start_of_a_decay_does_not_beat_the_sweeps(words_sweep: Callable[..., list[str]]) -> None:
@@ -388,7 +390,7 @@ def test_the_users_own_start_of_a_decay_does_not_beat_the_sweeps(words_sweep: Ca
     sweep = Sweep(arguments)
     trial = next(t for t in sweep.trials if t.tokens == 2560)
     schedule = composed([*arguments, *overrides(sweep.sweep, trial, sweep.settings)]).make_schedule()
-    assert getattr(schedule, "decay").start == 2304  # noqa: B009
+    assert getattr(schedule, "decay").start == 2048  # noqa: B009
 
 
 def test_a_failed_trial_keeps_nobody_else_from_going_on() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_run, cut_at, launch, launch_command, start, without_timing
+from conftest import assert_same_run, cut_at, launch, launch_command, start, train_here, without_timing
 from safetensors.torch import load_file
 
 import train.run
@@ -51,6 +52,8 @@ def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Te
 def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(tiny: Overrides, tmp_path: Path, engine: str) -> None:
     succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine=engine))
     folder = cut_at(tmp_path / "whole", 6, "cut")
+    first, second = (folder / f"checkpoints/step-00000006/rng/rank-0000{rank}.safetensors" for rank in (0, 1))
+    assert first.read_bytes() != second.read_bytes()  # each draws a dropout of its own
     # Of one rank's part the newest is gone: all ranks go back to the one before.
     part = "rng/rank-00001.safetensors" if engine == "ddp" else "weights-00002-of-00002.safetensors"
     (folder / f"checkpoints/step-00000006/{part}").unlink()
@@ -349,6 +352,72 @@ def test_files_have_the_permissions_of_new_ones(run: Callable[..., Path], tmp_pa
     files = [*folder.glob("model/*"), *folder.glob("checkpoints/step-*/**/*.safetensors")]
     assert len(files) > 10
     assert {path.stat().st_mode for path in files if path.is_file()} == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize(("what", "step"), [("renamed", 5), ("replaced", 12), ("removed", 12), ("lock removed", 5)])
+def test_a_folder_that_is_gone_while_it_trains_is_not_made_anew(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, step: int
+) -> None:
+    folder, original = tmp_path / "tiny", Tracker.step
+
+    def take_away(self: Tracker, record: dict[str, Any]) -> None:
+        original(self, record)
+        if record["step"] == step:
+            while list(folder.glob("checkpoints/.step-*")):  # a save is still being written
+                time.sleep(0.01)
+            if what == "lock removed":
+                (folder / ".lock").unlink()
+            else:
+                folder.rename(tmp_path / "elsewhere")
+            if what == "removed":
+                shutil.rmtree(tmp_path / "elsewhere")
+            if what == "replaced":
+                folder.mkdir()
+                (folder / ".lock").touch()
+
+    monkeypatch.setattr(Tracker, "step", take_away)
+    with pytest.raises(ConfigError, match="tiny is not the folder any more that this run began in") as refused:
+        run("checkpoint.every=2")
+    assert "\n" not in str(refused.value)
+    if what == "lock removed":
+        assert not (folder / "exit.json").exists()
+    else:
+        assert [path.name for path in folder.glob("*")] == ([".lock"] if what == "replaced" else [])
+    if what == "renamed":
+        assert len(read_lines(tmp_path / "elsewhere/metrics.jsonl")) == step
+        assert not (tmp_path / "elsewhere/model").exists()
+        (tmp_path / "elsewhere").rename(folder)
+        monkeypatch.setattr(Tracker, "step", original)
+        assert len(read_lines(run("checkpoint.every=2") / "metrics.jsonl")) == 12
+
+
+def test_a_folder_that_is_gone_before_the_export(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = Tracker.close
+
+    def close(self: Tracker) -> None:
+        original(self)
+        shutil.rmtree(tmp_path / "tiny")
+
+    monkeypatch.setattr(Tracker, "close", close)
+    with pytest.raises(ConfigError, match="makes nothing anew"):
+        run()
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_page_that_cannot_be_drawn_costs_no_model(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folders: list[Path]) -> str:
+        raise UnicodeEncodeError("latin-1", "−", 0, 1, "no such character")
+
+    monkeypatch.setattr("train.report.runs_page", fail)
+    folder = train_here(tiny())
+    assert (folder / "model/model.safetensors").exists()
+    assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Warning: " in said and "could not be drawn: UnicodeEncodeError" in said
 
 
 def test_fault_24_a_secret_where_it_would_be_needed_again(

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import errno
+import io
+import itertools
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_same_run, cut_at, tiny_overrides, train_here, without_timing
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from train import checkpoint
-from train.config import ConfigError
+from train.config import ConfigError, RampConfig
 from train.track import read_lines
 
 # attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
@@ -64,8 +72,6 @@ def test_the_cut_crosses_an_epoch(whole: Path) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    from omegaconf import OmegaConf
-
     return OmegaConf.load(folder / "config.yaml")
 
 
@@ -146,6 +152,72 @@ def test_fault_04_without_a_valid_checkpoint_nothing_begins_again(go_on: Callabl
         go_on(1, prepare=truncate)
 
 
+@pytest.fixture
+def as_a_user(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Permissions count, as they do not for root: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    effective = sets[0]
+    sets[0] &= ~0b110
+    libc.capset(header, sets)
+    yield
+    sets[0] = effective
+    libc.capset(header, sets)
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        "step-00000006/manifest.json",
+        "step-00000006/weights.safetensors",
+        "step-00000006/state.json",
+        "step-00000006/rng",
+        "step-00000006",
+        ".",
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_fault_04_what_may_not_be_read_is_not_what_is_damaged(
+    go_on: Callable[..., Path], tmp_path: Path, unreadable: str
+) -> None:
+    checkpoints = tmp_path / "cut/checkpoints"
+
+    def lock_away(folder: Path) -> None:
+        (checkpoints / unreadable).chmod(0)
+
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)") as refused:
+        go_on(6, prepare=lock_away)
+    assert "\n" not in str(refused.value)
+    (checkpoints / unreadable).chmod(0o700)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in range(1, 7)]
+    assert not (tmp_path / "cut/checkpoints/step-00000006.invalid").exists()
+    assert json.loads((tmp_path / "cut/exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("file", ["weights.safetensors", "manifest.json"])
+def test_fault_04_what_says_that_bytes_are_lost(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, number: int
+) -> None:
+    real = io.open
+
+    def broken(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if str(path).endswith(f"step-00000012/{file}"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr("io.open", broken)
+    monkeypatch.setattr("builtins.open", broken)
+    if number in (errno.EIO, errno.ESTALE, errno.ENOENT):
+        newest = checkpoint.newest_valid(whole / "checkpoints")
+        assert newest is not None and checkpoint.step_of(newest) == 11
+        said = "is missing" if number == errno.ENOENT else f"cannot be read: {os.strerror(number)}"
+        assert f"step-00000012 is not valid, trying the one before: {file} {said}." in capsys.readouterr().out
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"{file} cannot be read ({os.strerror(number)})")):
+            checkpoint.newest_valid(whole / "checkpoints")
+
+
 def test_fault_26_manifest_that_points_outside_is_refused(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-00000006"
     shutil.copytree(whole / "checkpoints/step-00000006", path)
@@ -210,6 +282,36 @@ def test_fault_17_a_change_ahead_passes_and_is_recorded(go_on: Callable[..., Pat
     assert any(setting.startswith(name) for setting in start["changed_settings"])
     before = without_timing(read_lines(whole / "metrics.jsonl"))[:6]
     assert without_timing(read_lines(folder / "metrics.jsonl"))[:6] == before
+
+
+def test_what_another_split_of_the_batch_changes_is_said(
+    whole: Path, tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import resume
+    from train.cli import composed
+
+    path = whole / "checkpoints/step-00000006"
+    config = composed(tiny())
+
+    def said(scope: str, dropout: float, before: int, micro: int, ranks: int) -> str:
+        config.balance.scope, config.model.attention_dropout, config.batch.micro_sequences = scope, dropout, before
+        then = copy.deepcopy(config)
+        monkeypatch.setattr(resume, "load", lambda path: then)
+        config.batch.micro_sequences = micro
+        return resume.other_losses(path, config, ranks) or ""
+
+    for micro, ranks in itertools.product((2, 4), (1, 2)):  # 4 on one rank before, of batches of 8
+        split = (micro, ranks) != (4, 1)
+        for scope in ("lagged", "accumulated", "dp", "micro"):
+            counted = {"lagged": False, "micro": micro != 4}.get(scope, split)
+            assert (f"balance.scope={scope}" in said(scope, 0.0, 4, micro, ranks)) == counted
+            assert ("dropout" in said(scope, 0.1, 4, micro, ranks)) == split
+    assert "batch.micro_sequences 4 → 2, ranks 1 → 2: " in said("dp", 0.0, 4, 2, 2)
+    assert resume.changes(path, config, 2) == {"batch.micro_sequences": [4, 2], "ranks": [1, 2]}
+    # The whole batch in one forward pass is that on any number of ranks, as long as it does not grow.
+    assert said("dp", 0.0, 8, 4, 2) == ""
+    config.batch.ramp = [RampConfig(2048, 16)]
+    assert "dp" in said("dp", 0.0, 8, 4, 2)
 
 
 def test_fault_17_going_on_after_a_decay_began_needs_a_rewarmup(go_on: Callable[..., Path]) -> None:
@@ -303,6 +405,24 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(
     evaluations = run("run.name=stopped", *settings) / "evals.jsonl"
     assert read_lines(evaluations) == whole
     assert len(evaluations.read_text().splitlines()) == 8  # none of them twice
+
+
+def test_a_finished_run_only_says_so(
+    go_on: Callable[..., Path], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = go_on(12)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The run had finished" in said and "validation loss" in said and str(folder / "model") in said
+    assert read_lines(folder / "evals.jsonl") == read_lines(whole / "evals.jsonl")
+    assert len((folder / "evals.jsonl").read_text().splitlines()) == 2
+    assert (folder / "model/README.md").read_text().count("nats a token") == 1
+
+
+def test_a_finished_run_is_evaluated_again_when_that_is_asked_for(go_on: Callable[..., Path], whole: Path) -> None:
+    before = read_lines(whole / "evals.jsonl")
+    after = read_lines(go_on(12, "evaluation.sequences=2") / "evals.jsonl")
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    assert after[-1]["targets"] < before[-1]["targets"]
 
 
 # ------------------------------------------------------------------------------------- what a run must not lose
