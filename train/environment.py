@@ -243,11 +243,11 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"The result cannot be written to '{path}'; name another file with --out.")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is at every moment whole: the old one or the new one."""
+def replace_text(path: Path, text: str | bytes) -> None:
+    """Write a file, in UTF-8, that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w") as file:
-        file.write(text)
+    with open(beside, "wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
