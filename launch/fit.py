@@ -22,7 +22,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from schedulers.law import Cell, Law, Reading, fit, name_of
 from train.cli import guard
 from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
 from train.environment import replace_text
+from train.report import looks, plain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -83,18 +84,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a ledger.
 
     Raises:
-        ConfigError: no such file, or a line that is no JSON object.
+        ConfigError: no such file, or a line that is no JSON object, or holds a number that nothing can be.
     """
     if not path.is_file():
         raise ConfigError(f"There is no ledger {path}. A sweep leaves one in RUN.FOLDER/NAME/ledger.jsonl.")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}, is not JSON ({error}): mend or delete that line.") from error
+        except (ValueError, RecursionError) as error:
+            why = "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+            raise ConfigError(f"{path}, line {number}, is not JSON ({why}): mend or delete that line.") from error
         if not isinstance(line, dict):
             raise ConfigError(f"{path}, line {number}, is not a JSON object but {text[:60]!r}.")
         lines.append(line)
@@ -248,7 +250,7 @@ rewarmup: {{start: null, tokens: 0}}
                 )
                 for config in {json.dumps(config): config for config in configs}.values()
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
                 f"{source}: a trial's `config` is not one of this version ({error}). Without `config` on its lines the "
                 "ledger makes a schedule that does not say which parametrisation it belongs to."
@@ -263,13 +265,24 @@ rewarmup: {{start: null, tokens: 0}}
 
 
 def plot(law: Law, folder: Path) -> list[Path]:
-    """The paper's figures 2 to 4 for this ledger: losses over rates, best rates over batch and tokens, γ."""
+    """The pictures of a law as files."""
+    from matplotlib import pyplot
+
+    paths = []
+    for name, figure in pictures(law):
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+        pyplot.close(figure)
+    return paths
+
+
+def pictures(law: Law) -> Iterator[tuple[str, Any]]:
+    """The paper's figures 2 to 4 for this ledger, by name: losses over rates, best rates over batch and tokens, γ."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import lines, pyplot, ticker
 
-    paths = []
     sizes = list(dict.fromkeys(cell.size for cell in law.cells))
     horizons = sorted({cell.tokens for cell in law.cells})
     batches = sorted({cell.batch for cell in law.cells})
@@ -289,11 +302,12 @@ def plot(law: Law, folder: Path) -> list[Path]:
             axis.set(xscale="log", title=f"{tokens:,} tokens", xlabel="learning rate", ylabel="validation loss (nats)")
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.grid(alpha=0.3, which="both")
+        figure.suptitle(plain(name_of(size)))
         handles = [lines.Line2D([], [], color=hues[batch], label=f"{batch:g}") for batch in batches]
         figure.legend(handles=handles, title="batch", fontsize=7, loc="outside right upper")
         for axis in list(axes.flat)[len(own) :]:
             axis.set_visible(False)
-        paths.append(_save(figure, folder / f"losses_{re.sub(r'[^a-zA-Z0-9]+', '_', name_of(size))}.png"))
+        yield f"losses_{re.sub(r'[^a-zA-Z0-9]+', '_', name_of(size))}", figure
 
     size_in = (10, 3.6 * len(sizes))
     figure, axes = pyplot.subplots(len(sizes), 2, figsize=size_in, squeeze=False, layout="constrained")
@@ -305,26 +319,27 @@ def plot(law: Law, folder: Path) -> list[Path]:
         for batch in batches:
             line = [(c.tokens, c.lr) for c in usable if c.batch == batch]
             right.plot(*_columns(line), "o-", color=hues[batch], label=f"{batch:g}")
-        for axis, name, legend in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=name_of(size))
+        for axis, name, what in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
+            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=plain(name_of(size)))
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-            axis.legend(title=legend, fontsize=6, ncols=2)
+            axis.legend(title=what, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
             axis.grid(alpha=0.3, which="both")
-    paths.append(_save(figure, folder / "best_rates.png"))
+    yield "best_rates", figure
 
     figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    look = looks(len(sizes))
     for number, size in enumerate(sizes):
         points = [(c.tokens, c.lr / c.batch) for c in law.best if c.size == size]
-        axis.plot(*_columns(points), "osD^v"[number % 5], color=f"C{number}", label=name_of(size), alpha=0.7)
+        color = look[number]["color"]
+        axis.plot(*_columns(points), "osD^v"[number % 5], color=color, label=plain(name_of(size)), alpha=0.7)
         if size in law.sizes:
-            _line(axis, law.sizes[size], horizons, f"C{number}", "--", None)
+            _line(axis, law.sizes[size], horizons, color, "--", None)
     _line(axis, law.paper, horizons, "black", "-", f"all: γ ∝ tokens^{law.paper.b.value:.3f}")
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="γ = η / batch of the three best batches")
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axis.legend()
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     axis.grid(alpha=0.3, which="both")
-    paths.append(_save(figure, folder / "gamma.png"))
-    return paths
+    yield "gamma", figure
 
 
 def _curve(axis: Any, cell: Cell, color: Any) -> None:
@@ -344,14 +359,6 @@ def _line(axis: Any, reading: Reading, horizons: list[int], color: str, style: s
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ Array = npt.NDArray[np.float64]
 Size = tuple[str, int]  # family, hidden_size
 
 SAME_HORIZON = 1.03  # horizons within this factor are one, rounded to whole steps of several batches
+MOST = 1e18  # of any number in a ledger
 NEEDED = ("hidden_size", "batch", "lr", "tokens", "loss")
 WINDOW = math.log(8) / 2  # rates within this factor of the best one, or the four nearest, make the parabola
 MOST_LOPSIDED = 0.3  # beyond it the losses would turn down again within the window
@@ -270,10 +271,10 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
         value = line[name]
         if name == "loss" and (value is None or value in (math.inf, math.nan) or value != value):
             continue
-        number_given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number_given or (name != "loss" and value <= 0):
-            above = "a finite number" if name == "loss" else "a finite number above 0"
-            raise ValueError(f"Line {number} of the ledger has {name} {value!r}; it has to be {above}.")
+        number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number_given or not (-MOST if name == "loss" else 0) < value < MOST:
+            limits = f"a number {f'between -{MOST:g} and' if name == 'loss' else 'above 0 and below'} {MOST:g}"
+            raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it has to be {limits}.")
     loss = line["loss"]
     return (
         (str(line.get("family", "")), int(line["hidden_size"])),

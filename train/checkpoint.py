@@ -41,7 +41,7 @@ from train import faults as injected
 from train.balance import Balance
 from train.config import ConfigError, RunFailed
 from train.engine import MOMENTS, Engine, Read
-from train.environment import as_others_are, replace_text, settings_text
+from train.environment import as_others_are, read_record, replace_text, settings_text
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -73,6 +73,7 @@ class Saver:
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # why it could not be written here
+        self._kept: set[Path] = set()  # old ones that cannot be removed
 
     def save(self, state: State, balance: Balance) -> None:
         """Begin the checkpoint of `state`. One that could not be written before is reported, and forgotten."""
@@ -210,7 +211,12 @@ class Saver:
             replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
         injected.at("prune", 0, step)
         for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # the new one is there all the same
+                if old not in self._kept:
+                    self.say(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
+                self._kept.add(old)
         return final
 
     def _explained(self, error: Exception, step: int) -> str:
@@ -290,10 +296,13 @@ def _elements(stored: Any, start: int, stop: int) -> torch.Tensor:
 
 def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> None:
     """Put everything of a verified checkpoint back in place, on every rank."""
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = read_state(checkpoint)
     for name, value in saved["state"].items():
         setattr(state, name, value)
-    balance.previous = torch.tensor(saved["assignments"], dtype=torch.int64).reshape(balance.previous.shape)
+    load = torch.tensor(saved["assignments"], dtype=torch.int64)
+    if load.numel() != balance.previous.numel():
+        raise ConfigError(f"{checkpoint / 'state.json'} holds the expert assignments of another model.")
+    balance.previous = load.reshape(balance.previous.shape)
     taken = saved["optimizer_steps"]
     moments: dict[str, Read] = {moment: Stored(checkpoint, moment, engine.shapes).read for moment in MOMENTS if taken}
     engine.load(Stored(checkpoint, "weights", engine.shapes).read, taken, moments)
@@ -302,14 +311,37 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
         _set_rng_state(load_file(rng), engine)
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json holds.
+
+    Raises:
+        ConfigError: it is of another shape, by somebody's hand: the manifest has its hash.
+    """
+    saved = read_record(checkpoint / "state.json")
+    try:
+        numbers = [*vars(State(**saved["state"])).values(), saved["optimizer_steps"]]
+        engine = saved.get("engine") or {"kind": "plain", "ranks": 1}
+        texts = [*saved["data_fingerprint"].values(), engine["kind"]]
+        load = torch.tensor(saved["assignments"], dtype=torch.int64)
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in (*numbers, engine["ranks"]))
+        if not whole or not all(isinstance(text, str) for text in texts) or load.dim() not in (1, 2):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ConfigError(
+            f"{checkpoint / 'state.json'} has been changed and does not tell where the run was. Restore it from a "
+            "copy, or move that checkpoint away to go on from the one before."
+        ) from error
+    return {**saved, "engine": engine}
+
+
 def load_state(checkpoint: Path) -> State:
     """The progress that a checkpoint was made at."""
-    return State(**json.loads((checkpoint / "state.json").read_text())["state"])
+    return State(**read_state(checkpoint)["state"])
 
 
 def trained_by(checkpoint: Path) -> tuple[str, int]:
     """The kind of engine, and its number of ranks."""
-    engine = json.loads((checkpoint / "state.json").read_text()).get("engine") or {"kind": "plain", "ranks": 1}
+    engine = read_state(checkpoint)["engine"]
     return engine["kind"], engine["ranks"]
 
 
@@ -378,7 +410,7 @@ def faults(checkpoint: Path) -> list[str]:
             return ["manifest.json is not this checkpoint's"]
     except OSError as error:
         return [_lost(checkpoint, "manifest.json", error)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"manifest.json cannot be read: {error}"]
     wrong = []
     for name, (size, sha256) in files.items():

@@ -203,6 +203,10 @@ def _compose(overrides: list[str]) -> DictConfig:
             return compose("train", overrides=overrides)
     except YAMLError as error:
         raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"A configuration file is not in UTF-8: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError("A configuration file, or a KEY=VALUE, is nested too deep to be read.") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_in_plain_words(error)) from error
 

@@ -7,14 +7,16 @@ wrong with it. Names are Transformers' wherever Transformers has one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import omegaconf._utils
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import CollectionNode, MappingNode, Node, YAMLError
 
 import schedulers
 from data import DataError
@@ -34,6 +36,32 @@ ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "fl
 EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm", "sonicmoe")
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+MOST_YAML_VALUES = 100_000
+
+
+class _Loader(omegaconf._utils.get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's, which copies what an alias stands for wherever it stands: nine lines can mean 10^9 values."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_YAML_VALUES:
+            raise YAMLError(f"{node.start_mark.name} has more than {MOST_YAML_VALUES:,} values, aliases written out")
+        return node
+
+
+def _values(node: Node, counted: dict[int, float]) -> float:
+    """How many values a node of YAML is with its aliases written out; infinitely many when it holds itself."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inside = node.value if isinstance(node, CollectionNode) else []
+        parts = itertools.chain(*inside) if isinstance(node, MappingNode) else inside
+        counted[id(node)] = 1 + sum(_values(part, counted) for part in parts)
+    return counted[id(node)]
+
+
+omegaconf._utils.get_yaml_loader = lambda: _Loader  # Hydra's files, a run's config.yaml and KEY=VALUE are read by it
 
 
 class ConfigError(ValueError):
@@ -323,6 +351,8 @@ def unchecked(composed: DictConfig, given: Collection[str] = ()) -> Config:
 def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a run left in its config.yaml, with changes by dotted name and KEY=VALUE on top.
 
+    Without a change it is not checked again: what an earlier version allowed can still be read, and gone on from.
+
     Raises:
         ConfigError: no such file, one of another version, or a change that cannot be.
     """
@@ -333,12 +363,12 @@ def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[
         for name, value in (changed or {}).items():
             OmegaConf.update(saved, name, value, merge=False)
         config = typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}, or a change to it, cannot be read: {str(error).partition(chr(10))[0]}") from error
-    # What a run was begun with is read, though it might not be begun today.
-    _raise_first(problems(config, beginning=bool(changed or overrides)))
+    if changed or overrides:
+        check(config)
     return config
 
 
@@ -380,10 +410,14 @@ def check(config: Config) -> None:
     _raise_first(problems(config))
 
 
-def problems(config: Config, beginning: bool = True) -> Iterator[str]:
+def problems(config: Config) -> Iterator[str]:
     """All that `check` would raise, a paragraph each. Where values are out of their range, what follows from them is
     not looked at."""
     model, batch, length = config.model, config.batch, config.data.sequence_length
+    for name, value in setting_values(config):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"{name} is {value}; it has to fit 64 bits."
+            return
     yield from _unless_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
     yield from _unless_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
     yield from _unless_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
@@ -398,6 +432,11 @@ def problems(config: Config, beginning: bool = True) -> Iterator[str]:
         yield from _unless_one_of("engine.expect", config.engine.expect, ENGINES)
     for tracker in config.tracker.log_with:
         yield from _unless_one_of("tracker.log_with", tracker, TRACKERS)
+    if Path(config.tracker.project).name != config.tracker.project or config.tracker.project in ("", ".", ".."):
+        yield (
+            f"tracker.project is '{config.tracker.project}'; it names one folder inside the run's, so it cannot be "
+            "empty, '.' or '..' or hold a path separator."
+        )
     for tracker in config.tracker.init_kwargs:
         yield from _unless_one_of("A name in tracker.init_kwargs", tracker, config.tracker.log_with)
     for name, value in (
@@ -444,8 +483,6 @@ def problems(config: Config, beginning: bool = True) -> Iterator[str]:
             yield f"{name} is {value}; it has to be 0 or greater."
     if not 0 <= model.attention_dropout < 1:
         yield f"model.attention_dropout is {model.attention_dropout}; it is a share from 0 to below 1."
-    if not -(2**63) <= config.run.seed < 2**63:
-        yield f"run.seed is {config.run.seed}; it has to fit 64 bits."
     for name, value in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
         if value < 0:
             yield f"{name} is {value}; it is a number of steps, or 0 for the end only."
@@ -486,8 +523,7 @@ def problems(config: Config, beginning: bool = True) -> Iterator[str]:
         )
 
     yield from _schedule_problems(config)
-    if beginning:
-        yield from _decay_problems(config)
+    yield from _decay_problems(config)
     for name, phases in (("batch.ramp", batch.ramp), ("data.stages", config.data.stages)):
         starts = [phase.from_tokens for phase in phases]
         if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
@@ -626,6 +662,10 @@ def setting_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in entries.items():
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
             yield from setting_values(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(
+            dataclasses.is_dataclass(each) or isinstance(each, dict) for each in value
+        ):
+            yield from setting_values({f"{name}[{i}]": each for i, each in enumerate(value)}, prefix)
         else:
             yield prefix + str(name), value
 

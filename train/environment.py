@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from data import DataError
-from train.config import Config, ConfigError, as_dict
+from train.config import Config, ConfigError, as_dict, load
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
     import torch
@@ -43,18 +43,20 @@ def write(
     start_from: Path | None,
     changes: dict[str, list[Any]],
     parameters: dict[str, int],
+    say: Callable[[str], None],
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
     `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
     """
-    record: dict[str, Any] = {"id": secrets.token_hex(4), "parent": None, "starts": []}
-    try:
-        record |= json.loads(path.read_text())
-    except FileNotFoundError:
-        pass
-    except ValueError:  # a power cut can leave it so
+    came_from, there = parent(path), read_record(path)
+    starts = there.get("starts")
+    whole = isinstance(there.get("id"), str) and isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
+    if not whole and path.exists():  # a power cut or an editor can leave it so
         os.replace(path, path.with_name("run.json.unreadable"))
+        say(f"Warning: {path} was not a run's record. It is kept as run.json.unreadable, and a new one begins.")
+    record: dict[str, Any] = {"id": secrets.token_hex(4), "starts": [], **(there if whole else {})}
+    record["parent"] = None if came_from is None else str(came_from)
     record["parameters"] = parameters
     if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
         record["parent"] = str(start_from.resolve())
@@ -137,13 +139,34 @@ def settings_text(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(config))))
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none, or something else: a record is no reason to lose a run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
+    """Add values to those of this name in run.json's newest start."""
+    record = read_record(path)
+    record["starts"][-1].setdefault(name, {}).update(values)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
+
+
 def parent(path: Path) -> Path | None:
     """The checkpoint of another run that this one branched off, from its run.json."""
-    try:
-        recorded = json.loads(path.read_text())["parent"]
-    except (FileNotFoundError, ValueError):
-        recorded = None
-    return None if recorded is None else Path(recorded)
+    recorded = read_record(path).get("parent", "")
+    if isinstance(recorded, str) and recorded:
+        return Path(recorded)
+    if recorded is not None:  # that record is lost, and the settings of a branch tell, too
+        with contextlib.suppress(ConfigError):
+            resume = load(path.with_name("config.yaml")).run.resume
+            began = Path(resume).resolve()
+            if resume not in ("auto", "never") and began.parent.parent != path.resolve().parent:
+                return began
+    return None
 
 
 def lock(path: Path) -> IO[str] | None:
@@ -236,11 +259,11 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"The result cannot be written to '{path}'; name another file with --out.")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is at every moment whole: the old one or the new one."""
+def replace_text(path: Path, text: str | bytes) -> None:
+    """Write a file, in UTF-8, that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w") as file:
-        file.write(text)
+    with open(beside, "wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)

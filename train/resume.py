@@ -7,11 +7,13 @@ the steps already taken, not by their spelling.
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import load_state, trained_by
+from schedulers import Cosine, Power, Rewarmup, Schedule
+from train.checkpoint import load_state, read_state, trained_by
 from train.config import Config, ConfigError, as_dict, load
 from train.state import State
 
@@ -34,6 +36,7 @@ _FREE = (
     "threads",
     "sample_prompt",
 )
+COMPARED = 16  # steps of a stretch whose batch is constant and whose rate is one formula
 TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
@@ -112,34 +115,62 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
 
 
 def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
-    """Batch and rate of every step already taken are the same under both configurations."""
+    """Batch and rate of every step already taken are the same under both configurations.
+
+    Between two of their edges the batches are constant and each rate is one formula. Two of these that are not the same
+    agree at a step or two at most, so a few steps of each stretch stand for all, however many there are.
+    """
     old, new = then.make_schedule(), now.make_schedule()
     rewarmed = now.rewarmup_start != then.rewarmup_start and now.rewarmup_start == state.tokens
     n, length, step = then.run.tokens_seen, then.data.sequence_length, 0
-    while n < state.tokens:
-        step += 1
-        sequences, other = (config.batch_at(n - config.run.tokens_seen) for config in (then, now))
-        if sequences != other:
-            raise ConfigError(
-                f"Step {step:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
-                f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
-                f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
-            )
-        beta = then.beta(sequences)
-        rates = old(tokens=n, batch=beta), new(tokens=n, batch=beta)
-        if rates[0] != rates[1] and not rewarmed:
-            advice = "Put them back, or begin another run (run.name=…)."
-            if old.phase(n) == "decay":
-                advice = (
-                    "The decay had begun. Branch off a checkpoint before it (run.resume=PATH run.name=ANOTHER), or say "
-                    "that the rate is to be warmed up again from here: "
-                    f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
+    edges = {math.ceil(edge) for edge in (*_edges(then, old), *_edges(now, new)) if n < edge < state.tokens}
+    for edge in (*sorted(edges), state.tokens):
+        sequences = then.batch_at(n - then.run.tokens_seen)
+        size, beta = sequences * length, then.beta(sequences)
+        steps = -((n - edge) // size)  # that begin before the edge
+        spread = {(steps - 1) * i // COMPARED for i in range(COMPARED + 1)}
+        for taken in sorted({*spread, 1, 2, steps - 3, steps - 2}):
+            if not 0 <= taken < steps:
+                continue
+            number, at = step + taken + 1, n + taken * size
+            other = now.batch_at(at - now.run.tokens_seen)
+            if sequences != other:
+                raise ConfigError(
+                    f"Step {number:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
+                    f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
+                    f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
                 )
-            raise ConfigError(
-                f"Step {step:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
-                f"{_diff(effects)}\n{advice}"
-            )
-        n += sequences * length
+            rates = old(tokens=at, batch=beta), new(tokens=at, batch=beta)
+            if rates[0] != rates[1] and not rewarmed:
+                advice = "Put them back, or begin another run (run.name=…)."
+                if old.phase(at) == "decay":
+                    advice = (
+                        "The decay had begun. Branch off a checkpoint before it (run.resume=PATH run.name=ANOTHER), or "
+                        "say that the rate is to be warmed up again from here: "
+                        f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
+                    )
+                raise ConfigError(
+                    f"Step {number:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
+                    f"{_diff(effects)}\n{advice}"
+                )
+        step += max(0, steps)
+        n += max(0, steps) * size
+
+
+def _edges(config: Config, schedule: Schedule) -> Iterator[float]:
+    """Tokens at which the batch changes, or the rate begins to follow another formula."""
+    yield from (config.run.tokens_seen + phase.from_tokens for phase in config.batch.ramp)
+    if isinstance(schedule, Rewarmup):
+        yield from (schedule.start, schedule.start + schedule.tokens)
+        schedule = schedule.schedule
+    yield schedule.warmup_tokens
+    if decay := getattr(schedule, "decay", None):
+        yield from (decay.start, decay.start + decay.tokens)
+    if isinstance(schedule, Cosine):
+        yield schedule.total_tokens
+    if isinstance(schedule, Power):
+        batches = (config.batch.sequences, *(phase.sequences for phase in config.batch.ramp))
+        yield from (schedule.cap_release(config.beta(sequences)) for sequences in batches)
 
 
 def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
@@ -166,7 +197,7 @@ def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str]) -> No
     Raises:
         ConfigError: naming the corpus.
     """
-    trained_on = json.loads((checkpoint / "state.json").read_text())["data_fingerprint"]
+    trained_on = read_state(checkpoint)["data_fingerprint"]
     for name, fingerprint in trained_on.items():
         if data_fingerprint.get(name, fingerprint) != fingerprint:
             if name == TOKENIZER:

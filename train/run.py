@@ -94,7 +94,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
                 environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
             (folder / "exit.json").unlink(missing_ok=True)
             environment.replace_text(folder / "config.yaml", environment.settings_text(config))
-            environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts)
+            environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts, say)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state, say)
         saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, say)
@@ -317,8 +317,9 @@ def where_to_begin(config: Config, ranks: int) -> tuple[Path | None, dict[str, l
             )
     saved = config.run_folder / checkpoint.SAVED
     if wanted != "never" and saved.exists() and not checkpoint.available(checkpoints):
+        step = saved.read_text(errors="replace").strip()
         raise ConfigError(
-            f"{config.run_folder} had saved step {saved.read_text().strip()}, but there is no checkpoint in "
+            f"{config.run_folder} had saved step {step}, but there is no checkpoint in "
             f"{checkpoints}. Bring them back to go on; to begin again choose another run.name, or run.resume=never."
         )
     checkpoint.clean(checkpoints)

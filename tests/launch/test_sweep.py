@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
+import re
 import signal
 import stat
 import subprocess
@@ -20,9 +22,9 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from launch.sweep import Sweep, begin_from, main, result, write_ledger
+from launch.sweep import Sweep, begin_from, main, result, summary, write_ledger
 from launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
-from train.config import ConfigError
+from train.config import ConfigError, RunFailed
 from train.track import read_lines
 
 SWEEP: dict[str, Any] = {
@@ -74,6 +76,8 @@ def test_repeats_have_their_own_seeds_at_every_horizon() -> None:
     [
         ({"tokens": [409_600, 1_000_000]}, "between two steps. Multiples of 40,960"),
         ({"tokens": [45_056], "min_steps": 10}, "start of the decay"),
+        ({"batch": [0.05, 0.1], "tokens": [61_500, 123_000]}, "A batch of 0.05 is 204.8 tokens, no whole number"),
+        ({"decay_fraction": 0.12345678}, "give sweep.decay_fraction fewer digits"),
         ({"batch": [1, -2]}, "-2"),
         ({"batch": 1}, "batch"),
         ({"schedules": {"wsd": {"lr": ["high"]}}}, "high"),
@@ -98,6 +102,23 @@ def test_repeats_have_their_own_seeds_at_every_horizon() -> None:
 def test_a_sweep_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         plan(swept(**changes))
+
+
+def test_a_horizon_that_a_refusal_recommends_is_not_refused() -> None:
+    base, draw, recommended = swept(), random.Random(0), 0
+    for _ in range(300):
+        batch = [draw.randint(1, 64) / draw.choice([1, 8, 32, 64]) for _ in range(draw.randint(1, 3))]
+        shares = {"batch": batch, "decay_fraction": draw.choice([0.1, 0.2, 0.125, 0.3333, 1 / 3, 0.07, 0.12345])}
+        tokens = draw.randint(10**5, 10**8)
+        try:
+            plan(dataclasses.replace(base, **shares, tokens=[tokens], min_steps=1))
+        except ConfigError as error:
+            if found := re.search(r"for example ([\d,]+)", str(error)):
+                recommended += 1
+                plan(dataclasses.replace(base, **shares, tokens=[int(found[1].replace(",", ""))], min_steps=1))
+            else:
+                assert "fewer digits" in str(error)
+    assert recommended > 200
 
 
 # ---------------------------------------------------------------------------------------------------- what is run
@@ -325,12 +346,58 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert "There is no 'nothing'" in refused(*words_sweep()[:1], "+sweep=nothing")
     assert "between two steps" in refused(*words_sweep("sweep.tokens=[1300]"))
     assert "no whole number of sequences" in refused(*words_sweep("sweep.batch=[0.0009765625]", "sweep.min_steps=1"))
+    said = refused(*words_sweep("sweep.batch=[0.05,0.1]", "sweep.tokens=[61_500,123_000]"))
+    assert "204.8 tokens, no whole number of sequences of 32" in said and "near it lie 0.046875 and 0.0546875." in said
+    assert "no such program" in refused(*words_sweep("sweep.launcher=nothing-of-that-name --processes 2"))
     assert "warmup" in refused(*words_sweep("schedule.warmup_tokens=1200"))
     assert "hidden_sise" in refused(*words_sweep("++sweep.models.dense={hidden_sise: 32}"))
     said = refused(*words_sweep("sweep.decay_fraction=0.1"))
     assert "has 10 steps, and sweep.decay_fraction=0.1" in said and "Raise sweep.min_steps to 20" in said
     assert "start at nothing" in refused(*words_sweep("run.tokens_seen=10"))
     assert not (tmp_path / "words").exists()
+
+
+def test_a_ledger_keeps_what_others_have_written(words_sweep: Callable[..., list[str]], tmp_path: Path) -> None:
+    sweep = Sweep(words_sweep())
+    name, other = (sweep.trials[i].name for i in (0, 1))
+    foreign = [
+        b'{"trial": "mine",   "note": "\xff"}',
+        b'{"hidden_size": 8, "batch": 1, "lr": 0.1, "tokens": 10, "loss": 2.5}',
+        b'{"trial": ["a", "list"], "loss": 1}',
+        b'{"trial": "of another sweep", "loss": 1.5}',
+        b"[" * 100_000,
+        b"not JSON",
+        b"[1]",
+        b'{"trial": "%s", "loss": "low"}' % other.encode(),  # no result: it is to be trained
+        b'{"trial": "%s", "loss": null, "seconds": "many"}' % other.encode(),
+    ]
+    own = {"trial": name, "loss": 3.5}
+    sweep.folder.mkdir()
+    sweep.ledger.write_bytes(
+        b"\n".join([foreign[0], json.dumps(own).encode(), *foreign[1:], b'{"trial": "torn', b""][:-1])
+    )
+    progress = write_ledger(sweep)
+    assert sorted(progress.results) == sorted({name, other, "of another sweep"})
+    kept = [line for line in foreign if other.encode() not in line]
+    done = [json.dumps(own).encode(), b'{"trial": "%s", "loss": null, "seconds": "many"}' % other.encode()]
+    assert sweep.ledger.read_bytes().splitlines() == [*kept, *done]
+    assert write_ledger(sweep).results == progress.results
+    assert summary(sweep, progress).startswith("2 of ")
+
+
+def test_a_result_of_another_shape_is_none(words_sweep: Callable[..., list[str]]) -> None:
+    sweep = Sweep(words_sweep())
+    folder = sweep.folder / sweep.trials[0].name
+    folder.mkdir(parents=True)
+    for text in ("[]", "{}", '{"trial": 1, "loss": 2}', '{"trial": "x", "loss": true}', "[" * 100_000, '{"loss": 1}'):
+        (folder / "result.json").write_text(text)
+        assert not sweep.progress().results
+    (folder / "result.json").write_bytes(b"\xff")
+    assert not sweep.progress().results
+    for name, text in (("exit.json", "[1]"), ("run.json", "[1]"), ("evals.jsonl", '{"step": 1, "corpus": 2}\n')):
+        (folder / name).write_text(text)
+    with pytest.raises(RunFailed, match="Move that folder away"):
+        result(sweep, sweep.trials[0], "finished", 1.0)
 
 
 def train_trial(arguments: list[str], trial: Trial, *more: str) -> Sweep:

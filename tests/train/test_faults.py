@@ -517,18 +517,19 @@ def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: s
 # ------------------------------------------------------------------------------------------------------- trackers
 
 
-@pytest.mark.parametrize("wrong", ["init raises", "log raises", "log exits", "init hangs", "log hangs"])
+@pytest.mark.parametrize("wrong", ["start raises", "log raises", "log exits", "start hangs", "log hangs"])
 def test_fault_27_a_tracker_that_fails_changes_nothing(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wrong: str
 ) -> None:
+    """Not the run, and not the tracker beside it."""
     import threading
 
-    from accelerate import Accelerator
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     from train import track
 
     off = read_lines(run("run.name=off") / "metrics.jsonl")
-    never = threading.Event()
+    never, shown = threading.Event(), []
 
     def fail(*_: object, **__: object) -> None:
         if "hangs" in wrong:
@@ -536,12 +537,35 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
         raise SystemExit("unreachable") if "exits" in wrong else ConnectionError("unreachable")
 
     monkeypatch.setattr(track, "MOST_SECONDS", 0.5)
-    monkeypatch.setattr(Accelerator, "init_trackers", fail if "init" in wrong else lambda *a, **k: None)
-    monkeypatch.setattr(Accelerator, "log", fail)
+    for kind in (WandBTracker, TensorBoardTracker):
+        for method in ("start", "store_init_configuration", "log", "finish"):
+            monkeypatch.setattr(kind, method, lambda *_, **__: None)
+    monkeypatch.setattr(WandBTracker, wrong.partition(" ")[0], fail)
+    monkeypatch.setattr(
+        TensorBoardTracker, "log", lambda self, values, step: shown.append((step, values.get("lm_loss")))
+    )
     began = time.monotonic()
-    on = read_lines(run("run.name=on", "tracker=wandb") / "metrics.jsonl")
+    folder = run("run.name=on", "tracker.log_with=[wandb,tensorboard]")
     assert time.monotonic() - began < 30  # it would have been 60
     told = "is left behind" if "hangs" in wrong else ": unreachable"
     assert told in "".join(capfd.readouterr())
+    (ended,) = json.loads((folder / "run.json").read_text())["starts"][-1]["trackers_ended"].items()
+    assert ended[0] == "wandb" and told in ended[1]
     never.set()
+    on = read_lines(folder / "metrics.jsonl")
     assert without_timing(on) == without_timing(off)
+    assert shown[:12] == [(line["step"], line["lm_loss"]) for line in on]
+
+
+def test_fault_27_a_tracker_that_takes_nothing_fills_no_memory() -> None:
+    import threading
+
+    from train import track
+
+    never, ended = threading.Event(), []
+    passing = track._Passing("slow", lambda: never.wait(60), lambda name, why: ended.append((name, why)))
+    for step in range(track.MOST_WAITING + 10):
+        passing.put(({}, step))
+    assert ended == [("slow", "10,000 lines wait for it, and it is left behind")]
+    assert passing._lines.qsize() == track.MOST_WAITING
+    never.set()

@@ -227,6 +227,63 @@ def test_fault_26_manifest_that_points_outside_is_refused(whole: Path, tmp_path:
     assert checkpoint.faults(path) == ["../outside lies outside the checkpoint"]
 
 
+def test_fault_23_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        if checkpoint.step_of(path) == 3:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(checkpoint, "_remove", refuse)
+    folder = run("checkpoint.every=3", "checkpoint.keep=1")
+    assert [checkpoint.step_of(path) for path in checkpoint.available(folder / "checkpoints")] == [3, 12]
+    assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"
+    said = capsys.readouterr().out
+    assert said.count("step-00000003 cannot be removed, and takes space: Permission denied") == 1
+    assert "could not be written" not in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"state": {"step": "12"}}',
+        '{"state": {"step": 12, "samples": 1, "tokens": 1%s}, "optimizer_steps": 1, "assignments": [], '
+        '"data_fingerprint": {}}' % ("0" * 400),
+        '{"state": {"step": 12}, "optimizer_steps": 1, "assignments": [["a"]], "data_fingerprint": {}}',
+        '{"state": {"step": 12}, "optimizer_steps": 1, "assignments": [], "data_fingerprint": []}',
+        '{"state": {"step": 12}, "optimizer_steps": 1, "assignments": [], "data_fingerprint": {}, "engine": "ddp"}',
+    ],
+)
+def test_a_state_of_another_shape_is_one_paragraph(tmp_path: Path, text: str) -> None:
+    """As an edited checkpoint with an edited manifest has it."""
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ConfigError, match="has been changed"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_records_of_another_shape_stop_nothing(whole: Path, go_on: Callable[..., Path]) -> None:
+    huge = b'{"step": 12, "tokens": 1' + b"0" * 400 + b"}"
+
+    def edit(folder: Path) -> None:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        edited = [lines[0], b"{}", b'{"step": "2"}', *lines[1:], b'{"step": []}', huge]
+        (folder / "metrics.jsonl").write_bytes(b"\n".join(edited))
+        (folder / "evals.jsonl").write_bytes(b'{"step": 6, "corpus": ["overall"]}\n\xff\n{"step": 1e400}\n')
+        (folder / "run.json").write_text('{"id": 4, "parent": 5, "starts": {"a": 1}}')
+        (folder / "exit.json").write_text("[" * 100_000)
+        (folder / checkpoint.SAVED).write_bytes(b"\xff")
+
+    folder = go_on(6, prepare=edit)
+    assert without_timing(read_lines(folder / "metrics.jsonl")) == without_timing(read_lines(whole / "metrics.jsonl"))
+    assert "2 line(s) of metrics.jsonl cannot be read" in (folder / "report.html").read_text()
+    assert (folder / "run.json.unreadable").exists()
+    assert len(json.loads((folder / "run.json").read_text())["starts"]) == 1
+
+
 def test_fault_23_only_own_checkpoints_are_pruned_and_enough_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:
     strange = tmp_path / "tiny/checkpoints/step-00000001-backup"
     strange.mkdir(parents=True)
