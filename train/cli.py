@@ -41,9 +41,10 @@ from train.config import (
     from_hydra,
     load,
     setting_names,
+    setting_values,
     unchecked,
 )
-from train.environment import status_of, without_secrets
+from train.environment import HIDDEN, status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -98,7 +99,14 @@ def _train(arguments: list[str]) -> int:
 
 
 def run_training(config: Config, arguments: list[str]) -> int:
-    """Train; the run's folder tells in exit.json how it ended."""
+    """Train; the run's folder tells in exit.json how it ended.
+
+    Raises:
+        ConfigError: a run is continued by its config.yaml, which does not hold a tracker's secret.
+    """
+    for name, value in setting_values(config.tracker, "tracker."):
+        if value == HIDDEN:
+            raise ConfigError(f"{name} is a secret, which config.yaml leaves out: give it again, as {name}=….")
     # Only now: a mistake in the configuration should not have to wait for these imports.
     from train.loop import Stop
     from train.run import train

@@ -120,6 +120,19 @@ def test_a_branch_is_extended_by_its_name_and_a_larger_budget(run: Callable[...,
     assert [line["lr"] for line in lines[2:]] == expected
 
 
+def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path], tmp_path: Path) -> None:
+    from train.cli import run_training
+
+    folder = run()
+    settings = folder / "config.yaml"
+    key = "  log_with: [wandb]\n  init_kwargs: {wandb: {api_key: (hidden)}}"
+    settings.write_text(settings.read_text().replace("  log_with: []", key).replace("  init_kwargs: {}\n", ""))
+    config = of_a_run(["run.name=tiny", f"run.folder={tmp_path}", "run.tokens=4096"])
+    assert config is not None
+    with pytest.raises(ConfigError, match=r"tracker\.init_kwargs\.wandb\.api_key is a secret"):
+        run_training(config, [])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
