@@ -35,13 +35,12 @@ from train.config import (
     DataConfig,
     ModelConfig,
     RunFailed,
-    as_dict,
     data_from_hydra,
     from_hydra,
     setting_names,
     unchecked,
 )
-from train.environment import status_of, without_secrets
+from train.environment import settings_text, status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -87,7 +86,7 @@ def _train(arguments: list[str]) -> int:
     print_only = "--cfg" in arguments
     config = composed([argument for argument in arguments if argument != "--cfg"])
     if print_only:
-        print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
+        print(settings_text(config), end="")
         return 0
 
     return run_training(config, arguments)

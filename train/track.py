@@ -84,8 +84,11 @@ class Tracker:
         if self.active:
             for name, file in self._files.items():
                 self._write(name)
-                os.fsync(file.fileno())
-                file.close()
+                try:
+                    os.fsync(file.fileno())
+                    file.close()
+                except OSError as error:  # the model is still to come
+                    self.say(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
         if waiting := self._queue:  # which the thread may drop at any moment
             waiting.put(self.accelerator.end_training)
             waiting.put(None)

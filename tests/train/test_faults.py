@@ -133,7 +133,9 @@ def test_fault_06_metrics_wait_for_a_disk_that_is_full(tiny: Overrides, tmp_path
         full = 2 <= step <= 3
         tracker._files["metrics.jsonl"] = open("/dev/full", "ab", buffering=0) if full else disk  # noqa: SIM115
         tracker.step({"step": step, "loss": float("nan")})
+    tracker._files["evals.jsonl"] = open("/dev/null", "ab", buffering=0)  # noqa: SIM115  # which takes no fsync
     tracker.close()
+    assert "evals.jsonl may be incomplete on the disk" in said.pop()
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": step, "loss": None} for step in range(1, 6)]
     assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
 
@@ -391,16 +393,18 @@ def test_a_folder_that_is_gone_while_it_trains_is_not_made_anew(
         assert len(read_lines(run("checkpoint.every=2") / "metrics.jsonl")) == 12
 
 
-def test_a_folder_that_is_gone_before_the_export(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("after", ["train.run.assemble", "train.run.Tracker.close"])
+def test_a_folder_that_is_gone_before_records_or_the_export(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: str
 ) -> None:
-    original = Tracker.close
+    original = train.run.assemble if after.endswith("assemble") else Tracker.close
 
-    def close(self: Tracker) -> None:
-        original(self)
+    def then_gone(*arguments: Any) -> Any:
+        returned = original(*arguments)
         shutil.rmtree(tmp_path / "tiny")
+        return returned
 
-    monkeypatch.setattr(Tracker, "close", close)
+    monkeypatch.setattr(after, then_gone)
     with pytest.raises(ConfigError, match="makes nothing anew"):
         run()
     assert not (tmp_path / "tiny").exists()
