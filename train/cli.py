@@ -36,7 +36,6 @@ from train.config import (
     ModelConfig,
     RunConfig,
     RunFailed,
-    as_dict,
     data_from_hydra,
     from_hydra,
     load,
@@ -44,7 +43,7 @@ from train.config import (
     setting_values,
     unchecked,
 )
-from train.environment import HIDDEN, status_of, without_secrets
+from train.environment import HIDDEN, settings_text, status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -92,7 +91,7 @@ def _train(arguments: list[str]) -> int:
     described = [argument for argument in arguments if argument != "--cfg"]
     config = of_a_run(described) or composed(described)
     if print_only:
-        print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
+        print(settings_text(config), end="")
         return 0
 
     return run_training(config, arguments)

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -31,9 +32,20 @@ if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports t
 HIDDEN = "(hidden)"
 _UMASK = os.umask(0)  # which can only be read by setting it: here, before there are threads
 os.umask(_UMASK)
-_SECRET = re.compile(r"(?:api|access|private)_?key|token(?!iz)|passw(?:or)?d|secret|credential", re.I)
+# Names of what nobody should read. What may go on with another word, such as KEY_SIZE, is none at the end of a word
+# only; of those in _PERHAPS a plain word is no secret: AUTH=disabled.
+_ENDS = r"(?![_-]?[a-z])"
+_PERHAPS = re.compile(rf"(?:key|auth|cookies?){_ENDS}", re.I)
+_SECRET = re.compile(
+    r"(?:api|access|private|ssh|sign(?:ing)?|encryption|deploy|account|master)[_-]?key|token(?!iz)|secret|credential"
+    r"|passw(?:or)?d|pass(?:phrase|code)|bearer|webhook|authoriz|connection[_-]?string"
+    rf"|(?:(?<!com)(?<!by)pass|pwd|(?<![a-z])pat|(?<![a-z])jwt|dsn|creds?){_ENDS}",
+    re.I,
+)
+_NO_SECRETS = ("PWD", "OLDPWD")  # the shell's folders
+_given: set[str] = set()  # what `tracker.init_kwargs` gives to such names, which a tracker may repeat in an error
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
-_SETTING = re.compile(rf"((?:{_SECRET.pattern})\w*['\"]?\s*[:=]\s*).*", re.I)
+_SETTING = re.compile(rf"((?:{_SECRET.pattern}|{_PERHAPS.pattern})[\w-]*['\"]?\s*[:=]\s*).*", re.I)
 
 
 def write(
@@ -79,31 +91,58 @@ def write(
 def without_secrets(value: Any, named: bool = False) -> Any:
     """The same containers and texts, with what nobody should read replaced by HIDDEN.
 
-    These are the values of environment variables that are named as secrets are, wherever they stand, user and password
-    in an address, and what `tracker.init_kwargs` gives to such a name (`named`: value lies inside it).
+    These are the values of environment variables that are named as secrets are, and what `tracker.init_kwargs` gives to
+    such a name (`named`: value lies inside it), wherever they stand, and user and password in an address.
     """
     if isinstance(value, dict):
         return {
             key: HIDDEN
-            if named and entry and _SECRET.search(str(key))
+            if named and entry and _names_a_secret(str(key))
             else without_secrets(entry, named or key == "init_kwargs")
             for key, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [without_secrets(entry, named) for entry in value]
     if isinstance(value, str):
-        for name, secret in os.environ.items():
-            if len(secret) >= 8 and not secret.startswith("/") and _SECRET.search(name):
-                value = value.replace(secret, HIDDEN)
-        value = re.sub(r"://[^/\s:@]+:[^/\s@]+@", f"://{HIDDEN}@", value)
-        if "init_kwargs" in value:  # an argument of the command line
+        for secret in sorted({*_of_environment(), *_given}, key=len, reverse=True):
+            value = value.replace(secret, HIDDEN)
+        value = re.sub(r"://[^/\s:@]*:[^/\s@]+@", f"://{HIDDEN}@", value)
+        if named or "init_kwargs" in value:  # an argument of the command line
             value = _SETTING.sub(rf"\1{HIDDEN}", value)
     return value
+
+
+@functools.cache
+def _names_a_secret(name: str) -> bool:
+    return bool(_SECRET.search(name) or _PERHAPS.search(name))
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        secret = value.strip()
+        if len(secret) < 8 or name in _NO_SECRETS or not _names_a_secret(name):
+            continue
+        is_path = "/" in secret and os.path.exists(os.path.expanduser(secret))
+        is_word = secret.isalpha() and len(secret) <= 12 and not _SECRET.search(name)
+        if not is_path and not is_word:
+            yield secret
+
+
+def _of_settings(node: Any, secret: bool = False) -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _of_settings(value, secret or _names_a_secret(str(name)))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _of_settings(value, secret)
+    elif secret and isinstance(node, str) and len(node) >= 8:
+        yield node
 
 
 def check_no_secrets(config: Config) -> None:
     """Raises ConfigError when a setting that a later start has to read would be written as HIDDEN."""
     settings = as_dict(config)
+    _given.update(_of_settings(settings["tracker"]["init_kwargs"]))
     settings["tracker"] = {**settings["tracker"], "init_kwargs": {}}
     for name, value in _texts(settings):
         if without_secrets(value) != value:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from train.config import Config, ConfigError, RunFailed
 from train.environment import replace_folder
@@ -105,6 +105,18 @@ def _largest_logit_difference(config: Config, folder: Path, probe: Tensor, logit
     return (logits - exported).abs().max().item()
 
 
+def config_in(folder: str | Path) -> Any:
+    """The Transformers configuration in `folder` (or of that name), which brings no code with it.
+
+    Raises:
+        ValueError: it does, as a class of its own or as an attention kernel that is fetched from the hub.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if "/" in str(config._attn_implementation):
+        raise ValueError(f"its config.json names the attention {config._attn_implementation}, which would be run")
+    return config
+
+
 def load(folder: str | Path) -> tuple[Any, Any]:
     """The tokenizer and the model in `folder`, by Transformers alone, in the precision that it was saved in.
 
@@ -112,6 +124,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         ConfigError: a file of it is missing or damaged.
     """
     try:
+        config_in(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map="auto", use_safetensors=True, trust_remote_code=False

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from train import checkpoint
 from train.config import Config, ConfigError, ModelConfig, load
+from train.export import config_in
 
 _SAME = (
     "model_type",
@@ -106,7 +107,7 @@ def model_folder(init_from: str) -> str:
 
 def _described(init_from: str, folder: str) -> ModelConfig:
     try:
-        theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        theirs = config_in(folder)
         if theirs.model_type not in ("granitemoe", "granite"):
             raise ConfigError(
                 f"run.init_from={init_from} holds a '{theirs.model_type}' model; only 'granitemoe' and 'granite' are "

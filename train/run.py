@@ -88,6 +88,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     with Progressing(config, engine, state) as progress:
         say = progress.say
         parts = assemble(config, engine, state, start_from, say)
+        engine.first_rank_decides(check_ours)  # hours may have gone by
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
             if start_from is None or not (folder / "tokenizer").exists():

@@ -102,8 +102,11 @@ class Tracker:
         if self.active:
             for name, file in self._files.items():
                 self._write(name)
-                os.fsync(file.fileno())
-                file.close()
+                try:
+                    os.fsync(file.fileno())
+                    file.close()
+                except OSError as error:  # the model is still to come
+                    self.say(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
         for tracker in self._trackers:
             tracker.put(None)
         until = time.monotonic() + MOST_SECONDS

@@ -287,7 +287,7 @@ def test_a_run_folder_stands_for_its_model_and_is_needed_only_to_begin(
     lines = without_timing(read_lines(whole / "metrics.jsonl"))
     shutil.rmtree(whole / "checkpoints/step-00000004")
     first.rename(tmp_path / "away")
-    monkeypatch.setattr("train.init_from.AutoConfig", None)  # nothing of it is looked at
+    monkeypatch.setattr("train.init_from.config_in", None)  # nothing of it is looked at
     again = run(*settings)
     assert without_timing(read_lines(again / "metrics.jsonl")) == lines
     branch = run(*settings, "run.name=branch", f"run.resume={whole}/checkpoints/step-00000002")
@@ -336,6 +336,7 @@ def test_what_the_command_line_says_of_an_adopted_model_has_to_be_so(
         ("a word for a size", "cannot be read"),
         ("no json", "cannot be read"),
         ("code", "cannot be read"),
+        ("code of the hub", "names the attention somebody/kernel"),
         ("quantised", "quantization_config"),
     ],
 )
@@ -358,10 +359,11 @@ def test_weights_of_others_that_cannot_be_read_are_a_paragraph(
             torch.save(tensors, folder / "pytorch_model.bin")
     elif damage == "cut weights":
         path.write_bytes(path.read_bytes()[:-9])
-    elif damage in ("a word for a size", "code", "quantised"):
+    elif damage in ("a word for a size", "code", "code of the hub", "quantised"):
         config |= {
             "a word for a size": {"hidden_size": "wide"},
             "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}},
+            "code of the hub": {"_attn_implementation": "somebody/kernel"},
             "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         }[damage]
         (folder / "config.json").write_text(json.dumps(config))

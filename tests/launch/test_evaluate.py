@@ -127,7 +127,19 @@ def test_what_cannot_be_judged(
     (cut / "model.safetensors").write_bytes((exported / "model" / "model.safetensors").read_bytes()[:-9])
     for file in bare.glob("tokenizer*"):
         file.unlink()
+    pickled, foreign, kernel = (
+        Path(shutil.copytree(exported / "model", tmp_path / name)) for name in ("pickled", "foreign", "kernel")
+    )
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    description = json.loads((foreign / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (foreign / "config.json").write_text(json.dumps(description | own))
+    (foreign / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    (kernel / "config.json").write_text(json.dumps(description | {"_attn_implementation": "somebody/kernel"}))
     for arguments, named in (
+        ([pickled, "--text", text], "pickled cannot be loaded"),
+        ([foreign, "--text", text], "foreign cannot be loaded"),
+        ([kernel, "--text", text], "names the attention somebody/kernel"),
         ([cut, "--text", text], "cut cannot be loaded"),
         ([bare, "--text", text], "bare cannot be loaded"),
         ([exported], "--tasks or --text"),
@@ -142,7 +154,7 @@ def test_what_cannot_be_judged(
         assert judge(*arguments) == 2
         said = capsys.readouterr().err.strip()
         assert named in said and "\n" not in said, said
-    assert not (exported / "model-evaluation.json").exists()
+    assert not (exported / "model-evaluation.json").exists() and not (tmp_path / "mark").exists()
 
 
 def test_without_lm_eval(

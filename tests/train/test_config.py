@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -238,6 +239,21 @@ def test_a_bad_command_line_is_explained(overrides: list[str], said: list[str]) 
         composed(overrides)
     message = paragraph(error.value)
     assert [part for part in said if part not in message] == [], message
+
+
+def test_a_file_cannot_have_code_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/__init__.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    (tmp_path / "experiment").mkdir()
+    call = {"_target_": "evil.call"}
+    for own in ({"searchpath": ["pkg://evil"]}, {"callbacks": {"x": call}, "launcher": call, "job_logging": call}):
+        experiment = {"defaults": ["/experiment/quickstart"], "hydra": own}
+        for path in (tmp_path / "train.yaml", tmp_path / "experiment/evil.yaml"):
+            path.write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(experiment)))
+        with contextlib.suppress(ConfigError):
+            composed(["--config-dir", str(tmp_path), "+experiment=evil"])
+        assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("prefix", ["", "+"])

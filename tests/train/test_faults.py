@@ -133,7 +133,9 @@ def test_fault_06_metrics_wait_for_a_disk_that_is_full(tiny: Overrides, tmp_path
         full = 2 <= step <= 3
         tracker._files["metrics.jsonl"] = open("/dev/full", "ab", buffering=0) if full else disk  # noqa: SIM115
         tracker.step({"step": step, "loss": float("nan")})
+    tracker._files["evals.jsonl"] = open("/dev/null", "ab", buffering=0)  # noqa: SIM115  # which takes no fsync
     tracker.close()
+    assert "evals.jsonl may be incomplete on the disk" in said.pop()
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": step, "loss": None} for step in range(1, 6)]
     assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
 
@@ -391,16 +393,18 @@ def test_a_folder_that_is_gone_while_it_trains_is_not_made_anew(
         assert len(read_lines(run("checkpoint.every=2") / "metrics.jsonl")) == 12
 
 
-def test_a_folder_that_is_gone_before_the_export(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("after", ["train.run.assemble", "train.run.Tracker.close"])
+def test_a_folder_that_is_gone_before_records_or_the_export(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: str
 ) -> None:
-    original = Tracker.close
+    original = train.run.assemble if after.endswith("assemble") else Tracker.close
 
-    def close(self: Tracker) -> None:
-        original(self)
+    def then_gone(*arguments: Any) -> Any:
+        returned = original(*arguments)
         shutil.rmtree(tmp_path / "tiny")
+        return returned
 
-    monkeypatch.setattr(Tracker, "close", close)
+    monkeypatch.setattr(after, then_gone)
     with pytest.raises(ConfigError, match="makes nothing anew"):
         run()
     assert not (tmp_path / "tiny").exists()
@@ -457,14 +461,17 @@ def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -
     assert found == []
 
 
-def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from train.environment import without_secrets
 
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
-    monkeypatch.setenv("SECRETS_DIR", "/workspace")
+    monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "perhaps-not")
     harmless = {
-        "data": {"corpora": {"secret_garden": {"path": "/workspace/secret: of"}}, "tokenizer": {"path": "perhaps-not"}},
+        "data": {
+            "corpora": {"secret_garden": {"path": f"{tmp_path}/secret: of"}},
+            "tokenizer": {"path": "perhaps-not"},
+        },
         "run": {"tokens": 5, "name": "passwords"},
     }
     assert without_secrets(harmless) == harmless
@@ -474,6 +481,56 @@ def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch
     assert without_secrets(given) == hidden
     assert without_secrets("tracker.init_kwargs.password='two words'") == "tracker.init_kwargs.password=(hidden)"
     assert without_secrets("https://me:pass@host/a:b@c") == "https://(hidden)@host/a:b@c"
+    assert without_secrets("redis://:pass@host/0") == "redis://(hidden)@host/0"
+    headers = {"init_kwargs": {"headers": {"Authorization": "Bearer x", "Accept": "text"}, "lines": ["X-Auth: y"]}}
+    assert without_secrets(headers) == {
+        "init_kwargs": {"headers": {"Authorization": "(hidden)", "Accept": "text"}, "lines": ["X-Auth: (hidden)"]}
+    }
+    line = "+tracker.init_kwargs.mlflow.headers={Authorization: Bearer x}"
+    assert without_secrets(line) == "+tracker.init_kwargs.mlflow.headers={Authorization: (hidden)"
+
+
+def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from train.environment import without_secrets
+
+    secrets = """DB_PASS PASS SSHPASS SMTP_PASS_1 MYSQL_PWD DBPWD PGPASSWORD PASSPHRASE SSH_KEY KEY SIGNING_KEY
+        SSH_KEY_B64 SERVICE_KEY2 AWS_ACCESS_KEY_ID GITHUB_PAT PAT AUTH NPM_CONFIG__AUTH PROXY_AUTHORIZATION
+        SLACK_WEBHOOK DISCORD_WEBHOOK_URL BEARER SENTRY_DSN SESSION_COOKIE HF_TOKEN DB_CREDS APP_JWT
+        AZURE_STORAGE_CONNECTION_STRING"""
+    others = """PATH PWD OLDPWD PATTERN COMPAT_MODE COMPASS BYPASS KEYBOARD_LAYOUT KEY_SIZE GIT_AUTHOR_NAME XAUTHORITY
+        TOKENIZERS_PARALLELISM PASSED MONKEYS COOKIECUTTER_CONFIG AUTH_METHOD DSNAME"""
+    for value in ("s3cret-canary", "/s3cret/canary/+=", " 8characters-with-space "):
+        for name in secrets.split():
+            with monkeypatch.context() as environment:
+                environment.setenv(name, value)
+                assert without_secrets(f"see {value.strip()}.") == "see (hidden).", name
+        for name in others.split():
+            with monkeypatch.context() as environment:
+                environment.setenv(name, value)
+                assert without_secrets(f"see {value}.") == f"see {value}.", name
+    for name, value in (
+        ("MY_AUTH", "disabled"),
+        ("SORT_KEY", "timestamp"),
+        ("SSH_KEY", str(tmp_path)),
+        ("A_PASS", "x"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert without_secrets(f"see {value}") == f"see {value}", name
+
+
+def test_fault_24_a_tracker_that_repeats_what_it_was_given(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate import Accelerator
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("canary-of-init-kwargs is no key")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    folder = run("tracker=wandb", "+tracker.init_kwargs.wandb.settings={auth: [me, canary-of-init-kwargs]}")
+    assert "tracking has ended: ValueError: (hidden) is no key" in " ".join(capsys.readouterr().out.split())
+    found = [path for path in folder.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert found == []
 
 
 class _Evil:

@@ -331,8 +331,12 @@ def test_fault_17_a_change_to_what_is_trained_is_refused(go_on: Callable[..., Pa
         "data.stages=[{from_tokens: 1536, mixture: {words: 2}}]",
     ],
 )
-def test_fault_17_a_change_ahead_passes_and_is_recorded(go_on: Callable[..., Path], whole: Path, change: str) -> None:
+def test_fault_17_a_change_ahead_passes_and_is_recorded(
+    go_on: Callable[..., Path], whole: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = go_on(6, change)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("Warning: batch.micro_sequences 4 → 2: " in said) == (change == "batch.micro_sequences=2")  # with dropout
     start = json.loads((folder / "run.json").read_text())["starts"][-1]
     assert start["from"].endswith("step-00000006")
     name = change.partition("=")[0]
