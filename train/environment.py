@@ -43,9 +43,11 @@ def write(
     start_from: Path | None,
     changes: dict[str, list[Any]],
     parameters: dict[str, int],
+    data: dict[str, Any],
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
+    `data` is of each corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
     `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
     """
     record: dict[str, Any] = {"id": secrets.token_hex(4), "parent": None, "starts": []}
@@ -69,6 +71,7 @@ def write(
             "versions": {name: _version(name) for name in _PACKAGES},
             "engine": engine.kind,
             "hardware": hardware(engine),
+            "data": data,
         }
     )
     replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
