@@ -37,12 +37,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data import DataError
-from data.sources import COMPRESSED, Block, Corpus, Place, Skipped, blocks, documents, files, read
+from data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
 from data.tokens import TokenFile, dtype_for, write_index
 
 FORMAT = 1  # goes into HASH: raise it when the same inputs give other files
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64 << 20  # of text that a tokenizer is trained on
+AHEAD = 1 << 26  # bytes of blocks that wait for processes to tokenise them
 PIECE = 1 << 18  # characters encoded together at most
 BATCH = 1 << 22  # characters encoded in one call: the tokenizer takes a hundred times that in bytes
 ALONE = 64 << 20  # bytes of files below which other processes would take longer to start than they save
@@ -245,6 +246,8 @@ def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]
     )
     if "missing_field" in counts:
         sentence += f" The field read is '{facts['corpus']['field']}'."
+    if "too_long" in counts:
+        sentence += f" Longer than {LONGEST:,} bytes is too long: cut such documents."
     return counts, sentence, lost > MANY_SKIPPED * total or "too_long" in counts
 
 
@@ -279,6 +282,8 @@ def _no_document(name: str, corpus: Corpus, split: str, output: "_Output") -> Da
     left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(output.skipped.counts.items())) or "none"
     total = sum(facts["documents"] for facts in output.statistics.values())
     message = f"The {split} split of corpus {name!r} has no document, out of {total} (left out: {left_out}). "
+    if "too_long" in output.skipped.counts:
+        message += f"Longer than {LONGEST:,} bytes is too long: cut such documents. "
     if total == 0 or corpus.validation_path:
         return DataError(message + "Check its path and, for records, the name of the field that holds the text.")
     message += f"validation_fraction is {corpus.validation_fraction} and the split follows a hash of each text. "
@@ -445,7 +450,9 @@ def _split_documents(
         value = (int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") >> 11) / (1 << 53)
         split = "validation" if validation or value < fraction else "train"
         digest = hashlib.blake2b(raw, digest_size=HASH.itemsize).digest() if corpus.deduplicate else b""
-        yield _Document(split, 1.0 if validation else value, len(raw), text, identifier, digest)
+        size = len(raw)
+        del raw  # which may be long, while the text is worked on
+        yield _Document(split, 1.0 if validation else value, size, text, identifier, digest)
 
 
 def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str, _Document, bool]]]:
@@ -545,18 +552,21 @@ def _encoded(
         for arguments, place, done in work():
             yield encode(*arguments), place, done
         return
-    ahead: deque[tuple[Future[_Encoded], tuple[int, Place], int | None]] = deque()
+    ahead: deque[tuple[Future[_Encoded], tuple[int, Place], int | None, int]] = deque()
     # Spawned, because a fork takes the locks of other threads with it and not the threads.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(*tokenizer, PIECE)
     )
     try:
         for arguments, place, done in work():
-            ahead.append((pool.submit(_encode_here, *arguments), place, done))
-            if len(ahead) > 2 * workers:
-                future, place, done = ahead.popleft()
+            content = arguments[1].content
+            size = len(content) if isinstance(content, bytes) else 0
+            ahead.append((pool.submit(_encode_here, *arguments), place, done, size))
+            del arguments, content
+            while len(ahead) > 2 * workers or (len(ahead) > 1 and sum(each[-1] for each in ahead) > AHEAD):
+                future, place, done, _ = ahead.popleft()
                 yield future.result(), place, done
-        for future, place, done in ahead:
+        for future, place, done, _ in ahead:
             yield future.result(), place, done
     except BrokenProcessPool as error:
         raise ChildProcessError(

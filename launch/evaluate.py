@@ -141,8 +141,8 @@ def _read(path: Path) -> bytes:
 def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
     """How well a model predicts a text: {bits_per_byte, loss, byte_perplexity, word_perplexity, tokens, bytes}.
 
-    The whole text is encoded as training encodes a document, after a beginning-of-text token (end-of-text where there is
-    none, as in lm-eval) that is no target. Windows are as long as the model's positions, at most LONGEST_WINDOW; each
+    The whole text is encoded as training encodes a document, after a beginning-of-text token (or end-of-text, as in
+    lm-eval) that is no target. Windows are as long as the model's positions, at most LONGEST_WINDOW; each
     begins half a window after the one before, and only its targets that were not in that one count. So every token is a
     target once, and all but those of the first half window see at least half a window.
 
