@@ -14,10 +14,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -36,7 +40,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError
+from data import DataError, bpe
 from data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
 from data.tokens import TokenFile, dtype_for, write_index
 
@@ -97,7 +101,8 @@ def prepare(
     The same inputs give the same bytes, with any number of `workers` and however often it was killed: the next call
     goes on from at most ten seconds before. Documents are split by a hash of their text, so equal ones never straddle
     the split. `progress(description, bytes done, bytes in all or None)` is called now and then; bytes are those of the
-    files, or of the text where a data set has none. Several processes may prepare at once; the first to finish wins.
+    files, or of the text where a data set has none; what it raises ends the preparation, which can go on later. Several
+    processes may prepare at once; the first to finish wins.
 
     A corpus of 64 MB or more is tokenised by `workers` processes, when they are two or more; they are spawned, so a
     script that asks for them needs its `if __name__ == "__main__"`. A smaller one, or a single worker, leaves it to
@@ -605,11 +610,10 @@ def _encode_here(corpus: Corpus, block: Block, validation: bool) -> _Encoded:
 def _train_tokenizer(
     corpora: Mapping[str, Corpus], sources: Mapping[str, Any], vocab_size: int, cache: Path, report: Progress
 ) -> Path:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise DataError(
             f"The tokenizer's vocab_size is {vocab_size}; a byte-level one takes at least {len(alphabet) + 1}: every "
@@ -624,28 +628,20 @@ def _train_tokenizer(
         limit = SAMPLE_BYTES // len(corpora)
         for name, corpus in corpora.items():
             used, taken = 0, set()
+            report(f"reading {name} for the tokenizer", 0, None)
             for document in _split_documents(corpus, documents(corpus)):
                 if document.split == "train" and document.digest not in taken:
                     yield from _pieces(document.text[: limit - used])
                     used += document.size
                     if corpus.deduplicate:
                         taken.add(document.digest)
+                report(f"reading {name} for the tokenizer", used, None)
                 if used >= limit:
                     break
-            report(f"reading {name} for the tokenizer", used, None)
 
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        sample(),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
     # No padding token: as the end of text is one, a model that is told of it would not train its embedding.
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(_trained_apart(list(sample()), vocab_size, report)),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
@@ -654,6 +650,40 @@ def _train_tokenizer(
     with _building(folder) as temporary:
         wrapped.save_pretrained(temporary)
     return folder
+
+
+def _trained_apart(texts: list[str], vocab_size: int, report: Progress) -> str:
+    """The tokenizer.json that `bpe.train` makes of the texts in a process of its own, while this one heeds signals and
+    whatever `report` raises."""
+    import tokenizers
+
+    installed = str(Path(tokenizers.__file__).parent.parent)
+    with tempfile.TemporaryFile() as written:
+        # -I: no folder but those of the installed packages is looked into for what it imports.
+        process = subprocess.Popen(
+            [sys.executable, "-I", bpe.__file__, installed], stdin=subprocess.PIPE, stdout=written
+        )
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):  # it has ended, which its status tells
+                pickle.dump((texts, vocab_size, END_OF_TEXT), process.stdin)
+                process.stdin.flush()
+            while process.poll() is None:
+                report("training the tokenizer", 0, None)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        if process.returncode:
+            raise ChildProcessError(
+                f"The process that trains the tokenizer ended with status {process.returncode}; a negative one is a "
+                "signal, from outside, most likely for want of memory. Give it less text or more memory."
+            )
+        written.seek(0)
+        return written.read().decode()
 
 
 def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) -> Path:

@@ -45,6 +45,10 @@ class Outcome:
     step: int
 
 
+class StoppedEarly(Exception):
+    """The file `stop` came while the corpora were prepared."""
+
+
 def train(config: Config, command: list[str]) -> Outcome:
     """Train as configured, from the beginning or from the newest checkpoint of the run's folder.
 
@@ -84,7 +88,12 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
 
     with Progressing(config, engine, state) as progress:
         say = progress.say
-        parts = assemble(config, engine, state, start_from, say)
+        try:
+            parts = assemble(config, engine, state, start_from, say)
+        except StoppedEarly:
+            stopped_by = "the file 'stop' in the run folder"
+            say(f"\nStopped by {stopped_by} while the corpora were prepared. The same command goes on from there.")
+            return Outcome(stopped_by, state.step)
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
             if start_from is None or not (folder / "tokenizer").exists():
@@ -301,7 +310,11 @@ def where_to_begin(config: Config) -> tuple[Path | None, dict[str, list[Any]], i
 
 
 def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
-    """Tokenised corpora, made by the first rank when they are not in the cache yet."""
+    """Tokenised corpora, made by the first rank when they are not in the cache yet.
+
+    Raises:
+        StoppedEarly: on all ranks, when the file `stop` comes to the run's folder meanwhile.
+    """
     if not config.data.corpora:
         raise ConfigError(
             "There is nothing to train on: data.corpora is empty. Add data=stdlib, or describe your own corpora "
@@ -310,12 +323,27 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
     # Ranks of another machine, without this one's cache, would have as many processes each.
     workers = (config.data.workers or environment.available_cores()) if engine.is_main else 1
 
-    def prepared_data() -> Prepared:
-        progress = progress_lines(say)
+    shown = progress_lines(say)
+
+    def prepared_data(progress: Callable[[str, int, int | None], None] = shown) -> Prepared:
         return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress, workers)
 
+    def until_stopped(description: str, done: int, total: int | None) -> None:
+        if (config.run_folder / "stop").exists():
+            raise StoppedEarly
+        shown(description, done, total)
+
     first: list[Prepared] = []
-    engine.first_rank_decides(lambda: first.append(prepared_data()))
+
+    def stopped_before_prepared() -> bool:
+        try:
+            first.append(prepared_data(until_stopped))
+        except StoppedEarly:
+            return True
+        return False
+
+    if engine.first_rank_decides(stopped_before_prepared):
+        raise StoppedEarly
     prepared = first[0] if first else prepared_data()  # from the cache; on a machine with one of its own not yet
     if prepared.tokenizer_folder is None:
         raise ConfigError(

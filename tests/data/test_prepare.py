@@ -559,7 +559,9 @@ def test_splits_without_a_document(tokenizer, tmp_path):
 def test_documents_that_are_all_too_long(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data.sources, "LONGEST", 3)
     (tmp_path / "a.txt").write_text("abcd")
-    with pytest.raises(DataError, match=r"left out: 1 too_long\)\. Longer than 134,217,728 bytes is too long: cut such"):
+    with pytest.raises(
+        DataError, match=r"left out: 1 too_long\)\. Longer than 134,217,728 bytes is too long: cut such"
+    ):
         prepare({"a": corpus_of(tmp_path, 0)}, TokenizerSpec(str(tokenizer)), tmp_path / "cache")
 
 

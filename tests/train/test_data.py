@@ -127,3 +127,26 @@ def test_overall_names_no_corpus(run: Callable[..., Path], words: Path) -> None:
 
     with pytest.raises(DataError, match="'overall' cannot name a corpus"):
         run(f"+data.corpora.overall={{source: text, path: {words}/*.txt}}")
+
+
+def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from data import bpe
+
+    script = tmp_path / "endless.py"
+    stop = tmp_path / "tiny/stop"
+    script.write_text(f"import pathlib, time\npathlib.Path({str(stop)!r}).touch()\ntime.sleep(600)")
+    monkeypatch.setattr(bpe, "__file__", str(script))
+    folder = run(*SHORT, f"data.cache_dir={tmp_path}/cache")
+    assert json.loads((folder / "exit.json").read_text()) == {
+        "code": 0,
+        "reason": "the file 'stop' in the run folder",
+        "step": 0,
+    }
+    assert "while the corpora were prepared. The same command goes on" in capsys.readouterr().out
+    assert not (folder / "run.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
+    assert run(*SHORT, f"data.cache_dir={tmp_path}/cache") == folder
+    assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"
