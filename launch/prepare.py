@@ -22,7 +22,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.order import Stage, epochs
 from train.cli import composed_data, guard
+from train.config import Config
 from train.environment import available_cores
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def _prepare(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     inspect = "--inspect" in arguments
-    data = composed_data([argument for argument in arguments if argument != "--inspect"])
+    data, budget = composed_data([argument for argument in arguments if argument != "--inspect"])
     try:
         prepared = _with_progress(data)
     except KeyboardInterrupt:
@@ -61,6 +63,7 @@ def _prepare(arguments: list[str]) -> int:
         _say_tokenizer(prepared.tokenizer_folder)
     for name in data.corpora:
         _say_corpus(name, data, prepared, inspect)
+    _say_epochs(data, prepared, budget)
     return 0
 
 
@@ -111,7 +114,27 @@ def _say_tokenizer(folder: Path) -> None:
         )
 
 
+def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
+    """How often a budget goes through each corpus, or what an epoch is."""
+    length = data.sequence_length
+    windows = {name: (file.num_tokens - 1) // length for name, file in prepared.train.items()}
+    if short := [name for name, count in windows.items() if count < 1]:
+        print(
+            f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes (data.sequence_length + 1);"
+            " a run refuses that"
+        )
+    elif budget is None:
+        print(f"an epoch, in windows of data.sequence_length={length:,}:", end=" ")
+        print(", ".join(f"{name} {count * length:,} tokens" for name, count in windows.items()))
+    else:
+        stages = tuple(Stage(*stage) for stage in Config(data=data).stages())
+        times = epochs(stages, windows, -(-budget // length))
+        print(f"epochs in run.tokens={budget:,}:", ", ".join(f"{name} {number:.2f}" for name, number in times.items()))
+
+
 def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
+    from data.prepare import skipped_records
+
     folder = prepared.folders.get(name)
     facts = json.loads((folder / "corpus.json").read_text()) if folder else {"splits": {}, "skipped": {}}
     print(f"{name}  {folder or data.corpora[name].path}")
@@ -123,6 +146,8 @@ def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) 
             print(f"  {split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens{text}")
             if inspect:
                 _inspect(file, numbers.get("bytes"), data, prepared.tokenizer_folder)
+    if folder and (found := skipped_records(name, folder))[2]:
+        print(f"  Warning: {found[1]}")
     for kind, skipped in facts["skipped"].items():
         print(f"  left out, {kind}: {skipped['count']:,}, the first {', '.join(skipped['first'])}")
     if folder and (folder / "skipped.jsonl").exists():

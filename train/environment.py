@@ -127,9 +127,11 @@ def _texts(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke."""
+    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke, 130 for Ctrl-C."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, OSError):
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     return 2 if isinstance(error, (ConfigError, DataError)) else 1

@@ -129,6 +129,23 @@ def test_overall_names_no_corpus(run: Callable[..., Path], words: Path) -> None:
         run(f"+data.corpora.overall={{source: text, path: {words}/*.txt}}")
 
 
+def test_fault_07_a_signal_while_the_tokenizer_is_trained(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data import bpe
+
+    script = tmp_path / "endless.py"
+    script.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)")
+    monkeypatch.setattr(bpe, "__file__", str(script))
+    with pytest.raises(KeyboardInterrupt):
+        run(*SHORT, f"data.cache_dir={tmp_path}/cache")
+    assert json.loads((tmp_path / "tiny/exit.json").read_text()) == {
+        "code": 130,
+        "reason": "SIGINT, when no step was under way",
+        "step": 0,
+    }
+
+
 def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
