@@ -156,6 +156,10 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
 
     from data.prepare import as_text, encode
 
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(
+            "The model's tokenizer has no tokenizer.json, without which no model is trained here, either."
+        )
     text = raw.decode()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     backend = as_text(tokenizer.backend_tokenizer.to_str())

@@ -120,8 +120,8 @@ def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> Non
     windows = {name: (file.num_tokens - 1) // length for name, file in prepared.train.items()}
     if short := [name for name, count in windows.items() if count < 1]:
         print(
-            f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes (data.sequence_length + 1);"
-            " a run refuses that"
+            f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes, which is "
+            "data.sequence_length + 1; a run refuses that"
         )
     elif budget is None:
         print(f"an epoch, in windows of data.sequence_length={length:,}:", end=" ")
@@ -176,22 +176,23 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
         return
     from transformers import AutoTokenizer
 
+    from data.prepare import bytes_of_tokens
+
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     draw = random.Random(0)
 
-    def text(begin: int, end: int, skip: bool = False) -> str:
-        return str(tokenizer.decode(file.tokens[begin:end].tolist(), skip_special_tokens=skip))
+    def text(begin: int, end: int) -> str:
+        return str(tokenizer.decode(file.tokens[begin:end].tolist()))
 
     def places(count: int) -> list[tuple[int, int]]:
         begins = sorted(draw.randrange(max(1, file.num_tokens - SAMPLE_TOKENS)) for _ in range(count))
         return [(begin, min(begin + SAMPLE_TOKENS, file.num_tokens)) for begin in begins]
 
-    if size is None:  # a token file does not say, so a sample of it has to
-        sampled = places(1000)
-        size_of_sample = sum(len(text(*place, skip=True).encode()) for place in sampled)
-        about, a_token = "about ", size_of_sample / max(1, sum(end - begin for begin, end in sampled))
-    else:
-        about, a_token = "", size / max(1, file.num_tokens)
+    about, a_token = "", (size or 0) / max(1, file.num_tokens)
+    by_token = bytes_of_tokens(tokenizer.backend_tokenizer.to_str())
+    if size is None and by_token is not None:  # a token file does not say, so a sample of it has to
+        sampled = np.concatenate([file.tokens[begin:end] for begin, end in places(1000)])
+        about, a_token = "about ", by_token[sampled[sampled < len(by_token)]].sum() / max(1, len(sampled))
     if a_token:
         print(f"    {about}{a_token:.2f} bytes a token, {1 / a_token:.3f} tokens a byte")
     for begin, end in places(SAMPLES):
