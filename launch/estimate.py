@@ -188,8 +188,8 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
             )
     time_section(console, config, cluster, counts["total"], flops, engine)
     schedule_section(console, config)
+    data_errors, data_warnings = data_problems(config, console)
     console.rule(align="left")
-    data_errors, data_warnings = data_problems(config)
     more_errors, more_warnings = machine_problems(config, cluster, counts["total"])
     if unlike := mup.unlike_the_law(config):
         warnings.append(f"The schedule's law belongs to another parametrisation: {'; '.join(unlike)}.")
@@ -465,12 +465,12 @@ def draw(config: Config, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what would go wrong
 
 
-def data_problems(config: Config) -> tuple[list[str], list[str]]:
-    """Errors and warnings about corpora, tokenizer, and how often tokens are seen."""
+def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:
+    """Errors and warnings about corpora and tokenizer; print how often tokens are seen."""
     from data import sources
     from data.mixture import mixture_of
-    from data.order import Order, Stage
-    from data.prepare import find, rows_needed
+    from data.order import Stage, epochs
+    from data.prepare import find, rows_needed, skipped_records
     from data.tokens import TokenFile
 
     errors: list[str] = []
@@ -543,13 +543,23 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
         for name in data.corpora
         if name not in windows
     ]
-    if not errors and not warnings and all(windows.values()):
-        order = Order(config.run.seed, tuple(Stage(*stage) for stage in stages), windows)
-        for name, samples in order.counts(-(-config.run.tokens // length)).items():
-            if (epochs := samples / windows[name]) > 1:
-                size = human(windows[name] * length)
-                has = f"has {size} tokens" if name in found.train else f"has at most {size} tokens, one a byte"
-                warnings.append(f"{name} {has}, and the run sees them {epochs:.1f} times.")
+    many = [skipped_records(name, folder) for name, folder in found.folders.items()]
+    warnings += [sentence for _, sentence, is_warning in many if is_warning]
+    if not errors and all(windows.values()):
+        seen = []
+        rows = tuple(Stage(*stage) for stage in stages)
+        for name, times in epochs(rows, windows, -(-config.run.tokens // length)).items():
+            size = human(windows[name] * length)
+            exactly = name in found.train
+            seen.append(
+                f"{name} {'' if exactly else 'at least '}{times:.2f} of {'' if exactly else 'at most '}{size} tokens"
+            )
+            if times > 1:
+                has = f"has {size} tokens" if exactly else f"has at most {size} tokens, one a byte"
+                warnings.append(f"{name} {has}, and the run sees them {times:.1f} times.")
+        if seen:
+            console.rule("data", align="left")
+            console.print(f"epochs            {'; '.join(seen)}")
     return errors, warnings
 
 

@@ -194,13 +194,17 @@ def check_launcher(sweep: SweepConfig) -> None:
         )
 
 
-def prepare_data(sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console) -> dict[tuple[str, str], str]:
-    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule)."""
+def prepare_data(
+    sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console
+) -> dict[tuple[str, str], list[str]]:
+    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule), and
+    what it would have been when large files were only sampled."""
     fingerprints = {}
     for key, config in configs.items():
         workers = config.data.workers or available_cores()
         prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, workers=workers)
-        fingerprints[key] = fingerprint({name: file.fingerprint() for name, file in prepared.train.items()})
+        sampled = {name: file.sampled_fingerprint() for name, file in prepared.train.items()}
+        fingerprints[key] = [fingerprint(prepared.fingerprints), fingerprint(sampled)]
         if not prepared.validation:
             raise ConfigError(
                 "No corpus has validation documents, so no trial would have a loss: set its validation_fraction."
@@ -212,7 +216,7 @@ def prepare_data(sweep: Sweep, configs: dict[tuple[str, str], Config], console: 
 
 
 def check_ledger(
-    sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], str]
+    sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], list[str]]
 ) -> None:
     """Raises ConfigError when what is known of a trial is not of this sweep's configuration, or of other tokens."""
     results = sweep.progress().results
@@ -222,7 +226,7 @@ def check_ledger(
         key = trial.model, trial.schedule
         asked = {
             **in_common(configs[key]),
-            "data_fingerprint": fingerprints[key],
+            "data_fingerprint": fingerprints[key][results[trial.name].get("data_fingerprint") == fingerprints[key][1]],
             "decay_fraction": sweep.sweep.decay_fraction if trial.schedule in WITH_DECAY else 0.0,
         }
         for name, now in asked.items():

@@ -174,13 +174,15 @@ def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
         raise ConfigError(f"sweep: {str(error).partition(chr(10))[0]}") from error
 
 
-def composed_data(overrides: list[str]) -> DataConfig:
-    """The `data` part alone, for which a run need not be described.
+def composed_data(overrides: list[str]) -> tuple[DataConfig, int | None]:
+    """The `data` part, for which a run need not be described, and the budget in tokens where one is given.
 
     Raises:
         ConfigError: with what is wrong, in one paragraph.
     """
-    return data_from_hydra(_compose(overrides))
+    settings = _compose(overrides)
+    budget = None if OmegaConf.is_missing(settings.run, "tokens") else settings.run.tokens
+    return data_from_hydra(settings), budget if isinstance(budget, int) else None
 
 
 def _compose(overrides: list[str]) -> DictConfig:

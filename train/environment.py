@@ -55,10 +55,12 @@ def write(
     start_from: Path | None,
     changes: dict[str, list[Any]],
     parameters: dict[str, int],
+    data: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
+    `data` is of each corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
     `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
     """
     came_from, there = parent(path), read_record(path)
@@ -83,6 +85,7 @@ def write(
             "versions": {name: _version(name) for name in _PACKAGES},
             "engine": engine.kind,
             "hardware": hardware(engine),
+            "data": data,
         }
     )
     replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
@@ -165,9 +168,11 @@ def _texts(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke."""
+    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke, 130 for Ctrl-C."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, OSError):
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     return 2 if isinstance(error, (ConfigError, DataError)) else 1

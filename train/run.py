@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
-from data.prepare import Prepared, prepare, rows_needed
+from data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
@@ -43,6 +43,10 @@ class Outcome:
 
     reason: str
     step: int
+
+
+class StoppedEarly(Exception):
+    """The file `stop` came while the corpora were prepared."""
 
 
 def train(config: Config, command: list[str]) -> Outcome:
@@ -87,7 +91,12 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
 
     with Progressing(config, engine, state) as progress:
         say = progress.say
-        parts = assemble(config, engine, state, start_from, say)
+        try:
+            parts = assemble(config, engine, state, start_from, say)
+        except StoppedEarly:
+            stopped_by = "the file 'stop' in the run folder"
+            say(f"\nStopped by {stopped_by} while the corpora were prepared. The same command goes on from there.")
+            return Outcome(stopped_by, state.step)
         engine.first_rank_decides(check_ours)  # hours may have gone by
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
@@ -95,7 +104,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
                 environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
             (folder / "exit.json").unlink(missing_ok=True)
             environment.replace_text(folder / "config.yaml", environment.settings_text(config))
-            environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts, say)
+            environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts, parts.data, say)
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
         tracker = Tracker(folder, config, engine, state, say)
         saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, say)
@@ -184,8 +193,9 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
         if lines:
             facts |= {
                 "validation loss": f"{lines[-1]['loss']:.4f} nats a token",
-                "bits per byte": f"{lines[-1]['bits_per_byte']:.4f}",
             }
+            if lines[-1]["bits_per_byte"] is not None:
+                facts["bits per byte"] = f"{lines[-1]['bits_per_byte']:.4f}"
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         picture = folder / "report.html"
         try:
@@ -207,6 +217,7 @@ class Parts:
     tokenizer: Any
     data_fingerprint: dict[str, str]
     counts: dict[str, int]
+    data: dict[str, Any]
 
 
 def assemble(config: Config, engine: Engine, state: State, start_from: Path | None, say: Say) -> Parts:
@@ -223,7 +234,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder, trust_remote_code=False)
     check_vocabulary(config, tokenizer, prepared, say)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
-    data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
+    data_fingerprint = dict(prepared.fingerprints)
     vocabulary = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     )
@@ -264,7 +275,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
 
     # ---- progress
     if start_from is not None:
-        resume.check_fingerprints(start_from, data_fingerprint)
+        resume.check_fingerprints(start_from, data_fingerprint, prepared.train)
         checkpoint.load(start_from, engine, state, balance)
         say(f"Going on from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
         kind, ranks = checkpoint.trained_by(start_from)
@@ -272,8 +283,9 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             say(f"It was trained as {kind} on {ranks} rank(s); it goes on as {engine.kind} on {engine.world_size}.")
         if why := resume.other_losses(start_from, config, engine.world_size):
             say(f"Warning: {why}")
-    validation = Validation(config, prepared.validation, tokenizer)
-    return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts)
+    validation = Validation(config, prepared, tokenizer)
+    data = say_data(config, prepared, validation, say)
+    return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts, data)
 
 
 def seed_rank(seed: int, rank: int, step: int) -> None:
@@ -331,7 +343,11 @@ def where_to_begin(config: Config, ranks: int) -> tuple[Path | None, dict[str, l
 
 
 def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
-    """Tokenised corpora, made by the first rank when they are not in the cache yet."""
+    """Tokenised corpora, made by the first rank when they are not in the cache yet.
+
+    Raises:
+        StoppedEarly: on all ranks, when the file `stop` comes to the run's folder meanwhile.
+    """
     if not config.data.corpora:
         raise ConfigError(
             "There is nothing to train on: data.corpora is empty. Add data=stdlib, or describe your own corpora "
@@ -340,12 +356,27 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
     # Ranks of another machine, without this one's cache, would have as many processes each.
     workers = (config.data.workers or environment.available_cores()) if engine.is_main else 1
 
-    def prepared_data() -> Prepared:
-        progress = progress_lines(say)
+    shown = progress_lines(say)
+
+    def prepared_data(progress: Callable[[str, int, int | None], None] = shown) -> Prepared:
         return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress, workers)
 
+    def until_stopped(description: str, done: int, total: int | None) -> None:
+        if (config.run_folder / "stop").exists():
+            raise StoppedEarly
+        shown(description, done, total)
+
     first: list[Prepared] = []
-    engine.first_rank_decides(lambda: first.append(prepared_data()))
+
+    def stopped_before_prepared() -> bool:
+        try:
+            first.append(prepared_data(until_stopped))
+        except StoppedEarly:
+            return True
+        return False
+
+    if engine.first_rank_decides(stopped_before_prepared):
+        raise StoppedEarly
     prepared = first[0] if first else prepared_data()  # from the cache; on a machine with one of its own not yet
     if prepared.tokenizer_folder is None:
         raise ConfigError(
@@ -372,10 +403,34 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, say: Sa
             if name in prepared.folders:
                 continue  # made by this very tokenizer
             # Reading a whole corpus at every start would make a start as long as the corpus is large.
-            checked = cache / f"{name}-{file.fingerprint()[:12]}-within-{config.model.vocab_size}"
+            checked = cache / f"{name}-{fingerprint(file, cache)[:12]}-within-{config.model.vocab_size}"
             if not checked.exists():
                 file.check(config.model.vocab_size)
                 checked.touch()
+
+
+def say_data(config: Config, prepared: Prepared, validation: Validation, say: Say) -> dict[str, Any]:
+    """Say what of the corpora is not trained on and not evaluated; the record of it, by corpus, for run.json."""
+    record: dict[str, Any] = {}
+    for name, file in prepared.train.items():
+        record[name] = {"documents": file.num_documents, "tokens": file.num_tokens}
+        if name in prepared.folders:
+            record[name]["skipped"], sentence, many = skipped_records(name, prepared.folders[name])
+            if sentence:
+                say(f"Warning: {sentence}" if many else sentence)
+        if name in validation.problems:
+            record[name]["evaluation"] = validation.problems[name]
+            if name in prepared.validation:
+                say(f"Warning: evaluation of {name}: {validation.problems[name]}.")
+    if not validation.corpora:
+        asked = f"evaluation.every is {config.evaluation.every}, but " if config.evaluation.every else ""
+        say(
+            f"Warning: {asked}no corpus has a validation split that a window fits in, so there will be no validation "
+            "loss. Give one a validation_fraction or a validation_path."
+        )
+    elif without := [name for name in record if name not in prepared.validation]:
+        say(f"Not evaluated, for want of a validation split: {', '.join(without)}.")
+    return record
 
 
 def order_of(config: Config, prepared: Prepared) -> Order:
@@ -384,6 +439,12 @@ def order_of(config: Config, prepared: Prepared) -> Order:
     windows = {name: num_windows(file.num_tokens, length, name) for name, file in prepared.train.items()}
     stages = tuple(Stage(start, mixture) for start, mixture in config.stages())
     return Order(config.run.seed, stages, windows)
+
+
+def in_units(line: dict[str, Any]) -> str:
+    """A loss in nats a token and, where the bytes are known, bits a byte."""
+    bits = line["bits_per_byte"]
+    return f"{line['loss']:.4f} nats a token" + (f", {bits:.4f} bits a byte" if bits is not None else "")
 
 
 def say_result(
@@ -398,11 +459,7 @@ def say_result(
     """The last words of a run: how good, a sample, and where everything is."""
     if lines:
         unigram, last = parts.validation.unigram(parts.train_files), lines[-1]
-        say(
-            f"\nvalidation loss {last['loss']:.4f} nats a token, {last['bits_per_byte']:.4f} bits a byte "
-            f"({last['targets']:,} targets)\n"
-            f"unigram model   {unigram['loss']:.4f} nats a token, {unigram['bits_per_byte']:.4f} bits a byte"
-        )
+        say(f"\nvalidation loss {in_units(last)} ({last['targets']:,} targets)\nunigram model   {in_units(unigram)}")
         if len(lines) > 2:
             say(f"of each corpus  {of_each_corpus(lines)}")
     if config.sample_prompt:

@@ -177,7 +177,7 @@ class Scorer(HFLM):
         # Contexts that requests share would make the number of batches differ between ranks.
         super().__init__(
             model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=_as_text(tokenizer),
             batch_size=batch_size,
             softmax_dtype="float32",
             logits_cache=engine is None,
@@ -215,6 +215,13 @@ class Scorer(HFLM):
             total, all_likeliest = answers[owner]
             answers[owner] = (total + log_probability, all_likeliest and bool(likeliest))
         return answers
+
+
+def _as_text(tokenizer: Any) -> Any:
+    """A copy for which a special token that is written in a text is text, as it is for whoever trains on it."""
+    copied = copy.deepcopy(tokenizer)
+    copied.split_special_tokens = True
+    return copied
 
 
 def score(

@@ -65,6 +65,12 @@ def test_data_is_looked_at_and_not_made(capsys: pytest.CaptureFixture[str], tmp_
     assert code == 1 and "name the tokenizer" in said
     code, said = ran(capsys, *run, "data.tokenizer.path=someone/on-the-hub")
     assert code == 0 and "a has 6.4k tokens, and the run sees them 10.0 times" in said
+    assert "epochs a 10.00 of 6.4k tokens" in said
+    (tmp_path / "b.txt").write_text("b" * 6400)
+    two = f"data.corpora={{a:{{source:tokens,path:{tmp_path}/corpus}},b:{{source:text,path:{tmp_path}/b.txt}}}}"
+    half = ("data.tokenizer.path=someone/on-the-hub", two, "data.mixture={a:3,b:1}", "run.tokens=3_200")
+    code, said = ran(capsys, *run, *half, "schedule.warmup_tokens=64")
+    assert code == 0 and "epochs a 0.38 of 6.4k tokens; b at least 0.12 of at most 6.4k tokens" in said
 
 
 def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

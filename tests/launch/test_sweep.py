@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from launch.sweep import Sweep, begin_from, main, result, summary, write_ledger
+from launch.sweep import Sweep, begin_from, check_ledger, in_common, main, result, summary, write_ledger
 from launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
 from train.config import ConfigError, RunFailed
 from train.track import read_lines
@@ -434,6 +436,20 @@ def test_a_trial_of_another_configuration_is_refused(
                 main(words_sweep(change))
             told = capsys.readouterr().err
             assert ended.value.code == 2 and said in told, (known_from, change, told)
+
+
+def test_fault_18_a_ledger_has_the_fingerprint_of_an_earlier_version(words_sweep: Callable[..., list[str]]) -> None:
+    """Of a large corpus, a sample of which was hashed when the ledger was written."""
+    sweep = Sweep(words_sweep())
+    trial = sweep.trials[0]
+    key = trial.model, trial.schedule
+    config = sweep.configs()[key]
+    known = {"data_fingerprint": "sampled", "decay_fraction": sweep.sweep.decay_fraction, **in_common(config)}
+    sweep.progress = lambda: SimpleNamespace(results={trial.name: known})  # type: ignore[assignment, return-value]
+    for fingerprint, fits in (("sampled", True), ("whole", True), ("another", False)):
+        known["data_fingerprint"] = fingerprint
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="another data_fingerprint"):
+            check_ledger(sweep, {key: config}, {key: ["whole", "sampled"]})
 
 
 @pytest.mark.slow

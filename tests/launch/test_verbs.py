@@ -67,6 +67,13 @@ def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.C
     assert "300 tokens: model.vocab_size=384, the next multiple of 128, has 84 rows of padding" in printed
     facts = json.loads(next(tmp_path.glob("files-*/corpus.json")).read_text())["splits"]["train"]
     assert f"train: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['bytes']:,} bytes" in printed
+    epoch = (facts["tokens"] - 1) // 64 * 64
+    assert verb("prepare", *arguments, "data.sequence_length=64") == 0
+    assert f"an epoch, in windows of data.sequence_length=64: files {epoch:,} tokens\n" in capsys.readouterr().out
+    assert verb("prepare", *arguments, "data.sequence_length=64", f"run.tokens={3 * epoch}") == 0
+    assert f"epochs in run.tokens={3 * epoch:,}: files 3.00\n" in capsys.readouterr().out
+    assert verb("prepare", *arguments, "data.sequence_length=99999") == 0
+    assert "Warning: files: fewer tokens than a window of 100,000 takes" in capsys.readouterr().out
     assert verb("prepare", "data=files") == 2
     assert verb("prepare", *arguments, "data.workers=0") == 2
     assert "data.workers is 0" in capsys.readouterr().err

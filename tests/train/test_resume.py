@@ -21,6 +21,7 @@ from conftest import assert_same_run, cut_at, tiny_overrides, train_here, withou
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from data.tokens import TokenFile
 from train import checkpoint
 from train.config import ConfigError, RampConfig
 from train.track import read_lines
@@ -416,6 +417,38 @@ def test_fault_18_changed_bytes_of_a_corpus_are_noticed(
 
     with pytest.raises(ConfigError, match="The tokens of the corpus 'words' are not those"):
         go_on(6, f"data.corpora.words.path={other}/*.txt", prepare=move_the_text)
+
+
+def test_fault_18_the_fingerprint_of_an_earlier_version(
+    go_on: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large corpus, of which a sample was hashed when the checkpoint was written."""
+    monkeypatch.setattr("data.tokens.BLOCK", 64)
+    monkeypatch.setattr("data.tokens.SAMPLED_BLOCKS", 4)
+
+    def written_then(value: Callable[[str], str]) -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            for path in (folder / "checkpoints").glob("step-*"):
+                state = json.loads((path / "state.json").read_text())
+                state["data_fingerprint"]["words"] = value(state["data_fingerprint"]["words"])
+                (path / "state.json").write_text(json.dumps(state))
+                manifest = json.loads((path / "manifest.json").read_text())
+                manifest["files"]["state.json"] = {
+                    "size": (path / "state.json").stat().st_size,
+                    "sha256": checkpoint._sha256(path / "state.json"),
+                }
+                (path / "manifest.json").write_text(json.dumps(manifest))
+
+        return change
+
+    def sampled(fingerprint: str) -> str:
+        cache = Path(load_config(whole)["data"]["cache_dir"])
+        files = [TokenFile(path.with_suffix("")) for path in cache.glob("words-*/train.bin")]
+        return next(file for file in files if file.fingerprint() == fingerprint).sampled_fingerprint()
+
+    shutil.rmtree(go_on(6, prepare=written_then(sampled)))
+    with pytest.raises(ConfigError, match="The tokens of the corpus 'words' are not those"):
+        go_on(6, prepare=written_then(lambda _: "0" * 64))
 
 
 # ------------------------------------------------------------------------------------------------------ stopping
