@@ -149,9 +149,9 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     if tokenizer_folder is None:
         print("    name data.tokenizer.path to see text")
         return
-    from transformers import AutoTokenizer
+    from data.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     draw = random.Random(0)
 
     def text(begin: int, end: int, skip: bool = False) -> str:

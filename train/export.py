@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
 from train.config import Config, ConfigError, RunFailed
 from train.environment import replace_folder
 from train.metrics import parameters_of
@@ -36,7 +37,10 @@ def export(
     folder: Path,
     facts: dict[str, Any],
 ) -> float:
-    """Write a model to `folder`, load it again with Transformers alone, and compare logits. In one process.
+    """Write a model to `folder`, load it again with Transformers alone, compare tokens and logits. In one process.
+
+    Transformers 4 and 5 load it alike. Its tokenizer pads, on the left and with the end of text where it has no token
+    for that, and knows the model's number of positions.
 
     Args:
         weights: by parameter name, in working precision.
@@ -48,17 +52,23 @@ def export(
         The largest difference of a logit.
 
     Raises:
-        RunFailed: it is above TOLERANCE; the folder is not put in place.
+        RunFailed: it is above TOLERANCE, or a text has other tokens; the folder is not put in place.
         ConfigError: `folder` holds anything that an export does not write.
     """
     check_target(folder)
     model = granite.build(config, "meta")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     hf_config = type(model.config).from_dict(model.config.to_dict())
     hf_config.dtype = next(iter(weights.values())).dtype
     hf_config.architectures = [type(model).__name__]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(hf_config, name, getattr(tokenizer, name))
+    hf_config.rope_theta = config.model.rope_theta  # where Transformers 4 looks for it
+    hf_config.bos_token_id, hf_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # Not in the model's configuration, or whoever trains it on would have no gradient for the end of text.
+        tokenizer.pad_token = tokenizer.eos_token
+    else:
+        hf_config.pad_token_id = tokenizer.pad_token_id
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     difference = math.nan
 
     def write(partial: Path) -> None:
@@ -69,10 +79,18 @@ def export(
             shutil.rmtree(partial, ignore_errors=True)
             raise RunFailed(f"The model could not be written to {folder}: {error}. Checkpoints are intact.") from error
         hf_config.save_pretrained(partial)
-        GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        GenerationConfig(**ids).save_pretrained(partial)
+        save_tokenizer(tokenizer, partial, padding_side="left", model_max_length=hf_config.max_position_embeddings)
         (partial / "README.md").write_text(_model_card(config, facts))
         (partial / _MARK).touch()
+        texts = [SAMPLE, *tokenizer.batch_decode(probe)]
+        loaded = AutoTokenizer.from_pretrained(partial)(texts, verbose=False)["input_ids"]
+        if loaded != tokenizer(texts)["input_ids"]:
+            raise RunFailed(
+                f"The exported tokenizer gives other tokens than the one in {tokenizer_folder}: for {SAMPLE!r} "
+                f"{loaded[0]}, not {tokenizer(SAMPLE)['input_ids']}. It was left in {partial}; the checkpoint is not "
+                "affected."
+            )
         difference = _largest_logit_difference(config, partial, probe, logits)
         if not difference <= TOLERANCE:
             raise RunFailed(
@@ -106,11 +124,13 @@ def _largest_logit_difference(config: Config, folder: Path, probe: Tensor, logit
 def load(folder: str | Path) -> tuple[Any, Any]:
     """The tokenizer and the model in `folder`, by Transformers alone, in the precision that it was saved in.
 
+    The tokenizer is what its tokenizer.json says; see data.tokenizer.
+
     Raises:
         ConfigError: a file of it is missing or damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
     except (OSError, ValueError, SafetensorError) as error:
         said = " ".join(str(error).split()).rstrip(".")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
 from data.prepare import Prepared, prepare, rows_needed
+from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
@@ -88,7 +88,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
             if start_from is None or not (folder / "tokenizer").exists():
-                environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
+                environment.replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
             (folder / "exit.json").unlink(missing_ok=True)
             environment.replace_text(folder / "config.yaml", environment.settings_text(config))
             environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts)
@@ -202,14 +202,12 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         if trained_with.is_dir():
             config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
     prepared = prepare_data(config, engine, say)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder)
+    assert prepared.tokenizer_folder is not None
+    tokenizer = load_tokenizer(prepared.tokenizer_folder)
     check_vocabulary(config, tokenizer, prepared, say)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = {name: file.fingerprint() for name, file in prepared.train.items()}
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    )
-    data_fingerprint[resume.TOKENIZER] = hashlib.sha256(vocabulary.encode()).hexdigest()
+    data_fingerprint[resume.TOKENIZER] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     # ---- model
     torch.manual_seed(config.run.seed)
