@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from train.config import Config, ConfigError, RunFailed
 from train.environment import replace_folder
 from train.metrics import parameters_of
 from train.model import granite
+from train.state import State
 
 _MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32
@@ -81,7 +85,7 @@ def export(
         hf_config.save_pretrained(partial)
         GenerationConfig(**ids).save_pretrained(partial)
         save_tokenizer(tokenizer, partial, padding_side="left", model_max_length=hf_config.max_position_embeddings)
-        (partial / "README.md").write_text(_model_card(config, facts))
+        (partial / "README.md").write_text(_model_card(config, facts, tokenizer), encoding="utf-8")
         (partial / _MARK).touch()
         texts = [SAMPLE, *tokenizer.batch_decode(probe)]
         loaded = AutoTokenizer.from_pretrained(partial)(texts, verbose=False)["input_ids"]
@@ -155,7 +159,36 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | N
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _model_card(config: Config, facts: dict[str, Any]) -> str:
+def facts_of(state: State, evaluations: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Rows of the model card: how far training went, and the losses in lines of evals.jsonl."""
+    facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
+    for line in sorted(evaluations, key=lambda line: line["corpus"] == "overall"):
+        if "targets" in line:  # and not a benchmark
+            facts[f"validation loss, {line['corpus']}"] = loss_text(line)
+    return facts
+
+
+def loss_text(line: dict[str, Any]) -> str:
+    """The loss in a line of evals.jsonl, as a person reads it."""
+    bits = "" if line["bits_per_byte"] is None else f", {line['bits_per_byte']:.4f} bits a byte"
+    return f"{line['loss']:.4f} nats a token{bits} ({line['targets']:,} targets)"
+
+
+def _of_the_hub(path: str | None) -> str | None:
+    """The name of something on the hub; None for a path, which is nobody's business."""
+    return path if path and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path) else None
+
+
+def _mixtures(config: Config) -> str:
+    """The shares of samples that each corpus has, and from which of the run's tokens on."""
+    parts = []
+    for start, (_, mixture) in zip([0, *(s.from_tokens for s in config.data.stages)], config.stages(), strict=True):
+        shares = ", ".join(f"{name} {weight / sum(mixture.values()):.3g}" for name, weight in mixture.items())
+        parts.append(f"from {start:,} tokens: {shares}" if start else shares)
+    return "; ".join(parts)
+
+
+def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
     counts = parameters_of(config)
     moe = config.model.model_type == "granitemoe"
     shape = (
@@ -169,6 +202,23 @@ def _model_card(config: Config, facts: dict[str, Any]) -> str:
         )
     schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    corpora = ", ".join(
+        f"{name} ({_of_the_hub(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()
+    )
+    tokens = [
+        f"{type(tokenizer.backend_tokenizer.model).__name__} of {len(tokenizer):,} tokens",
+        "`{}` ends a text".format(tokenizer.eos_token.replace("|", r"\|")),
+        _of_the_hub(config.data.tokenizer.path),
+    ]
+    balance = ""
+    if moe:
+        own = config.balance.router_aux_loss_coef
+        exported = granite.transformers_config(config).router_aux_loss_coef
+        balance = (
+            f"\n| load balancing | {own:g} for each layer, whose loss is 1 when balanced; `router_aux_loss_coef` is "
+            f"{exported:g} = {own:g} · layers / top-k, as Transformers' loss pools all layers and is top-k when balanced "
+            "|"
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -194,12 +244,15 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 | | |
 |---|---|
 {rows}
+| data | {corpora} |
+| mixture | {_mixtures(config)} |
+| tokenizer | {", ".join(filter(None, tokens))} |
 | schedule | {config.schedule.get("name")}: {schedule} |
 | batch | {config.batch.sequences} sequences of {config.data.sequence_length} tokens |
 | muP | d_base {config.mup.base_hidden_size}, init std {config.model.initializer_range}, rule {config.mup.rule} |
 | optimizer | AdamW {json.dumps(list(config.optimizer.betas))}, weight decay {config.optimizer.weight_decay} \
 ({config.optimizer.weight_decay_mode}) |
-| precision | {config.precision} |
+| precision | {config.precision} |{balance}
 
 It is a base model: it continues text. It was not aligned, filtered or tested for any use.
 """

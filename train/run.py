@@ -25,7 +25,7 @@ from train.config import Config, ConfigError, Diverged, RunFailed, check_batch
 from train.console import Progressing, human, progress_lines
 from train.engine import Engine
 from train.evaluate import Validation
-from train.export import check_target, export, generate, in_working_precision
+from train.export import check_target, export, facts_of, generate, in_working_precision, loss_text
 from train.loop import Stop, train_loop
 from train.loss import LanguageModelLoss
 from train.metrics import count_parameters, flops_per_token, peak_flops
@@ -119,6 +119,8 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
             for line in (*lines, *scores):
                 tracker.evaluation(line)
             said = [f"validation loss {lines[-1]['loss']:.4f}"] if lines else []
+            if len(lines) > 2:  # several corpora, and overall
+                said += [f"{line['corpus']} {line['loss']:.4f}" for line in lines[:-1]]
             for line in scores:
                 said += [
                     f"{line['corpus']} {metric} {line[metric]:.4f}" for metric in ("acc", "acc_norm") if metric in line
@@ -167,12 +169,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str]) -> 
     if engine.is_main:
         picture = folder / "report.html"
         environment.replace_text(picture, report.runs_page([folder]))
-        facts: dict[str, Any] = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
-        if lines:
-            facts |= {
-                "validation loss": f"{lines[-1]['loss']:.4f} nats a token",
-                "bits per byte": f"{lines[-1]['bits_per_byte']:.4f}",
-            }
+        facts = facts_of(state, lines)
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         say_result(config, folder, parts, lines, picture, difference, say)
     return Outcome("finished", state.step)
@@ -362,10 +359,10 @@ def say_result(
 ) -> None:
     """The last words of a run: how good, a sample, and where everything is."""
     if lines:
-        unigram, last = parts.validation.unigram(parts.train_files), lines[-1]
+        unigram = parts.validation.unigram(parts.train_files)
+        corpora = "".join(f"{line['corpus']:<15} {loss_text(line)}\n" for line in lines[:-1] if len(lines) > 2)
         say(
-            f"\nvalidation loss {last['loss']:.4f} nats a token, {last['bits_per_byte']:.4f} bits a byte "
-            f"({last['targets']:,} targets)\n"
+            f"\nvalidation loss {loss_text(lines[-1])}\n{corpora}"
             f"unigram model   {unigram['loss']:.4f} nats a token, {unigram['bits_per_byte']:.4f} bits a byte"
         )
     if config.sample_prompt:
