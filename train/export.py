@@ -216,8 +216,8 @@ def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
         exported = granite.transformers_config(config).router_aux_loss_coef
         balance = (
             f"\n| load balancing | {own:g} for each layer, whose loss is 1 when balanced; `router_aux_loss_coef` is "
-            f"{exported:g} = {own:g} · layers / top-k, as Transformers' loss pools all layers and is top-k when balanced "
-            "|"
+            f"{exported:g} = {own:g} · layers / top-k, as Transformers' loss pools all layers and is top-k when "
+            "balanced |"
         )
     return f"""---
 library_name: transformers

@@ -14,8 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import tokenizer as tokenizers_of_ours
-from data.tokenizer import SAMPLE
+from data.tokenizer import SAMPLE, save_tokenizer
 from train.config import RunFailed
 from train.export import generate
 
@@ -94,10 +93,10 @@ def test_b1_a_run_with_a_tokenizer_that_autotokenizer_rebuilds(run: Callable[...
 def test_b1_an_export_with_other_tokens_is_not_put_in_place(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rebuilt(tokenizer: object, folder: Path, **more: object) -> None:
-        tokenizers_of_ours.save_tokenizer(tokenizer, folder, **more, tokenizer_class="CodeLlamaTokenizer")
+    def with_another(tokenizer: object, folder: Path, **more: object) -> None:
+        save_tokenizer(tokenizer, folder, **more, extra_special_tokens=["def"])
 
-    monkeypatch.setattr("train.export.save_tokenizer", rebuilt)
+    monkeypatch.setattr("train.export.save_tokenizer", with_another)
     with pytest.raises(RunFailed, match="other tokens"):
         run("run.name=other")
 
