@@ -5,6 +5,8 @@ usage: python -m launch.export RUN [--step N] [--out FOLDER]
 examples:
   python -m launch.export runs/quickstart
   python -m launch.export runs/quickstart --step 200 --out /models/quickstart-200
+
+docs/export.md tells what is in the folder, and how llama.cpp reads it.
 """
 
 from __future__ import annotations

