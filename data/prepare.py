@@ -42,6 +42,7 @@ import numpy.typing as npt
 
 from data import DataError, bpe
 from data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
+from data.tokenizer import load_tokenizer, save_tokenizer, wrap_tokenizer
 from data.tokens import TokenFile, dtype_for, write_index
 
 FORMAT = 1  # goes into HASH: raise it when the same inputs give other files
@@ -177,8 +178,9 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
 def _write_corpus(
     name: str, corpus: Corpus, folder: Path, tokenizer_folder: Path, identity: str, report: Progress, workers: int
 ) -> None:
-    tokenizer_json, eos, vocab_size = _load_tokenizer(tokenizer_folder)
-    dtype = dtype_for(vocab_size).newbyteorder("<")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer_json, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    dtype = dtype_for(rows_needed(tokenizer)).newbyteorder("<")
     total = sum(map(os.path.getsize, _all_files(corpus))) if corpus.source != "huggingface" else None
     splits = ["train"] + ["validation"] * bool(corpus.validation_fraction or corpus.validation_path)
     with _building(folder) as temporary:
@@ -611,7 +613,6 @@ def _train_tokenizer(
     corpora: Mapping[str, Corpus], sources: Mapping[str, Any], vocab_size: int, cache: Path, report: Progress
 ) -> Path:
     from tokenizers import Tokenizer, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -640,15 +641,9 @@ def _train_tokenizer(
                     break
 
     # No padding token: as the end of text is one, a model that is told of it would not train its embedding.
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_apart(list(sample()), vocab_size, report)),
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    trained = Tokenizer.from_str(_trained_apart(list(sample()), vocab_size, report))
     with _building(folder) as temporary:
-        wrapped.save_pretrained(temporary)
+        save_tokenizer(wrap_tokenizer(trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT), temporary)
     return folder
 
 
@@ -694,45 +689,18 @@ def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) ->
 
 def _fetch_tokenizer(path: str, cache: Path) -> Path:
     """A copy of the tokenizer in the cache, named by its content."""
-    tokenizer, folder = _named_tokenizer(path, cache)
+    loaded, folder = _named_tokenizer(path, cache)
     if not _complete(folder, "tokenizer.json"):
         with _building(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(loaded, temporary)
     return folder
 
 
 def _named_tokenizer(path: str, cache: Path) -> tuple[Any, Path]:
     """The tokenizer, and where its copy in the cache is or would be."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with a file or the network
-        raise DataError(
-            f"No tokenizer could be loaded from {path!r}: {type(error).__name__}: {error} Give a folder with a "
-            "tokenizer.json, or with a SentencePiece tokenizer.model (pip install sentencepiece protobuf, and it is "
-            "converted), a name that the hub knows, or no path to train one."
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise DataError(f"The tokenizer {path!r} has no tokenizer.json. Convert it to a fast tokenizer first.")
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"The tokenizer {path!r} has no end-of-text token, which must follow every document. Set eos_token in its "
-            "tokenizer_config.json."
-        )
-    identity = _short_hash([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id])
-    return tokenizer, cache / f"tokenizer-{identity}"
-
-
-def _load_tokenizer(folder: Path) -> tuple[str, int, int]:
-    """(its tokenizer.json without truncation and padding, the end-of-text id, the vocabulary's size)."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return backend.to_str(), tokenizer.eos_token_id, rows_needed(tokenizer)
+    loaded = load_tokenizer(path)
+    identity = _short_hash([loaded.backend_tokenizer.to_str(), loaded.eos_token_id])
+    return loaded, cache / f"tokenizer-{identity}"
 
 
 def as_text(tokenizer_json: str) -> Any:

@@ -515,9 +515,9 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
     vocabulary, whose = data.tokenizer.vocab_size, "The tokenizer to be trained (data.tokenizer.vocab_size)"
     own = Path(data.tokenizer.path).expanduser() if data.tokenizer.path is not None else None
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
-        from transformers import AutoTokenizer
+        from data.tokenizer import load_tokenizer
 
-        vocabulary = rows_needed(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        vocabulary = rows_needed(load_tokenizer(folder))
         whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
         vocabulary = 0  # not known: of the hub

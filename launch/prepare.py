@@ -174,11 +174,10 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     if tokenizer_folder is None:
         print("    name data.tokenizer.path to see text")
         return
-    from transformers import AutoTokenizer
-
     from data.prepare import bytes_of_tokens
+    from data.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(tokenizer_folder)
     draw = random.Random(0)
 
     def text(begin: int, end: int) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
 from data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
+from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
@@ -25,7 +25,7 @@ from train.config import Config, ConfigError, Diverged, RunFailed, check_batch, 
 from train.console import Progressing, human, progress_lines
 from train.engine import Engine
 from train.evaluate import Validation
-from train.export import check_target, export, generate, in_working_precision
+from train.export import check_target, export, facts_of, generate, in_units, in_working_precision, loss_text
 from train.loop import Stop, train_loop
 from train.loss import LanguageModelLoss
 from train.metrics import count_parameters, flops_per_token, peak_flops
@@ -101,7 +101,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
             if start_from is None or not (folder / "tokenizer").exists():
-                environment.replace_folder(folder / "tokenizer", parts.tokenizer.save_pretrained)
+                environment.replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
             (folder / "exit.json").unlink(missing_ok=True)
             environment.replace_text(folder / "config.yaml", environment.settings_text(config))
             environment.write(folder / "run.json", engine, command, start_from, changes, parts.counts, parts.data, say)
@@ -189,13 +189,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     # ---- what is left to the user
     engine.first_rank_decides(check_ours)
     if engine.is_main:
-        facts: dict[str, Any] = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
-        if lines:
-            facts |= {
-                "validation loss": f"{lines[-1]['loss']:.4f} nats a token",
-            }
-            if lines[-1]["bits_per_byte"] is not None:
-                facts["bits per byte"] = f"{lines[-1]['bits_per_byte']:.4f}"
+        facts = facts_of(state, lines)
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         picture = folder / "report.html"
         try:
@@ -231,14 +225,12 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         if trained_with.is_dir():
             config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
     prepared = prepare_data(config, engine, say)
-    tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_folder, trust_remote_code=False)
+    assert prepared.tokenizer_folder is not None
+    tokenizer = load_tokenizer(prepared.tokenizer_folder)
     check_vocabulary(config, tokenizer, prepared, say)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = dict(prepared.fingerprints)
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    )
-    data_fingerprint[resume.TOKENIZER] = hashlib.sha256(vocabulary.encode()).hexdigest()
+    data_fingerprint[resume.TOKENIZER] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     # ---- model
     torch.manual_seed(config.run.seed)
@@ -394,6 +386,11 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, say: Sa
             f"The tokenizer in {prepared.tokenizer_folder} has {used} tokens and model.vocab_size is "
             f"{config.model.vocab_size}: set model.vocab_size to {used} or more."
         )
+    if added := tokenizer.num_special_tokens_to_add():
+        say(
+            f"The tokenizer itself adds {added} special token(s) to a text. Training text has none of them, but "
+            f"{tokenizer.eos_token} after each document."
+        )
     if padding := config.model.vocab_size - used:
         size = config.model.vocab_size
         say(f"vocab_size {size:,}, of which the tokenizer uses {used:,}: {padding:,} rows are padding")
@@ -441,12 +438,6 @@ def order_of(config: Config, prepared: Prepared) -> Order:
     return Order(config.run.seed, stages, windows)
 
 
-def in_units(line: dict[str, Any]) -> str:
-    """A loss in nats a token and, where the bytes are known, bits a byte."""
-    bits = line["bits_per_byte"]
-    return f"{line['loss']:.4f} nats a token" + (f", {bits:.4f} bits a byte" if bits is not None else "")
-
-
 def say_result(
     config: Config,
     folder: Path,
@@ -458,10 +449,9 @@ def say_result(
 ) -> None:
     """The last words of a run: how good, a sample, and where everything is."""
     if lines:
-        unigram, last = parts.validation.unigram(parts.train_files), lines[-1]
-        say(f"\nvalidation loss {in_units(last)} ({last['targets']:,} targets)\nunigram model   {in_units(unigram)}")
-        if len(lines) > 2:
-            say(f"of each corpus  {of_each_corpus(lines)}")
+        unigram = parts.validation.unigram(parts.train_files)
+        corpora = "".join(f"{line['corpus']:<15} {loss_text(line)}\n" for line in lines[:-1] if len(lines) > 2)
+        say(f"\nvalidation loss {loss_text(lines[-1])}\n{corpora}unigram model   {in_units(unigram)}")
     if config.sample_prompt:
         say(f"\n{generate(folder / 'model', config.sample_prompt, 64, seed=config.run.seed)}\n")
     checkpoints = checkpoint.available(folder / "checkpoints")
