@@ -63,12 +63,12 @@ def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
         )
     effects = {name: pair for name, pair in differences.items() if _under(name, _BY_EFFECT)}
     if effects:
-        _check_steps_taken(then, config, state, effects)
+        check_steps_taken(then, config, state, effects)
         _check_samples_taken(then, config, state, effects)
     return differences
 
 
-def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
+def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
     """Batch and rate of every step already taken are the same under both configurations.
 
     Between two of their edges the batches are constant and each rate is one formula. Two of these that are not the same

@@ -44,7 +44,7 @@ class Tracker:
         self._recording = threading.Lock()
         if self.active:
             for name in FILES:
-                if unreadable := _cut_after(folder / name, state.step):
+                if unreadable := cut_after(folder / name, state.step):
                     say(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
             self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
@@ -289,7 +289,7 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _cut_after(path: Path, step: int) -> int:
+def cut_after(path: Path, step: int) -> int:
     """Drop what lies after the checkpoint that the run goes on from: those steps are taken again, or never.
 
     In place and from the end, so that it costs what is dropped and not what is kept. Returns how many whole lines among
