@@ -36,7 +36,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError
+from data import DataError, expand
 from data.sources import COMPRESSED, Block, Corpus, Place, Skipped, blocks, documents, files, read
 from data.tokens import TokenFile, dtype_for, write_index
 
@@ -100,7 +100,7 @@ def prepare(
     be loaded or has no end-of-text token, files changed since.
     """
     _check_names(corpora)
-    cache = Path(cache_dir).expanduser()
+    cache = Path(expand(cache_dir))
     cache.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda description, done, total: None)
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
@@ -116,9 +116,9 @@ def prepare(
     folders, train, validation = {}, {}, {}
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
-            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+            train[name] = TokenFile(expand(str(corpus.path)))
             if corpus.validation_path:
-                validation[name] = TokenFile(os.path.expanduser(corpus.validation_path))
+                validation[name] = TokenFile(expand(corpus.validation_path))
             continue
         assert tokenizer_folder is not None
         identity = _identity(tokenizer_folder)
@@ -137,11 +137,11 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     DataErrors: names that are no file names, paths that match no file.
     """
     _check_names(corpora)
-    cache = Path(cache_dir).expanduser()
+    cache = Path(expand(cache_dir))
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
     sources = {name: _describe(corpus) for name, corpus in text.items()}
     folder = None
-    if tokenizer.path is not None and os.path.isdir(os.path.expanduser(tokenizer.path)):
+    if tokenizer.path is not None and os.path.isdir(expand(tokenizer.path)):
         folder = _named_tokenizer(tokenizer.path, cache)[1]
     elif tokenizer.path is None and text:
         folder = _trained_folder(sources, tokenizer.vocab_size, cache)
@@ -150,7 +150,7 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     folders, train = {}, {}
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
-            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+            train[name] = TokenFile(expand(str(corpus.path)))
         elif folder is not None:
             own = _corpus_folder(cache, name, sources[name], _identity(folder))
             if (own / "corpus.json").exists():
@@ -196,13 +196,13 @@ def _write_corpus(
             },
             "tokenizer": identity,
         }
-        (temporary / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (temporary / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_corpus(folder: Path) -> dict[str, TokenFile]:
     """Split → file, for the splits that the folder's corpus.json lists with these very bytes."""
     opened = {}
-    for split, facts in json.loads((folder / "corpus.json").read_text())["splits"].items():
+    for split, facts in json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["splits"].items():
         opened[split] = TokenFile(folder / split)
         if opened[split].fingerprint() != facts["fingerprint"]:
             raise DataError(
@@ -263,7 +263,7 @@ class _Output:
     def _saved(self) -> Any:
         """What `_save` wrote, if everything that it counts is there."""
         try:
-            state = json.loads((self._folder.parent / STATE).read_text())
+            state = json.loads((self._folder.parent / STATE).read_text(encoding="utf-8"))
             whole = all(os.path.getsize(path) >= state["sizes"][name] for name, path in self._paths.items())
         except (OSError, ValueError, LookupError, TypeError):  # a power cut can leave it so
             return None
@@ -282,7 +282,7 @@ class _Output:
             "done": self.done,
         }
         partial = self._folder.parent / f"{STATE}.partial"
-        partial.write_text(json.dumps(state))
+        partial.write_text(json.dumps(state), encoding="utf-8")
         _sync(partial)
         partial.replace(self._folder.parent / STATE)
         self._saved_at = time.monotonic()
@@ -585,7 +585,7 @@ def _named_tokenizer(path: str, cache: Path) -> tuple[Any, Path]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+        tokenizer = AutoTokenizer.from_pretrained(expand(path))
     except Exception as error:  # whatever is wrong with a file or the network
         raise DataError(
             f"No tokenizer could be loaded from {path!r}: {type(error).__name__}: {error} Give a folder with a "
@@ -676,7 +676,7 @@ def _all_files(corpus: Corpus) -> list[Path]:
 
 def _identity(tokenizer_folder: Path) -> str:
     """SHA-256 of what the tokenizer does: its tokenizer.json and which token ends a text."""
-    end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())["eos_token"]
+    end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     return _sha256((tokenizer_folder / "tokenizer.json").read_bytes() + json.dumps(end).encode())
 
 
@@ -747,7 +747,7 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
         except OSError:  # a file system without locks: one that nobody else will look for
             slot = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             slot.mkdir()
-            return slot, open(slot / "lock", "w")
+            return slot, open(slot / "lock", "w", encoding="utf-8")
         if lock is not None:
             return slot, lock
     raise AssertionError
@@ -757,7 +757,7 @@ def _lock(slot: Path) -> IO[str] | None:
     """None if another process has it, or has just removed it."""
     path = slot / "lock"
     try:
-        lock = open(path, "w")  # noqa: SIM115
+        lock = open(path, "w", encoding="utf-8")  # noqa: SIM115
     except FileNotFoundError:
         return None
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from data import DataError
+from data import DataError, expand
 
 if TYPE_CHECKING:
     import pyarrow
@@ -160,7 +160,7 @@ def files(corpus: Corpus) -> list[Path]:
             folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
             found += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(found)
-    pattern = os.path.expanduser(str(corpus.path))
+    pattern = expand(str(corpus.path))
     if corpus.source == "huggingface":
         return sorted(path for path in Path(pattern).rglob("*") if path.is_file()) if os.path.isdir(pattern) else []
     # Each file once: a link to a folder above would make ** find it by dozens of paths.
@@ -375,7 +375,7 @@ _SPLITTERS = {"jsonl": _line_blocks, "parquet": _parquet_blocks, "arrow": _arrow
 def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
     import datasets
 
-    path = os.path.expanduser(str(corpus.path))
+    path = expand(str(corpus.path))
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             rows: Any = datasets.load_from_disk(path)

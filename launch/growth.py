@@ -50,7 +50,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         found = measured(Path(temporary))
-    (folder / "growth.json").write_text(json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n")
+    (folder / "growth.json").write_text(
+        json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n", encoding="utf-8"
+    )
     picture(found, folder / "growth.png")
     for name, values in found.items():
         print(name, {size: f"{1e3 * seconds:.2f} ms" for size, seconds in values.items()})

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     from train.run import assemble
     from train.state import State
 
-    recorded = json.loads((options.run / "run.json").read_text())["starts"][-1]["hardware"]
+    recorded = json.loads((options.run / "run.json").read_text(encoding="utf-8"))["starts"][-1]["hardware"]
     with tempfile.TemporaryDirectory() as scratch:
         config.data.tokenizer.path = str(options.run / "tokenizer")
         config.run.folder = scratch

@@ -37,6 +37,7 @@ from rich.live import Live
 from rich.table import Table
 
 import train.cli
+from data import expand
 from data.prepare import prepare
 from launch.trials import (
     WITH_DECAY,
@@ -54,6 +55,7 @@ from launch.trials import (
     sweep_config,
 )
 from schedulers.law import expected_error
+from train import streams
 from train.cli import composed, composed_sweep, guard
 from train.config import Config, ConfigError, RunFailed, load, setting_values
 from train.environment import available_cores, lock, replace_text
@@ -66,6 +68,7 @@ MOST_COLUMNS = 8  # of losses side by side; of more there is the best
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the sweep, or be one of its workers."""
+    streams.protect()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="powertrain sweep",
@@ -100,8 +103,8 @@ class Sweep:
         self.settings, node = composed_sweep(arguments)
         self.sweep: SweepConfig = sweep_config(node)
         self.trials = plan(self.sweep)
-        self.folder = Path(self.settings.run.folder) / self.sweep.name
-        self.ledger = Path(self.sweep.ledger) if self.sweep.ledger else self.folder / "ledger.jsonl"
+        self.folder = Path(expand(self.settings.run.folder)) / self.sweep.name
+        self.ledger = Path(expand(self.sweep.ledger)) if self.sweep.ledger else self.folder / "ledger.jsonl"
 
     def configs(self) -> dict[tuple[str, str], Config]:
         """The configuration of a trial of each model and schedule, after checking all trials."""
@@ -122,7 +125,7 @@ class Sweep:
                 continue
             # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
             with contextlib.suppress(OSError, ValueError):
-                results[trial.name] = json.loads((self.folder / trial.name / "result.json").read_text())
+                results[trial.name] = json.loads((self.folder / trial.name / "result.json").read_text(encoding="utf-8"))
                 continue
             if self.failed_file(trial).exists():
                 failed.add(trial.name)
@@ -171,7 +174,7 @@ def control(options: argparse.Namespace) -> int:
             console.print(
                 f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
             )
-            console.print(sweep.failed_file(trial).read_text().strip()[-400:], markup=False)
+            console.print(sweep.failed_file(trial).read_text(encoding="utf-8").strip()[-400:], markup=False)
     if asked:
         raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command goes on with them.")
     return 0
@@ -226,7 +229,7 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
     if options.slurm:
         script = Path(__file__).parent / "slurm" / "sweep.sbatch"
         return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
-    worker = [sys.executable, "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
+    worker = [sys.executable, "-P", "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
     return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
 
 
@@ -264,7 +267,7 @@ def write_ledger(sweep: Sweep) -> Progress:
     lines = [entry for name, entry in progress.results.items() if name not in planned]
     lines += [progress.results[trial.name] for trial in sweep.trials if progress.done(trial)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    if not sweep.ledger.exists() or sweep.ledger.read_text() != text:
+    if not sweep.ledger.exists() or sweep.ledger.read_text(encoding="utf-8") != text:
         sweep.ledger.parent.mkdir(parents=True, exist_ok=True)
         replace_text(sweep.ledger, text)
     return progress
@@ -432,7 +435,7 @@ def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> m
 
 
 def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[str]) -> None:
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     if launcher:
@@ -475,8 +478,8 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
         if process.is_alive():
             process.terminate()  # it saves a checkpoint and goes
         process.join()
-    said = (folder / "output.txt").read_text(errors="replace")
-    ended = json.loads((folder / "exit.json").read_text()) if (folder / "exit.json").exists() else {}
+    said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    ended = json.loads((folder / "exit.json").read_text(encoding="utf-8")) if (folder / "exit.json").exists() else {}
     reason = str(ended.get("reason", said[-2000:]))
     if process.exitcode != 0 and ended.get("code", process.exitcode) == BAD_INPUT:
         raise ConfigError(f"The trial {trial.name} was refused. {reason}")
@@ -505,12 +508,12 @@ def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str,
     losses = [line["loss"] for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
     loss = losses[-1] if losses and reason == "finished" and math.isfinite(losses[-1] or math.nan) else None
     newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
-    corpora = json.loads(newest.read_text())["data_fingerprint"] if newest else {}
+    corpora = json.loads(newest.read_text(encoding="utf-8"))["data_fingerprint"] if newest else {}
     return {
         "trial": trial.name,
         "model_name": trial.model,
         **in_common(load(folder / "config.yaml")),
-        "parameters": json.loads((folder / "run.json").read_text())["parameters"]["total"],
+        "parameters": json.loads((folder / "run.json").read_text(encoding="utf-8"))["parameters"]["total"],
         "schedule": trial.schedule,
         "batch": trial.batch,
         **dict(trial.fields),

@@ -385,7 +385,7 @@ def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
     """Name → line of a sweep's own ledger; a last line cut short is left out."""
     lines: dict[str, dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:

@@ -137,8 +137,9 @@ class Saver:
                     values = fragment.master if what == "weights" else engine.moment(fragment, what)
                     values = values.detach().to("cpu", copy=True)
                     tensors[what][key] = values.view(shape) if whole else values
-        shard = f"-{engine.rank + 1:05d}-of-{engine.world_size:05d}" if engine.sharded else ""
-        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if kept else {}
+        shard = _shard(engine.rank, engine.world_size) if engine.sharded else ""
+        writes = engine.sharded or engine.is_main  # all shards, empty or not: one that is missing shows
+        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if writes else {}
         return {**files, _rng_file(engine.rank): _rng_state(engine)}
 
     # ------------------------------------------------------------------------ in the thread
@@ -185,7 +186,7 @@ class Saver:
             return None
         files: dict[str, Any] = {}
         for path in done:
-            files |= json.loads(path.read_text())
+            files |= json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
         injected.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
@@ -220,7 +221,7 @@ class Stored:
     def __init__(self, checkpoint: Path, what: str) -> None:
         self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
         self.checkpoint = checkpoint
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name in sorted(name for name in files if re.fullmatch(rf"{what}(-.*)?\.safetensors", name)):
             path = checkpoint / name
             try:
@@ -264,7 +265,7 @@ def _elements(stored: Any, start: int, stop: int) -> torch.Tensor:
 
 def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> None:
     """Put everything of a verified checkpoint back in place, on every rank."""
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     for name, value in saved["state"].items():
         setattr(state, name, value)
     balance.previous = torch.tensor(saved["assignments"], dtype=torch.int64).reshape(balance.previous.shape)
@@ -278,12 +279,13 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
 
 def load_state(checkpoint: Path) -> State:
     """The progress that a checkpoint was made at."""
-    return State(**json.loads((checkpoint / "state.json").read_text())["state"])
+    return State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
 
 
 def trained_by(checkpoint: Path) -> tuple[str, int]:
     """The kind of engine, and its number of ranks."""
-    engine = json.loads((checkpoint / "state.json").read_text()).get("engine") or {"kind": "plain", "ranks": 1}
+    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    engine = saved.get("engine") or {"kind": "plain", "ranks": 1}
     return engine["kind"], engine["ranks"]
 
 
@@ -317,7 +319,7 @@ def step_of(checkpoint: Path) -> int:
 def faults(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each file; empty when every byte is as written."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         kinds = {name.partition("-")[0].partition(".")[0] for name in files}
         if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state", "rng/rank"} <= kinds:
@@ -335,7 +337,20 @@ def faults(checkpoint: Path) -> list[str]:
             wrong.append(f"{name} has {path.stat().st_size} bytes, not {size}")
         elif _sha256(path) != sha256:
             wrong.append(f"{name} differs from its SHA-256")
-    return wrong
+    if wrong:
+        return wrong
+    try:
+        return [f"{name} is missing, in manifest.json too" for name in _written(checkpoint) if name not in files]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"state.json cannot be read: {error}"]
+
+
+def _written(checkpoint: Path) -> list[str]:
+    """The tensor files that the ranks of a checkpoint's run have written."""
+    kind, ranks = trained_by(checkpoint)
+    shards = [_shard(rank, ranks) for rank in range(ranks)] if kind.startswith("zero") else [""]
+    tensors = [f"{what}{shard}.safetensors" for what in ("weights", *MOMENTS) for shard in shards]
+    return [*tensors, *map(_rng_file, range(ranks))]
 
 
 def verified(checkpoint: Path) -> Path:
@@ -415,6 +430,10 @@ def _done_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
+def _shard(rank: int, ranks: int) -> str:
+    return f"-{rank + 1:05d}-of-{ranks:05d}"
+
+
 def _rng_file(rank: int) -> str:
     return f"rng/rank-{rank:05d}.safetensors"
 
@@ -443,7 +462,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     _sync_file(path)
 
 

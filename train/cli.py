@@ -27,13 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError
+from data import DataError, expand
+from train import streams
 from train.config import (
     Config,
     ConfigError,
     DataConfig,
     RunFailed,
     as_dict,
+    as_typed,
     data_from_hydra,
     from_hydra,
     setting_names,
@@ -49,18 +51,22 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if not sys.stderr.isatty():  # a log has lm-eval's progress once a minute
+if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
 
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
-usage: accelerate launch train.py +experiment=NAME [KEY=VALUE …]
-       python -m train +experiment=NAME [KEY=VALUE …]
+usage: accelerate launch $(which powertrain) train +experiment=NAME [KEY=VALUE …]
+       powertrain train +experiment=NAME [KEY=VALUE …]
+
+The first works from any folder, with any number of processes; in a checkout `accelerate launch train.py` is the same.
+The second is a single process.
 
 examples:
-  accelerate launch train.py +experiment=quickstart
-  accelerate launch train.py +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
+  accelerate launch $(which powertrain) train +experiment=quickstart
+  accelerate launch --config_file $(powertrain path zero1) $(which powertrain) train +experiment=moe_1b
+  powertrain train +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
 
   --cfg              print the composed configuration and do nothing
   --config-dir DIR   look for configs in DIR too (an experiment is DIR/experiment/NAME.yaml)
@@ -88,11 +94,11 @@ def _train(arguments: list[str]) -> int:
         print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
         return 0
 
-    return run_training(config, arguments)
+    return run_training(config, "train", arguments)
 
 
-def run_training(config: Config, arguments: list[str]) -> int:
-    """Train; the run's folder tells in exit.json how it ended."""
+def run_training(config: Config, verb: str, arguments: list[str]) -> int:
+    """Train; the run's folder tells in exit.json how it ended, and in run.json by which command it was started."""
     # Only now: a mistake in the configuration should not have to wait for these imports.
     from train.loop import Stop
     from train.run import train
@@ -105,7 +111,7 @@ def run_training(config: Config, arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves the last one
             signal.signal(number, end)
-    train(config, [Path(sys.argv[0]).name, *arguments])
+    train(config, ["powertrain", verb, *arguments])
     return 0
 
 
@@ -147,6 +153,7 @@ def composed_data(overrides: list[str]) -> DataConfig:
 def _compose(overrides: list[str]) -> DictConfig:
     # A sweep's settings are its own to check: those that its file leaves at their defaults can be given, too.
     overrides = [f"++{o}" if o.startswith("sweep.") else o for o in _take_config_dir(overrides)]
+    overrides = [as_typed(override, _texts()) for override in overrides]
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
@@ -171,21 +178,40 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 def guard(verb: Callable[[], int]) -> int:
     """Run a verb; turn the errors that a user can mend into one paragraph and exit status 2."""
+    streams.protect()
+    _shield()
     try:
         return verb()
     except (ConfigError, DataError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine see the same configuration and files
-            print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # whose it is, when it is a rank's own
+        if notes or os.environ.get("LOCAL_RANK", "0") == "0":  # all see the same configuration and files
+            print("powertrain:", *notes, without_secrets(str(error)), file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # of a path: files' contents are UTF-8, and what is printed is escaped
+        print(
+            f"powertrain: {without_secrets(repr(error.object))} cannot be named in the encoding of this locale, "
+            f"{error.encoding}. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
+
+
+def _shield() -> None:
+    """What this process starts, by whatever way, finds no module of its working directory: it is the user's."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if sys.path[0] == root and paths[0] != root:  # a checkout that need not be installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
 
 
 def leave(verb: Callable[[], int]) -> NoReturn:
@@ -221,7 +247,7 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
     for argument in rest:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
             folder = argument.partition("=")[2] or next(rest, "")
-            if not Path(folder).is_dir():
+            if not Path(folder := expand(folder)).is_dir():
                 raise ConfigError(f"--config-dir '{folder}' is not a folder.")
             folders.append(f"'file://{Path(folder).resolve()}'")
         else:
@@ -269,6 +295,11 @@ def _configs() -> Path:
 def group_names() -> list[str]:
     """The folders of configs/."""
     return sorted(path.name for path in _configs().iterdir() if path.is_dir() and not path.name.startswith("_"))
+
+
+def _texts() -> list[str]:
+    """What is a text besides settings of type str: an option of a group, and names in a sweep."""
+    return [*group_names(), *(f"sweep.{name}" for name in ("name", "ledger", "launcher"))]
 
 
 def options(group: str) -> list[str]:

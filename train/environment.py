@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def write(
     """
     record: dict[str, Any] = {"id": secrets.token_hex(4), "parent": None, "starts": []}
     try:
-        record |= json.loads(path.read_text())
+        record |= json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         pass
     except ValueError:  # a power cut can leave it so
@@ -62,11 +63,11 @@ def write(
         {
             "from": None if start_from is None else str(start_from),
             "changed_settings": changes,
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
             "commit": _commit(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: version(name) for name in _PACKAGES},
             "engine": engine.kind,
             "hardware": hardware(engine),
         }
@@ -140,7 +141,7 @@ def settings_text(config: Config) -> str:
 def parent(path: Path) -> Path | None:
     """The checkpoint of another run that this one branched off, from its run.json."""
     try:
-        recorded = json.loads(path.read_text())["parent"]
+        recorded = json.loads(path.read_text(encoding="utf-8"))["parent"]
     except (FileNotFoundError, ValueError):
         recorded = None
     return None if recorded is None else Path(recorded)
@@ -148,7 +149,7 @@ def parent(path: Path) -> Path | None:
 
 def lock(path: Path) -> IO[str] | None:
     """The file, locked until it is closed or its process and what inherited it have died; None when others have it."""
-    file = open(path, "a")  # noqa: SIM115
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -223,7 +224,7 @@ def check_output(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w") as file:
+    with open(beside, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -259,7 +260,10 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or device.type
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of a package. One that is imported knows its build, too (+cu130), where its wheel's name does not."""
+    if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
+        return str(loaded)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -267,10 +271,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file runs from, with + when it has been changed since."""
-    here = Path(__file__).parent
+    """The commit of the checkout that this file is tracked in, with + when it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook, say
     try:
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        # Of an installed package: there may be somebody's repository around its virtual environment.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True, env=own)
+        describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, encoding="utf-8", check=True, env=own).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -71,7 +71,7 @@ def export(
         hf_config.save_pretrained(partial)
         GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_model_card(config, facts))
+        (partial / "README.md").write_text(_model_card(config, facts), encoding="utf-8")
         (partial / _MARK).touch()
         difference = _largest_logit_difference(config, partial, probe, logits)
         if not difference <= TOLERANCE:

@@ -117,7 +117,7 @@ class Run:
 def _read(path: Path) -> Any:
     """The object in a file; {} where there is none, or none that can be read, as a power cut leaves it."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -243,7 +243,7 @@ def starts(run: Run) -> str:
             )
         )
     header = ("started", "from", "on", "with", "commit", "settings changed")
-    settings = html.escape((run.folder / "config.yaml").read_text())
+    settings = html.escape((run.folder / "config.yaml").read_text(encoding="utf-8"))
     return (
         f"<h2>Starts and settings of {html.escape(run.name)}</h2>\n{table(header, rows) if rows else ''}\n"
         f"<details><summary>config.yaml</summary><pre>{settings}</pre></details>"

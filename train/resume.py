@@ -120,7 +120,7 @@ def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str]) -> No
     Raises:
         ConfigError: naming the corpus.
     """
-    trained_on = json.loads((checkpoint / "state.json").read_text())["data_fingerprint"]
+    trained_on = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
     for name, fingerprint in trained_on.items():
         if data_fingerprint.get(name, fingerprint) != fingerprint:
             if name == TOKENIZER:

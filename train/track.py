@@ -42,7 +42,7 @@ class Tracker:
             self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
-            run_id = json.loads((folder / "run.json").read_text())["id"]
+            run_id = json.loads((folder / "run.json").read_text(encoding="utf-8"))["id"]
             # A run that goes on is the same run there, too.
             own: dict[str, dict[str, Any]] = {
                 "wandb": {
@@ -130,7 +130,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     by_step: dict[Any, dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
                 by_step[(entry["step"], entry.get("corpus"))] = entry
