@@ -440,8 +440,9 @@ def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[
             os.dup2(file.fileno(), descriptor)
     if launcher:
         os.set_inheritable(claimed.fileno(), True)
-        os.execvp(launcher[0], [*launcher, "-m", "train", *arguments])
-    # What `python -m train` does, without importing everything again: half the time of a short trial.
+        command = str(Path(__file__).resolve().parents[1] / "powertrain_command.py")
+        os.execvp(launcher[0], [*launcher, command, "train", *arguments])
+    # What `powertrain train` does, without importing everything again: half the time of a short trial.
     sys.argv[0] = "train"
     train.cli.main(arguments)
 

@@ -585,7 +585,7 @@ def as_typed(override: str, texts: Sequence[str] = ()) -> str:
     name = key.lstrip("+")
     hint = str | None if name in texts else type_of(name)
     text = hint is str or (hint == str | None and value != "null")
-    return f"{key}='{value}'" if text and re.fullmatch(r"[\w.:+-]+", value) else override
+    return f"{key}='{value}'" if text and re.fullmatch(r"[\w.:+/~-]+", value) else override
 
 
 def setting_names(node: Any = Config, prefix: str = "") -> list[str]:

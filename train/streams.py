@@ -39,6 +39,7 @@ def protect() -> None:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(descriptor, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, f"__{name}__", stream)  # as Python does: what is not kept is closed
         if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Stream):
             with contextlib.suppress(OSError):
                 stream.flush()

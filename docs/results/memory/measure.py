@@ -90,7 +90,11 @@ def launched(engine: str, bucket: int, settings: list[str]) -> dict[str, Any]:
     if engine == "ddp":
         environment["ACCELERATE_USE_CPU"] = "true"
     ended = subprocess.run(
-        [*command, __file__, str(bucket), *settings], env=environment, capture_output=True, text=True, check=False
+        [*command, __file__, str(bucket), *settings],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     printed = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     if not printed:
