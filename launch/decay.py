@@ -1,7 +1,7 @@
 """Branch a decay off a checkpoint of a run: the rate falls from where it is there, and the run itself is untouched.
 
 usage: python -m launch.decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
-       accelerate launch -m launch.decay RUN --at STEP --tokens N …
+       accelerate launch $(which powertrain) decay RUN --at STEP --tokens N …
 
 KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
 
