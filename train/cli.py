@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -54,6 +55,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
+
+LAST_WORDS_SECONDS = 2.0  # in which a rank says what is wrong when another has found something, too
 
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
@@ -236,6 +239,8 @@ def leave(verb: Callable[[], int]) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # nobody listens any more
                 stream.flush()
+        if status in (1, 2) and os.environ.get("WORLD_SIZE") != "1":
+            time.sleep(LAST_WORDS_SECONDS)  # the launcher ends all others as soon as one is gone
         os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
 
