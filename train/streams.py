@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import os
@@ -43,10 +44,12 @@ def protect() -> None:
         if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Stream):
             with contextlib.suppress(OSError):
                 stream.flush()
+            unicode = codecs.lookup(stream.encoding).name.startswith("utf")
             protected = Stream(
                 stream.buffer,
                 encoding=stream.encoding,
-                errors="backslashreplace",  # as Python has it for errors alone
+                # One character for one keeps a table in shape; what UTF-8 lacks is a byte of a file's name.
+                errors="backslashreplace" if unicode or name == "stderr" else "replace",
                 line_buffering=stream.line_buffering,
                 write_through=stream.write_through,
             )
