@@ -40,7 +40,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError, bpe
+from data import DataError, bpe, expand
 from data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
 from data.tokenizer import load_tokenizer, save_tokenizer, wrap_tokenizer
 from data.tokens import TokenFile, dtype_for, write_index
@@ -113,7 +113,7 @@ def prepare(
     be loaded or has no end-of-text token, files changed since.
     """
     _check_names(corpora)
-    cache = Path(cache_dir).expanduser()
+    cache = Path(expand(cache_dir))
     cache.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda description, done, total: None)
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
@@ -129,10 +129,10 @@ def prepare(
     prepared = Prepared({}, tokenizer_folder, {}, {})
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
-            prepared.train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+            prepared.train[name] = TokenFile(expand(str(corpus.path)))
             prepared.fingerprints[name] = fingerprint(prepared.train[name], cache, report)
             if corpus.validation_path:
-                prepared.validation[name] = TokenFile(os.path.expanduser(corpus.validation_path))
+                prepared.validation[name] = TokenFile(expand(corpus.validation_path))
             continue
         assert tokenizer_folder is not None
         identity = _identity(tokenizer_folder)
@@ -150,11 +150,11 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     DataErrors: names that are no file names, paths that match no file.
     """
     _check_names(corpora)
-    cache = Path(cache_dir).expanduser()
+    cache = Path(expand(cache_dir))
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
     sources = {name: _describe(corpus) for name, corpus in text.items()}
     folder = None
-    if tokenizer.path is not None and os.path.isdir(os.path.expanduser(tokenizer.path)):
+    if tokenizer.path is not None and os.path.isdir(expand(tokenizer.path)):
         folder = _named_tokenizer(tokenizer.path, cache)[1]
     elif tokenizer.path is None and text:
         folder = _trained_folder(sources, tokenizer.vocab_size, cache)
@@ -163,7 +163,7 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     folders, train = {}, {}
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
-            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+            train[name] = TokenFile(expand(str(corpus.path)))
         elif folder is not None:
             own = _corpus_folder(cache, name, sources[name], _identity(folder))
             if (own / "corpus.json").exists():
@@ -214,12 +214,12 @@ def _write_corpus(
             },
             "tokenizer": identity,
         }
-        (temporary / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (temporary / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, report: Progress) -> None:
     """Enter into `prepared` the splits that the folder's corpus.json lists with these very bytes."""
-    for split, facts in json.loads((folder / "corpus.json").read_text())["splits"].items():
+    for split, facts in json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["splits"].items():
         opened = TokenFile(folder / split)
         found = fingerprint(opened, cache, report)
         # Folders of before have the sampled one.
@@ -240,7 +240,7 @@ def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, repor
 def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]:
     """What the preparation of a corpus skipped: records by kind, a sentence ("" for none), and whether it is a warning:
     more than MANY_SKIPPED, duplicates aside, which the corpus asked for, or whatever was too long."""
-    facts = json.loads((folder / "corpus.json").read_text())
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
     counts = {kind: skipped["count"] for kind, skipped in facts["skipped"].items()}
     if not counts:
         return {}, "", False
@@ -267,7 +267,7 @@ def fingerprint(file: TokenFile, cache: Path, report: Progress = lambda descript
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)  # one of several ranks reads the files, and the others wait
         with suppress(OSError):
-            if len(found := path.read_text()) == 64:
+            if len(found := path.read_text(encoding="utf-8")) == 64:
                 return found
         found = file.fingerprint(lambda done, total: report(f"reading {file.prefix}", done, total))
         # Times are as coarse as two seconds: what is changed right after may keep them.
@@ -275,7 +275,7 @@ def fingerprint(file: TokenFile, cache: Path, report: Progress = lambda descript
         if path == known_fingerprint(file, cache) and time.time() - changed > 2:
             with suppress(OSError):  # a full disk, or a cache that may only be read
                 path.parent.mkdir(exist_ok=True)
-                path.write_text(found)
+                path.write_text(found, encoding="utf-8")
     return found
 
 
@@ -343,7 +343,7 @@ class _Output:
     def _saved(self) -> Any:
         """What `_save` wrote, if everything that it counts is there."""
         try:
-            state = json.loads((self._folder.parent / STATE).read_text())
+            state = json.loads((self._folder.parent / STATE).read_text(encoding="utf-8"))
             whole = all(os.path.getsize(path) >= state["sizes"][name] for name, path in self._paths.items())
         except (OSError, ValueError, LookupError, TypeError):  # a power cut can leave it so
             return None
@@ -362,7 +362,7 @@ class _Output:
             "done": self.done,
         }
         partial = self._folder.parent / f"{STATE}.partial"
-        partial.write_text(json.dumps(state))
+        partial.write_text(json.dumps(state), encoding="utf-8")
         _sync(partial)
         partial.replace(self._folder.parent / STATE)
         self._saved_at = time.monotonic()
@@ -830,7 +830,7 @@ def _all_files(corpus: Corpus) -> list[Path]:
 
 def _identity(tokenizer_folder: Path) -> str:
     """SHA-256 of what the tokenizer does: its tokenizer.json and which token ends a text."""
-    end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())["eos_token"]
+    end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     return _sha256((tokenizer_folder / "tokenizer.json").read_bytes() + json.dumps(end).encode())
 
 
@@ -901,7 +901,7 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
         except OSError:  # a file system without locks: one that nobody else will look for
             slot = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             slot.mkdir()
-            return slot, open(slot / "lock", "w")
+            return slot, open(slot / "lock", "w", encoding="utf-8")
         if lock is not None:
             return slot, lock
     raise AssertionError
@@ -911,7 +911,7 @@ def _lock(slot: Path) -> IO[str] | None:
     """None if another process has it, or has just removed it."""
     path = slot / "lock"
     try:
-        lock = open(path, "w")  # noqa: SIM115
+        lock = open(path, "w", encoding="utf-8")  # noqa: SIM115
     except FileNotFoundError:
         return None
     try:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from data import DataError
+from data import DataError, expand
 
 if TYPE_CHECKING:
     import pyarrow
@@ -166,7 +166,7 @@ def files(corpus: Corpus) -> list[Path]:
             folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
             found += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(found)
-    pattern = os.path.expanduser(str(corpus.path))
+    pattern = expand(str(corpus.path))
     if corpus.source == "huggingface":
         inside = (os.path.join(folder, name) for folder, _, names in _walk(pattern) for name in names)
         return sorted(Path(path) for path in inside if _is_file(path))
@@ -436,7 +436,7 @@ _SPLITTERS = {"jsonl": _line_blocks, "parquet": _parquet_blocks, "arrow": _arrow
 def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
     import datasets
 
-    path = os.path.expanduser(str(corpus.path))
+    path = expand(str(corpus.path))
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             rows: Any = datasets.load_from_disk(path)

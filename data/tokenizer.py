@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data import DataError
+from data import DataError, expand
 
 FILE = "tokenizer.json"
 # Where tokenizers differ: case, digits, white space, contractions, composed characters, other scripts.
@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file
 
-    place = os.path.expanduser(str(path))
+    place = expand(path)
     try:
         file = cached_file(place, FILE, _raise_exceptions_for_missing_entries=False)
         if file is None:

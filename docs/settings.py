@@ -82,7 +82,9 @@ def rows(kind: type, prefix: str) -> list[tuple[str, str, str]]:
 
 def schedule(name: str, kind: type) -> str:
     """A schedule with the values that configs/schedule gives it."""
-    given = yaml.safe_load((Path(config.__file__).parents[1] / f"configs/schedule/{name}.yaml").read_text())
+    given = yaml.safe_load(
+        (Path(config.__file__).parents[1] / f"configs/schedule/{name}.yaml").read_text(encoding="utf-8")
+    )
     about, said = described(kind)
     for part, inner in (("decay", schedulers.Decay), ("rewarmup", schedulers.Rewarmup)):
         said |= {f"{part}.{field}": text for field, text in described(inner)[1].items()}

@@ -36,7 +36,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError
+from data import DataError, expand
 from launch.check import described
 from schedulers import Power, Rewarmup
 from train.cli import composed, guard
@@ -285,14 +285,14 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
 def command_of(cluster: Cluster, engine: str, micro: int) -> str:
     """What to paste; the run's own settings follow."""
     if engine == "plain":
-        return f"  accelerate launch train.py … batch.micro_sequences={micro}"
+        return f"  accelerate launch $(which powertrain) train … batch.micro_sequences={micro}"
     if cluster.gpus <= cluster.gpus_per_node:
         environment = "ACCELERATE_USE_CPU=true " if not cluster.on_gpu and engine == "ddp" else ""
-        file = f"--config_file launch/accelerate/{engine}.yaml --num_processes {cluster.gpus}"
-        return f"  {environment}accelerate launch {file} train.py … batch.micro_sequences={micro}"
+        file = f"--config_file $(powertrain path {engine}) --num_processes {cluster.gpus}"
+        return f"  {environment}accelerate launch {file} $(which powertrain) train … batch.micro_sequences={micro}"
     nodes = -(-cluster.gpus // cluster.gpus_per_node)
-    file = "" if engine == "zero3" else f"ACCELERATE_CONFIG=launch/accelerate/{engine}.yaml "
-    return f"  {file}sbatch --nodes={nodes} launch/slurm/train.sbatch … batch.micro_sequences={micro}"
+    file = "" if engine == "zero3" else f"ACCELERATE_CONFIG=$(powertrain path {engine}) "
+    return f"  {file}sbatch --nodes={nodes} $(powertrain path train.sbatch) … batch.micro_sequences={micro}"
 
 
 # ------------------------------------------------------------------------------------------------ time, cost, failures
@@ -490,7 +490,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
         for path in (corpus.path, *([corpus.validation_path] if corpus.validation_path else [])):
             try:
                 if corpus.source == "tokens":
-                    TokenFile(Path(str(path)).expanduser())
+                    TokenFile(expand(str(path)))
                 else:
                     sources.files(dataclasses.replace(corpus, path=path, validation_path=None))
             except (DataError, OSError) as error:
@@ -513,7 +513,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
     except DataError as error:
         return [str(error)], []
     vocabulary, whose = data.tokenizer.vocab_size, "The tokenizer to be trained (data.tokenizer.vocab_size)"
-    own = Path(data.tokenizer.path).expanduser() if data.tokenizer.path is not None else None
+    own = Path(expand(data.tokenizer.path)) if data.tokenizer.path is not None else None
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
         from data.tokenizer import load_tokenizer
 

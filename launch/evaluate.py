@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="run the code that the model writes, for humaneval and mbpp",
     )
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _evaluate(options)))
+    sys.exit(guard(lambda: _evaluate(parser.parse_args(arguments))))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -120,7 +119,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 line["num_fewshot"] = task.config.num_fewshot
         report["average"] = _average(lines)
         _print_table(lines, report["average"])
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\nresult  {out}")
     return 0
 

@@ -30,11 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
     parser.add_argument("--out", type=Path, help="where to; default: RUN/model, or RUN/model-STEP with --step")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _export(options.run, options.step, options.out)))
+    sys.exit(guard(lambda: _export(parser.parse_args(arguments))))
 
 
-def _export(run: Path, step: int | None, out: Path | None) -> int:
+def _export(options: argparse.Namespace) -> int:
+    run, step, out = options.run, options.step, options.out
     config = load(run / "config.yaml")
 
     import torch

@@ -51,8 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
     parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _fit(options)))
+    sys.exit(guard(lambda: _fit(parser.parse_args(arguments))))
 
 
 def _fit(options: argparse.Namespace) -> int:

@@ -58,7 +58,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         found = measured(Path(temporary))
-    (folder / "growth.json").write_text(json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n")
+    (folder / "growth.json").write_text(
+        json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n", encoding="utf-8"
+    )
     picture(found, folder / "growth.png")
     for name, values in found.items():
         print(name, {size: f"{1e3 * seconds:.2f} ms" for size, seconds in values.items()})
@@ -212,7 +214,7 @@ def recorded(folder: Path, steps: int) -> Path:
     (folder / "config.yaml").write_text(settings_text(composed([*BASE])))
     with open(folder / "metrics.jsonl", "wb") as file:
         file.writelines(line(step) for step in range(1, steps + 1))
-    with open(folder / "evals.jsonl", "w") as file:
+    with open(folder / "evals.jsonl", "w", encoding="utf-8") as file:
         for step in range(LOST, steps + 1, LOST):
             scores = {"corpus": "overall", "loss": 3.0, "bits_per_byte": 1.0, "targets": 4096}
             file.write(json.dumps({"step": step, "tokens": step * 4096, **scores}) + "\n")

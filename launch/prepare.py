@@ -57,8 +57,6 @@ def _prepare(arguments: list[str]) -> int:
         print("powertrain: interrupted; the same command goes on from where it was.", file=sys.stderr)
         return 130
 
-    # File names need not be UTF-8.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if prepared.tokenizer_folder is not None:
         _say_tokenizer(prepared.tokenizer_folder)
     for name in data.corpora:
@@ -136,7 +134,8 @@ def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) 
     from data.prepare import skipped_records
 
     folder = prepared.folders.get(name)
-    facts = json.loads((folder / "corpus.json").read_text()) if folder else {"splits": {}, "skipped": {}}
+    empty: dict[str, Any] = {"splits": {}, "skipped": {}}
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8")) if folder else empty
     print(f"{name}  {folder or data.corpora[name].path}")
     for split, files in (("train", prepared.train), ("validation", prepared.validation)):
         if name in files:

@@ -45,11 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _report(options.folders, options.out)))
+    sys.exit(guard(lambda: _report(parser.parse_args(arguments))))
 
 
-def _report(folders: list[Path], out: Path | None) -> int:
+def _report(options: argparse.Namespace) -> int:
+    folders, out = options.folders, options.out
     out = out or folders[0] / "report.html"
     if folders[0].is_dir():  # or it is told below that it is no run's
         check_output(out)

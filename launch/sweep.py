@@ -37,6 +37,7 @@ from rich.live import Live
 from rich.table import Table
 
 import train.cli
+from data import expand
 from data.prepare import prepare
 from launch.trials import (
     WITH_DECAY,
@@ -57,6 +58,7 @@ from launch.trials import (
     sweep_config,
 )
 from schedulers.law import MOST, expected_error
+from train import streams
 from train.cli import composed, composed_sweep, guard
 from train.config import Config, ConfigError, RunFailed, doubts, load, setting_values
 from train.environment import available_cores, lock, read_record, replace_text
@@ -69,6 +71,7 @@ MOST_COLUMNS = 8  # of losses side by side; of more there is the best
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the sweep, or be one of its workers."""
+    streams.protect()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="powertrain sweep",
@@ -104,8 +107,8 @@ class Sweep:
         self.sweep: SweepConfig = sweep_config(node)
         check_batches(self.sweep, self.settings.data.sequence_length)
         self.trials = plan(self.sweep)
-        self.folder = Path(self.settings.run.folder) / self.sweep.name
-        self.ledger = Path(self.sweep.ledger) if self.sweep.ledger else self.folder / "ledger.jsonl"
+        self.folder = Path(expand(self.settings.run.folder)) / self.sweep.name
+        self.ledger = Path(expand(self.sweep.ledger)) if self.sweep.ledger else self.folder / "ledger.jsonl"
 
     def configs(self) -> dict[tuple[str, str], Config]:
         """The configuration of a trial of each model and schedule, after checking all trials."""
@@ -178,7 +181,7 @@ def control(options: argparse.Namespace) -> int:
             console.print(
                 f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
             )
-            console.print(sweep.failed_file(trial).read_text().strip()[-400:], markup=False)
+            console.print(sweep.failed_file(trial).read_text(encoding="utf-8").strip()[-400:], markup=False)
     if asked:
         raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command goes on with them.")
     return 0
@@ -247,7 +250,7 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
     if options.slurm:
         script = Path(__file__).parent / "slurm" / "sweep.sbatch"
         return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
-    worker = [sys.executable, "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
+    worker = [sys.executable, "-P", "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
     return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
 
 
@@ -457,17 +460,18 @@ def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> m
 
 
 def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[str]) -> None:
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     if launcher:
         os.set_inheritable(claimed.fileno(), True)
+        command = str(Path(__file__).resolve().parents[1] / "powertrain_command.py")
         try:
-            os.execvp(launcher[0], [*launcher, "-m", "train", *arguments])
+            os.execvp(launcher[0], [*launcher, command, "train", *arguments])
         except OSError as error:
             print(f"powertrain: sweep.launcher '{launcher[0]}' cannot be started: {error.strerror}.", flush=True)
             os._exit(BAD_INPUT)
-    # What `python -m train` does, without importing everything again: half the time of a short trial.
+    # What `powertrain train` does, without importing everything again: half the time of a short trial.
     sys.argv[0] = "train"
     train.cli.main(arguments)
 
@@ -504,7 +508,7 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
         if process.is_alive():
             process.terminate()  # it saves a checkpoint and goes
         process.join()
-    said = (folder / "output.txt").read_text(errors="replace")
+    said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
     ended = read_record(folder / "exit.json")
     reason = str(ended.get("reason", said[-2000:]))
     if process.exitcode != 0 and ended.get("code", process.exitcode) == BAD_INPUT:

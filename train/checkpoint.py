@@ -146,8 +146,9 @@ class Saver:
                     values = fragment.master if what == "weights" else engine.moment(fragment, what)
                     values = values.detach().to("cpu", copy=True)
                     tensors[what][key] = values.view(shape) if whole else values
-        shard = f"-{engine.rank + 1:05d}-of-{engine.world_size:05d}" if engine.sharded else ""
-        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if kept else {}
+        shard = _shard(engine.rank, engine.world_size) if engine.sharded else ""
+        writes = engine.sharded or engine.is_main  # all shards, empty or not: one that is missing shows
+        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if writes else {}
         return {**files, _rng_file(engine.rank): _rng_state(engine)}
 
     # ------------------------------------------------------------------------ in the thread
@@ -194,7 +195,7 @@ class Saver:
             return None
         files: dict[str, Any] = {}
         for path in done:
-            files |= json.loads(path.read_text())
+            files |= json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
         injected.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
@@ -241,7 +242,7 @@ class Stored:
     def __init__(self, checkpoint: Path, what: str, shapes: Mapping[str, torch.Size] | None = None) -> None:
         self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
         self.checkpoint = checkpoint
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name in sorted(name for name in files if re.fullmatch(rf"{what}(-.*)?\.safetensors", name)):
             path = checkpoint / name
             try:
@@ -403,7 +404,7 @@ def faults(checkpoint: Path) -> list[str]:
         ConfigError: that cannot be told: somebody else's file, say.
     """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         kinds = {name.partition("-")[0].partition(".")[0] for name in files}
         if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state", "rng/rank"} <= kinds:
@@ -430,7 +431,20 @@ def faults(checkpoint: Path) -> list[str]:
             wrong.append(_lost(checkpoint, name, error))
         except ValueError:  # no name that a file can have
             wrong.append(f"{name} is missing")
-    return wrong
+    if wrong:
+        return wrong
+    try:
+        return [f"{name} is missing, in manifest.json too" for name in _written(checkpoint) if name not in files]
+    except (OSError, ConfigError) as error:
+        return [f"state.json cannot be read: {error}"]
+
+
+def _written(checkpoint: Path) -> list[str]:
+    """The tensor files that the ranks of a checkpoint's run have written."""
+    kind, ranks = trained_by(checkpoint)
+    shards = [_shard(rank, ranks) for rank in range(ranks)] if kind.startswith("zero") else [""]
+    tensors = [f"{what}{shard}.safetensors" for what in ("weights", *MOMENTS) for shard in shards]
+    return [*tensors, *map(_rng_file, range(ranks))]
 
 
 def _lost(checkpoint: Path, name: str, error: OSError) -> str:
@@ -521,6 +535,10 @@ def _done_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
+def _shard(rank: int, ranks: int) -> str:
+    return f"-{rank + 1:05d}-of-{ranks:05d}"
+
+
 def _rng_file(rank: int) -> str:
     return f"rng/rank-{rank:05d}.safetensors"
 
@@ -549,7 +567,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     _sync_file(path)
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError
+from data import DataError, expand
+from train import streams
 from train.config import (
     Config,
     ConfigError,
@@ -36,6 +38,7 @@ from train.config import (
     ModelConfig,
     RunConfig,
     RunFailed,
+    as_typed,
     data_from_hydra,
     from_hydra,
     load,
@@ -53,19 +56,25 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if not sys.stderr.isatty():  # a log has lm-eval's progress once a minute
+if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
 
+LAST_WORDS_SECONDS = 2.0  # in which a rank says what is wrong when another has found something, too
+
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
-usage: accelerate launch train.py +experiment=NAME [KEY=VALUE …]
-       python -m train +experiment=NAME [KEY=VALUE …]
+usage: accelerate launch $(which powertrain) train +experiment=NAME [KEY=VALUE …]
+       powertrain train +experiment=NAME [KEY=VALUE …]
+
+The first works from any folder, with any number of processes; in a checkout `accelerate launch train.py` is the same.
+The second is a single process.
 
 examples:
-  accelerate launch train.py +experiment=quickstart
-  accelerate launch train.py +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
-  accelerate launch train.py run.name=second run.tokens=6_000_000      # one that is there, by its own config.yaml
+  accelerate launch $(which powertrain) train +experiment=quickstart
+  accelerate launch --config_file $(powertrain path zero1) $(which powertrain) train +experiment=moe_1b
+  powertrain train +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
+  powertrain train run.name=second run.tokens=6_000_000      # one that is there, by its own config.yaml
 
   --cfg              print the composed configuration and do nothing
   --config-dir DIR   look for configs in DIR too (an experiment is DIR/experiment/NAME.yaml)
@@ -94,11 +103,11 @@ def _train(arguments: list[str]) -> int:
         print(settings_text(config), end="")
         return 0
 
-    return run_training(config, arguments)
+    return run_training(config, "train", arguments)
 
 
-def run_training(config: Config, arguments: list[str]) -> int:
-    """Train; the run's folder tells in exit.json how it ended.
+def run_training(config: Config, verb: str, arguments: list[str]) -> int:
+    """Train; the run's folder tells in exit.json how it ended, and in run.json by which command it was started.
 
     Raises:
         ConfigError: a run is continued by its config.yaml, which does not hold a tracker's secret.
@@ -118,7 +127,7 @@ def run_training(config: Config, arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves the last one
             signal.signal(number, end)
-    train(config, [Path(sys.argv[0]).name, *arguments])
+    train(config, ["powertrain", verb, *arguments])
     return 0
 
 
@@ -194,6 +203,7 @@ def _compose(overrides: list[str]) -> DictConfig:
             )
     # A sweep's settings are its own to check: those that its file leaves at their defaults can be given, too.
     overrides = [f"++{o}" if o.startswith("sweep.") else o for o in _take_config_dir(overrides)]
+    overrides = [as_typed(override, _texts()) for override in overrides]
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
@@ -222,21 +232,40 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 def guard(verb: Callable[[], int]) -> int:
     """Run a verb; turn the errors that a user can mend into one paragraph and exit status 2."""
+    streams.protect()
+    _shield()
     try:
         return verb()
     except (ConfigError, DataError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine see the same configuration and files
-            print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # whose it is, when it is a rank's own
+        if notes or os.environ.get("LOCAL_RANK", "0") == "0":  # all see the same configuration and files
+            print("powertrain:", *notes, without_secrets(str(error)), file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # of a path: files' contents are UTF-8, and what is printed is escaped
+        print(
+            f"powertrain: {without_secrets(repr(error.object))} cannot be named in the encoding of this locale, "
+            f"{error.encoding}. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
+
+
+def _shield() -> None:
+    """What this process starts, by whatever way, finds no module of its working directory: it is the user's."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if sys.path[0] == root and paths[0] != root:  # a checkout that need not be installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
 
 
 def leave(verb: Callable[[], int]) -> NoReturn:
@@ -261,6 +290,8 @@ def leave(verb: Callable[[], int]) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # nobody listens any more
                 stream.flush()
+        if status in (1, 2) and os.environ.get("WORLD_SIZE") != "1":
+            time.sleep(LAST_WORDS_SECONDS)  # the launcher ends all others as soon as one is gone
         os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
 
@@ -272,7 +303,7 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
     for argument in rest:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
             folder = argument.partition("=")[2] or next(rest, "")
-            if not Path(folder).is_dir():
+            if not Path(folder := expand(folder)).is_dir():
                 raise ConfigError(f"--config-dir '{folder}' is not a folder.")
             folders.append(f"'file://{Path(folder).resolve()}'")
         else:
@@ -320,6 +351,11 @@ def _configs() -> Path:
 def group_names() -> list[str]:
     """The folders of configs/."""
     return sorted(path.name for path in _configs().iterdir() if path.is_dir() and not path.name.startswith("_"))
+
+
+def _texts() -> list[str]:
+    """What is a text besides settings of type str: an option of a group, and names in a sweep."""
+    return [*group_names(), *(f"sweep.{name}" for name in ("name", "ledger", "launcher"))]
 
 
 def options(group: str) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import omegaconf._utils
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -19,7 +20,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import CollectionNode, MappingNode, Node, YAMLError
 
 import schedulers
-from data import DataError
+from data import DataError, expand
 from data.mixture import mixture_of
 from data.prepare import TokenizerSpec
 from data.sources import Corpus
@@ -87,6 +88,10 @@ class RunConfig:
     tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
     init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder, or a run's, to take the weights from
     resume: str = "auto"  # auto | never | path of a checkpoint
+
+    def __post_init__(self) -> None:
+        self.folder, self.resume = expand(self.folder), expand(self.resume)
+        self.init_from = self.init_from and expand(self.init_from)
 
 
 @dataclass
@@ -209,7 +214,7 @@ class EngineConfig:
     expect: str | None = None  # one of ENGINES: refuse to begin with another
     activation_checkpointing: bool = False  # keep only the layers' inputs, and compute the rest again: a quarter slower
     torch_compile: bool = False  # compile the layers, which takes half a minute and a C++ compiler on a CPU
-    timeout: float = 1800.0  # seconds for a step, an evaluation or a save
+    timeout: float = 1800.0  # seconds for a step, an evaluation, a save, or for all ranks to come together
 
 
 @dataclass
@@ -362,7 +367,8 @@ def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[
         saved = DictConfig(OmegaConf.load(path))
         for name, value in (changed or {}).items():
             OmegaConf.update(saved, name, value, merge=False)
-        config = typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
+        given = OmegaConf.from_dotlist([as_typed(override) for override in overrides])
+        config = typed(DictConfig(OmegaConf.merge(saved, given)), Config)
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -392,6 +398,10 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
             )
         # As plain values first: a key added with + becomes part of the typed configuration.
         plain = OmegaConf.to_container(composed, resolve=True)
+        for name, value in setting_values(plain):
+            hint, each = type_of(name, kind), value if isinstance(value, list) else [value]
+            if hint in (str, str | None, list[str]) and not all(isinstance(text, str | None) for text in each):
+                raise ConfigError(f"{name} is a text, and YAML reads {value!r} here: put what is meant into quotes.")
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
     except ConfigKeyError as error:
         hint = " An experiment is chosen with a plus: +experiment=NAME." if error.full_key == "experiment" else ""
@@ -668,6 +678,28 @@ def setting_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from setting_values({f"{name}[{i}]": each for i, each in enumerate(value)}, prefix)
         else:
             yield prefix + str(name), value
+
+
+def type_of(name: str, kind: Any = Config) -> Any:
+    """The type of a setting, by dotted name, or None where there is none of that name."""
+    for part in name.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        else:  # a corpus, by its name
+            kind = get_args(kind)[1] if get_origin(kind) is dict else None
+    return kind
+
+
+def as_typed(override: str, texts: Sequence[str] = ()) -> str:
+    """KEY=VALUE with its value in quotes, where KEY is a text or one of `texts`: 123e456 is a name, and not infinity.
+
+    `null` stays what it is where a text can be absent.
+    """
+    key, _, value = override.partition("=")
+    name = key.lstrip("+")
+    hint = str | None if name in texts else type_of(name)
+    text = hint is str or (hint == str | None and value != "null")
+    return f"{key}='{value}'" if text and re.fullmatch(r"[\w.:+/~-]+", value) else override
 
 
 def setting_names(node: Any = Config, prefix: str = "") -> list[str]:

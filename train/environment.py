@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -78,11 +79,11 @@ def write(
         {
             "from": None if start_from is None else str(start_from),
             "changed_settings": changes,
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
             "commit": _commit(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: version(name) for name in _PACKAGES},
             "engine": engine.kind,
             "hardware": hardware(engine),
             "data": data,
@@ -215,7 +216,7 @@ def parent(path: Path) -> Path | None:
 
 def lock(path: Path) -> IO[str] | None:
     """The file, locked until it is closed or its process and what inherited it have died; None when others have it."""
-    file = open(path, "a")  # noqa: SIM115
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -307,7 +308,7 @@ def replace_text(path: Path, text: str | bytes) -> None:
     """Write a file, in UTF-8, that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")
     with open(beside, "wb") as file:
-        file.write(text.encode() if isinstance(text, str) else text)
+        file.write(text.encode("utf-8", errors="backslashreplace") if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -342,7 +343,10 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or device.type
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of a package. One that is imported knows its build, too (+cu130), where its wheel's name does not."""
+    if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
+        return str(loaded)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -350,10 +354,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file runs from, with + when it has been changed since."""
-    here = Path(__file__).parent
+    """The commit of the checkout that this file is tracked in, with + when it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook, say
     try:
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        # Of an installed package: there may be somebody's repository around its virtual environment.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True, env=own)
+        describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, encoding="utf-8", check=True, env=own).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

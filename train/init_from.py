@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from data import expand
 from train import checkpoint
 from train.config import Config, ConfigError, ModelConfig, load
 from train.export import config_in
@@ -90,7 +91,7 @@ def model_folder(init_from: str) -> str:
     Raises:
         ConfigError: there is no such folder, or it is that of a run without a model.
     """
-    folder = Path(init_from).expanduser()
+    folder = Path(expand(init_from))
     if not folder.is_dir():
         if folder.is_absolute() or init_from.startswith(".") or init_from.count("/") > 1:
             raise ConfigError(f"run.init_from={init_from} is no folder.")
@@ -145,7 +146,11 @@ def _described(init_from: str, folder: str) -> ModelConfig:
 def _check_files(folder: Path) -> None:
     """Raises what is wrong with the weights' files, before anything else takes its time."""
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
     for name in sorted(names):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {name} in {folder}, and no other format is read")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data import DataError, expand
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
 from data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
@@ -67,6 +68,10 @@ def train(config: Config, command: list[str]) -> Outcome:
     ):
         try:
             outcome = _train(config, engine, state, command, check_ours)
+        except (ConfigError, DataError) as error:
+            if engine.world_size > 1 and error is not engine.error_of_first:
+                error.add_note(f"rank {engine.rank}:")  # it may be the only one
+            raise
         except RuntimeError as error:
             if not engine.lost_a_rank(error):
                 raise
@@ -79,14 +84,12 @@ def train(config: Config, command: list[str]) -> Outcome:
 
 
 def _train(config: Config, engine: Engine, state: State, command: list[str], check_ours: Callable[[], None]) -> Outcome:
-    environment.check_no_secrets(config)
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
-    check_target(folder / "model")
 
     # ---- where to begin
     start_from, changes, tokens = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
-    check_batch(config, engine.world_size, tokens - config.run.tokens_seen)
+    engine.first_rank_decides(lambda: check_batch(config, engine.world_size, tokens - config.run.tokens_seen))
     benchmarks = None
     if config.evaluation.tasks:
         from train.tasks import Benchmarks  # with lm-eval, which takes seconds and may not be installed
@@ -298,8 +301,11 @@ def where_to_begin(config: Config, ranks: int) -> tuple[Path | None, dict[str, l
     What an interrupted save left is removed, and what is not valid is put aside.
 
     Raises:
-        ConfigError: there is none that is valid, or a changed setting affects what is already trained.
+        ConfigError: there is none that is valid, a changed setting affects what is already trained, or something
+            else is in the way.
     """
+    environment.check_no_secrets(config)
+    check_target(config.run_folder / "model")
     checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
     chosen = None
     if wanted == "never":
@@ -326,7 +332,7 @@ def where_to_begin(config: Config, ranks: int) -> tuple[Path | None, dict[str, l
             )
     saved = config.run_folder / checkpoint.SAVED
     if wanted != "never" and saved.exists() and not checkpoint.available(checkpoints):
-        step = saved.read_text(errors="replace").strip()
+        step = saved.read_text(encoding="utf-8", errors="replace").strip()
         raise ConfigError(
             f"{config.run_folder} had saved step {step}, but there is no checkpoint in "
             f"{checkpoints}. Bring them back to go on; to begin again choose another run.name, or run.resume=never."
@@ -399,7 +405,7 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, say: Sa
     if padding := config.model.vocab_size - used:
         size = config.model.vocab_size
         say(f"vocab_size {size:,}, of which the tokenizer uses {used:,}: {padding:,} rows are padding")
-    cache = Path(config.data.cache_dir).expanduser()
+    cache = Path(expand(config.data.cache_dir))
     for files in (prepared.train, prepared.validation):
         for name, file in files.items():
             if name in prepared.folders:

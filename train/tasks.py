@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from datasets import DatasetDict, load_from_disk
 
+from data import expand
 from train.config import ConfigError
 
 try:
@@ -81,7 +82,7 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
             raise ConfigError(
                 f"lm-eval has no task '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else "")
             )
-    data = data and data.expanduser()
+    data = data and Path(expand(data))
     if data is not None and not data.is_dir():
         raise ConfigError(f"The folder of datasets, {data}, does not exist.")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}

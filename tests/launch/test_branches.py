@@ -79,7 +79,15 @@ def test_a_branch_needs_a_rate_that_is_held(
 ) -> None:
     folder = run("checkpoint.every=1", "checkpoint.keep=20")
     assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
-    assert reason in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert reason in told
+    if at == 11:
+        assert "Its other checkpoints are of steps [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]." in told
+        for path in (folder / "checkpoints").iterdir():
+            if path.name != "step-00000011":
+                shutil.rmtree(path)
+        assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
+        assert "and held. It has no other checkpoint." in capsys.readouterr().err
 
 
 def by_name(*overrides: str) -> Path:

@@ -168,6 +168,16 @@ def test_check_mup_prints_every_tensor(capsys: pytest.CaptureFixture[str]) -> No
     assert "logits_scaling = 0.5" in printed
 
 
+def test_check_mup_prints_the_weight_decay_that_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rate × decay is the same for all roles: at m_width 2 the rate of inner matrices is halved."""
+    assert verb("check", "mup", "model.hidden_size=512", "optimizer.weight_decay_mode=independent") == 0
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = {row[0].strip(): (float(row[5]), float(row[6])) for row in rows}
+    assert cells["model.layers.0.self_attn.q_proj.weight"] == (0.5, 0.2)
+    assert cells["model.embed_tokens.weight"] == (1, 0.1)
+    assert cells["model.norm.weight"][1] == 0
+
+
 def test_check_batch_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert verb("check", "batch") == 0
     from train.balance import Balance

@@ -534,6 +534,28 @@ def test_fault_24_a_tracker_that_repeats_what_it_was_given(
     assert found == []
 
 
+@pytest.mark.parametrize("missing", ["exp_avg-00001-of-00002.safetensors", "rng/rank-00001.safetensors"])
+def test_every_ranks_files_are_required(tmp_path: Path, missing: str) -> None:
+    """Taken out of the manifest, too, it would be noticed by one rank alone, or by none."""
+    path = tmp_path / "step-00000003"
+    (path / "rng").mkdir(parents=True)
+    names = [f"{what}-{shard}-of-00002.safetensors" for what in ("weights", "exp_avg", "exp_avg_sq")
+             for shard in ("00001", "00002")]  # fmt: skip
+    for name in (*names, "rng/rank-00000.safetensors", "rng/rank-00001.safetensors"):
+        (path / name).write_bytes(b"")
+    (path / "state.json").write_text(json.dumps({"engine": {"kind": "zero3", "ranks": 2}}))
+    files = {
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+        for file in path.rglob("*.*")
+    }
+    (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
+    assert checkpoint.faults(path) == []
+    (path / missing).unlink()
+    del files[missing]
+    (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
+    assert checkpoint.faults(path) == [f"{missing} is missing, in manifest.json too"]
+
+
 class _Evil:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
