@@ -7,6 +7,7 @@ import hashlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Outcome:
 
     reason: str
     step: int
+
+
+SHORT_PREPARATION = 2.0  # seconds; one that takes no longer is finished, and a step saved, whoever asks to stop
 
 
 class StoppedEarly(Exception):
@@ -354,11 +358,12 @@ def prepare_data(config: Config, engine: Engine, say: Say) -> Prepared:
         return prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, progress, workers)
 
     def until_stopped(description: str, done: int, total: int | None) -> None:
-        if (config.run_folder / "stop").exists():
+        if time.monotonic() - begun > SHORT_PREPARATION and (config.run_folder / "stop").exists():
             raise StoppedEarly
         shown(description, done, total)
 
     first: list[Prepared] = []
+    begun = time.monotonic()
 
     def stopped_before_prepared() -> bool:
         try:

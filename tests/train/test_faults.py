@@ -187,6 +187,7 @@ def test_fault_07_a_signal_to_the_launcher(
 def test_fault_07_a_stop_while_the_run_is_starting(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    run("run.name=first")  # or the preparation might be slow enough to end there
     assemble = train.run.assemble
 
     def asked_meanwhile(*arguments: Any) -> Any:
