@@ -96,7 +96,7 @@ def _complete(place: int, line: Line) -> Line:
         raise ConfigError(f"Line {place} of the ledger has no {', '.join(lacking)}: {str(line)[:100]}")
     name = f"{line.get('family', '')} {line.get('hidden_size', '')}".strip()
     line = {"model_name": name, "schedule": "wsd", "seed": 0, "trial": "", **line}
-    if line["loss"] is not None and math.isinf(_number(line, "loss")):
+    if line["loss"] == math.inf or line["loss"] != line["loss"]:  # as some write one that diverged
         line["loss"] = None
     for name in ("batch", "tokens", "lr", "a", "b", "seed", "loss", "parameters", "decay_fraction"):
         value = _number(line, name) if line.get(name) is not None else 0.0
@@ -189,7 +189,8 @@ def _at_edge(ledger: Sequence[Line], best: Line) -> str:
     """Says when a value is the lowest or highest that was tried in this cell."""
     here = [x for x in ledger if (x["schedule"], _cell(x)) == (best["schedule"], _cell(best))]
     for name, value in _fields(best):
-        if value in (min(x[name] for x in here), max(x[name] for x in here)):
+        tried = [x[name] for x in here if name in x]
+        if value in (min(tried), max(tried)):
             return ", edge"
     return ""
 
@@ -259,7 +260,7 @@ def _grids(ledger: Sequence[Line]) -> list[str]:
             table(["model", "batch", "tokens", *(_text(fields) for fields in columns)], rows),
         ]
         if [name for name, _ in columns[0]] == ["a", "b"]:
-            parts.append(over_a_and_b(own))
+            parts.append(over_a_and_b([line for line in own if "a" in line and "b" in line]))
     return parts
 
 

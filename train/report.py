@@ -272,7 +272,7 @@ def evaluations(runs: Sequence[Run]) -> list[str]:
             for metric, course in courses.items():
                 points = [(line["tokens"], number(line, metric)) for line in lines if metric in line]
                 if metric in last and corpus != "overall":
-                    course.append((f"{corpus}, {run.name}" if len(runs) > 1 else corpus, points))
+                    course.append((f"{corpus}, {run.name}" if len(runs) > 1 else corpus, _some(points)))
     if not found:
         return []
     names = list(dict.fromkeys(name for *_, last in found for name in last))
@@ -286,6 +286,11 @@ def evaluations(runs: Sequence[Run]) -> list[str]:
     # Points alone are in the table.
     shown = [(labels[m], course) for m, course in courses.items() if any(len(points) > 1 for _, points in course)]
     return [*parts, *([_courses(shown)] if shown else [])]
+
+
+def _some(points: list[Any]) -> list[Any]:
+    """At most POINTS of them, evenly spread, the last one included."""
+    return points[:: -max(1, -(-len(points) // POINTS))][::-1]
 
 
 def _courses(shown: Sequence[tuple[str, Sequence[Any]]]) -> str:
@@ -355,11 +360,12 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     for run, own in zip(runs, look, strict=True):
         loss.plot(*run.curve("lm_loss", logarithmic=True), linewidth=1, **own)
         if run.overall:
-            evaluated = [(line["tokens"], number(line, "loss")) for line in run.overall]
+            evaluated = _some([(line["tokens"], number(line, "loss")) for line in run.overall])
             color = own["color"] if len(runs) > 1 else "C1"
             loss.plot(*zip(*evaluated, strict=True), "o", markersize=5, color=color, mec="black", mew=0.6, zorder=3)
     loss.set(xlabel="tokens", ylabel="cross-entropy (nats a token)", xscale="log")
     told = ["Dots are validation losses."] if any(run.overall for run in runs) else []
+    told += [f"{run.name}: {len(run.overall):,} of them, some are drawn." for run in runs if len(run.overall) > POINTS]
 
     panels = [
         ("lr", "learning rate"),

@@ -75,7 +75,7 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
             )
     effects = {name: pair for name, pair in differences.items() if _under(name, _BY_EFFECT)}
     if effects:
-        _check_steps_taken(then, config, state, effects)
+        check_steps_taken(then, config, state, effects)
         _check_samples_taken(then, config, state, effects)
     trained_on = trained_by(checkpoint)[1]
     return differences | ({"ranks": [trained_on, ranks]} if trained_on != ranks else {})
@@ -115,7 +115,7 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
     )
 
 
-def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
+def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
     """Batch and rate of every step already taken are the same under both configurations.
 
     Between two of their edges the batches are constant and each rate is one formula. Two of these that are not the same

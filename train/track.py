@@ -45,7 +45,7 @@ class Tracker:
         self._recording = threading.Lock()
         if self.active:
             for name in FILES:
-                if unreadable := _cut_after(folder / name, state.step):
+                if unreadable := cut_after(folder / name, state.step):
                     say(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
             mode = "ab" if state.step else "wb"  # what begins anew, with other settings perhaps, has no past
             self._files = {name: open(folder / name, mode, buffering=0) for name in FILES}  # noqa: SIM115
@@ -296,7 +296,7 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _cut_after(path: Path, step: int) -> int:
+def cut_after(path: Path, step: int) -> int:
     """Drop what lies after the checkpoint that the run goes on from: those steps are taken again, or never.
 
     In place and from the end, so that it costs what is dropped and not what is kept. Returns how many whole lines among

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent / "schedulers"))
 from test_law import BATCHES, RATES, TOKENS, around, planted
 
 from launch import fit, report
-from schedulers import Power
+from schedulers import Power, law
 from train.cli import composed
 from train.model.mup import unlike_the_law
 
@@ -218,6 +218,42 @@ def test_the_page_of_a_sweep_shows_every_loss(tmp_path: Path) -> None:
     call(report.main, str(tmp_path))
     text = (tmp_path / "report.html").read_text()
     assert all(f"{line['loss']:.4f}" in text for line in compare_ledger())
+
+
+def test_the_page_of_one_schedule_has_its_law(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    monkeypatch.setattr(fit, "fit", lambda lines: law.fit(lines, replicates=20))
+    call(report.main, str(ledger.parent))
+    text = (ledger.parent / "report.html").read_text()
+    assert text.count("<svg") == len(list(fit.pictures(law.fit(lines, replicates=20)))) == 3
+    assert "every batch, lr = a · batch^c · tokens^b" in text.lower()
+    write(ledger, lines[:3])
+    call(report.main, str(ledger.parent))
+    text = (ledger.parent / "report.html").read_text()
+    assert "There is none yet" in text and "<svg" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 3, "tokens": 1%s}' % ("0" * 400),
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 1%s, "tokens": 10}' % ("0" * 400),
+        '{"hidden_size": 32, "batch": true, "lr": 0.1, "loss": 3, "tokens": 10}',
+        '{"hidden_size": 32, "batch": 1, "lr": [0.1], "loss": "low", "tokens": 10}',
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 3, "tokens": -5}',
+        "[" * 100_000,
+        '{"batch": ' * 100_000,
+    ],
+)
+def test_a_line_that_no_ledger_could_have_is_one_paragraph(
+    ledger: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    ledger.write_text(ledger.read_text() + line + "\n")
+    number = len(ledger.read_text().splitlines())
+    for main, path in ((fit.main, ledger), (report.main, ledger.parent)):
+        call(main, str(path), code=2)
+        said = capsys.readouterr().err
+        assert f"ine {number}" in said and len(said) < 400
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

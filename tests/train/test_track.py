@@ -77,7 +77,7 @@ def test_what_lies_behind_a_checkpoint_is_cut_and_nothing_else(tmp_path: Path, m
         kept = [i for i, each in enumerate(whole) if (e := track._entry(each)) is not None and e["step"] <= at]
         expected = b"".join(whole[: kept[-1] + 1] if kept else [])
         dropped = whole[kept[-1] + 1 if kept else 0 :]
-        unreadable = track._cut_after(path, at)
+        unreadable = track.cut_after(path, at)
         assert path.read_bytes() == expected + (b"" if not expected or expected.endswith(b"\n") else b"\n")
         torn = [each for each in dropped if each.endswith(b"\n") and each.strip() and track._entry(each) is None]
         assert unreadable == len(torn)
@@ -92,7 +92,7 @@ def test_going_on_reads_no_more_than_it_drops(tmp_path: Path, monkeypatch: pytes
         file.seek(head)
         file.write(b"\n" + b"".join(line(step) + b"\n" for step in range(1, 2001)))
     assert [entry["step"] for entry in itertools.islice(track.read_back(path), 3)] == [2000, 1999, 1998]
-    assert track._cut_after(path, 1500) == 0
+    assert track.cut_after(path, 1500) == 0
     assert next(track.read_back(path))["step"] == 1500
     assert path.stat().st_size == head + 1 + sum(len(line(step)) + 1 for step in range(1, 1501))
     lines, said = track.read_spread(path)
@@ -170,10 +170,10 @@ def test_a_few_steps_tell_what_all_steps_tell(small_config: Callable[..., Config
             continue
         found.append(same)
         if same:
-            resume._check_steps_taken(then, now, State(tokens=taken), {})
+            resume.check_steps_taken(then, now, State(tokens=taken), {})
         else:
             with pytest.raises(ConfigError, match="was taken"):
-                resume._check_steps_taken(then, now, State(tokens=taken), {})
+                resume.check_steps_taken(then, now, State(tokens=taken), {})
     assert 100 < sum(found) < 300
 
 
@@ -197,7 +197,7 @@ def test_a_run_of_ten_billion_steps_is_compared_at_once(small_config: Callable[.
     long = ("run.tokens=2_000_000_000_000", "schedule.decay.tokens=0", "batch.sequences=8")
     then, asked = counted(small_config(*long))
     now, _ = counted(small_config(*long))
-    resume._check_steps_taken(then, now, State(tokens=128 * 10**10), {})
+    resume.check_steps_taken(then, now, State(tokens=128 * 10**10), {})
     assert max(asked) == 128 * (10**10 - 1)
     assert len(asked) < 200
 
