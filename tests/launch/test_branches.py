@@ -418,6 +418,18 @@ def test_replay_names_the_first_difference(
     assert f"FAIL: step 9: {name} was" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("was", ["3.5", "NaN", '"3.5"', "null", "1" + "0" * 400, "{}"])
+def test_replay_tells_of_what_no_run_writes(was: str) -> None:
+    from launch.replay import _EXACT, _LOSSES, _difference
+
+    record = {**dict.fromkeys(_EXACT, 1), **dict.fromkeys(_LOSSES, 2.5)}
+    assert _difference(record, record, 0.0) is None
+    assert _difference({**record, "grad_norm": 2.5001}, record, 1e-3) is None
+    told = _difference({**record, "z_loss": json.loads(was)}, record, 1e-2)
+    assert told is not None and told.startswith("z_loss was")
+    assert _difference({"step": 1}, record, 1e-2) == "tokens was None and is 1"
+
+
 def test_replay_finds_a_damaged_file(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = run("checkpoint.every=4", "checkpoint.keep=9")
     path = checkpoint.available(folder / "checkpoints")[0] / "exp_avg_sq.safetensors"

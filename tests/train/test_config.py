@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from schedulers import WSD, Constant, Cosine, Power
 from train import config as config_module
 from train.cli import composed
-from train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch
+from train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch, load
+from train.environment import settings_text
 
 EXPERIMENTS = [
     "quickstart",
@@ -129,6 +130,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"run.name": ".."}, ["run.name is '..'"]),
     ({"run.name": "/absolute"}, ["run.name is '/absolute'"]),
     ({"run.name": "trailing/"}, ["run.name is 'trailing/'"]),
+    ({"tracker.project": ".."}, ["tracker.project is '..'", "one folder"]),
+    ({"tracker.project": "../.."}, ["tracker.project is '../..'", "one folder"]),
+    ({"tracker.project": ""}, ["tracker.project is ''"]),
+    ({"run.tokens": 10**30}, ["run.tokens is 1000", "64 bits"]),
+    ({"run.seed": 2**63}, ["run.seed is 9223372036854775808", "64 bits"]),
+    ({"batch.ramp": ramp((10**30, 16))}, ["batch.ramp[0].from_tokens is 1000", "64 bits"]),
     ({"model.num_attention_heads": 3}, ["128", "model.num_attention_heads 3", "42.67"]),
     ({"model.num_attention_heads": 128}, ["head size", "= 1 is odd"]),
     ({"model.num_attention_heads": 4, "model.num_key_value_heads": 3}, ["heads 4", "model.num_key_value_heads 3"]),
@@ -231,6 +238,8 @@ def test_a_setting_at_its_limit_is_accepted(quickstart: Config, settings: dict[s
             for sign in ("", "+", "++")
             for setting in ("hydra.searchpath=[pkg://evil]", "hydra.run.dir=/x", "hydra/launcher=basic")
         ),
+        ([QUICK, "tracker.project=.."], ["tracker.project is '..'"]),
+        ([QUICK, f"schedule.warmup_tokens={'9' * 400}"], ["schedule.warmup_tokens is 999", "64 bits"]),
     ],
     ids=str,
 )
@@ -254,6 +263,46 @@ def test_a_file_cannot_have_code_imported(tmp_path: Path, monkeypatch: pytest.Mo
         with contextlib.suppress(ConfigError):
             composed(["--config-dir", str(tmp_path), "+experiment=evil"])
         assert not (tmp_path / "mark").exists()
+
+
+TEN = ", ".join(["{0}"] * 10)
+BOMB = "\n".join(["a0: &a0 x", *(f"a{i}: &a{i} [{TEN.format(f'*a{i - 1}')}]" for i in range(1, 10))])
+UNREADABLE = [
+    (BOMB, ["mine.yaml has more than 100,000 values"]),
+    ("data: &data {corpora: *data}", ["mine.yaml has more than 100,000 values"]),  # which holds itself
+    ("a: " + "[" * 500 + "]" * 500, ["nested too deep"]),
+    ("a: \xff", ["not in UTF-8"]),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), UNREADABLE, ids=["bomb", "itself", "deep", "bytes"])
+def test_a_file_that_cannot_be_read_is_told_at_once(tmp_path: Path, text: str, said: list[str]) -> None:
+    """A run's own config.yaml, too."""
+    (tmp_path / "experiment").mkdir()
+    mine = tmp_path / "experiment/mine.yaml"
+    mine.write_bytes(b"# @package _global_\n" + text.encode("latin-1"))
+    with pytest.raises(ConfigError) as error:
+        composed([f"--config-dir={tmp_path}", "+experiment=mine"])
+    assert all(part in paragraph(error.value) for part in said)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(mine)
+
+
+def test_aliases_as_people_use_them_are_read(tmp_path: Path) -> None:
+    (tmp_path / "schedule").mkdir()
+    text = "defaults: [power]\na: &a 3.5\nbelongs_to: &two {x: *a}\ndecay:\n  <<: *two\n  tokens: 5\n"
+    (tmp_path / "schedule/mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="decay has no field 'x'"):
+        composed([f"--config-dir={tmp_path}", QUICK, "schedule=mine"])
+
+
+def test_what_an_earlier_version_allowed_can_be_read(small_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = small_config()
+    config.tracker.project = "../.."
+    (tmp_path / "config.yaml").write_text(settings_text(config))
+    assert load(tmp_path / "config.yaml").tracker.project == "../.."
+    with pytest.raises(ConfigError, match=r"tracker\.project"):
+        load(tmp_path / "config.yaml", {"run.seed": 1})
 
 
 @pytest.mark.parametrize("prefix", ["", "+"])
