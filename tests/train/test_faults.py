@@ -522,14 +522,14 @@ def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_fault_24_a_tracker_that_repeats_what_it_was_given(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from accelerate import Accelerator
+    from accelerate.tracking import WandBTracker
 
     def fail(*_: object, **__: object) -> None:
         raise ValueError("canary-of-init-kwargs is no key")
 
-    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    monkeypatch.setattr(WandBTracker, "start", fail)
     folder = run("tracker=wandb", "+tracker.init_kwargs.wandb.settings={auth: [me, canary-of-init-kwargs]}")
-    assert "tracking has ended: ValueError: (hidden) is no key" in " ".join(capsys.readouterr().out.split())
+    assert "the tracker wandb has ended: ValueError: (hidden) is no key" in " ".join(capsys.readouterr().out.split())
     found = [path for path in folder.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
     assert found == []
 
