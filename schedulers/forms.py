@@ -55,7 +55,7 @@ def solve(
     size = np.zeros_like(values) if log_parameters is None else log_parameters
     if start is None:
         level = float(np.median(values - log_batch))
-        caps = [*np.quantile(values, [0.25, 0.5, 0.75, 1.0]), values.max() + 0.7] if form in CAPPED else [0.5]
+        caps = [*np.quantile(values, [0.4, 0.8]), values.max() + 0.7] if form in CAPPED else [0.5]
         starts = [np.array([level + 0.3, -0.5, cap, 0.0]) for cap in caps]
     else:
         starts = [start]

@@ -20,7 +20,10 @@ from .cells import Array, Cell
 
 LEAST_CELLS = 6  # to fit a form to
 DRAWS = 1000
+LOW = 2.5  # percentile of a difference that has to lie above 0
+MATERIAL = 0.1  # of the noise of a loss: nobody trains a sweep for less
 WITHOUT_LAW = ("nearest", "constant")
+LARGEST_SIZE = "the largest size"
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Worth:
     """Held-out regret of all splits, and the form that follows from it.
 
     mean: nats by form, the mean over splits. within: the forms that are no worse than the best one beyond the scatter of
-    cells (bootstrap over (size, batch), whose horizons share trunks; 95%, one-sided). chosen: of these the one with
-    the fewest numbers, then the paper's. worth_having: whether a form beats the nearest swept rate beyond that scatter.
+    cells (bootstrap over (size, batch), whose horizons share trunks; 95%). chosen: of these the one with
+    the fewest numbers, then the paper's. worth_having: whether the best form beats both
+    that need no law beyond that scatter, and by more than a tenth of the noise of a loss.
     """
 
     splits: tuple[Split, ...]
@@ -47,6 +51,12 @@ class Worth:
     within: tuple[str, ...]
     chosen: str
     worth_having: bool
+
+    @property
+    def of_largest_size(self) -> float:
+        """Regret of the best form on the largest size; infinite when it is not held out."""
+        split = next((split for split in self.splits if split.name.startswith(LARGEST_SIZE)), None)
+        return min(float(split.regrets[form].mean()) for form in self.within) if split else math.inf
 
     @property
     def cannot_tell(self) -> tuple[str, ...]:
@@ -92,7 +102,7 @@ def distance(cells: Sequence[Cell], batch: float, tokens: float) -> float:
 
 
 def worth(
-    cells: Sequence[Cell], candidates: Sequence[str], log_parameters: Array | None, seed: int = 0
+    cells: Sequence[Cell], candidates: Sequence[str], log_parameters: Array | None, noise: float, seed: int = 0
 ) -> Worth | None:
     """Held-out regret of the candidates; None when the cells are too few to hold any out.
 
@@ -100,6 +110,7 @@ def worth(
         cells: usable ones.
         candidates: names of forms.
         log_parameters: of each cell, centred, when the law has an exponent of the parameters.
+        noise: standard deviation of a loss in nats.
     """
     log_tokens, log_batch, best = (
         np.log([getattr(cell, name) for cell in cells]) for name in ("tokens", "batch", "lr")
@@ -126,7 +137,7 @@ def worth(
         away = tuple(distance(train, cells[index].batch, cells[index].tokens) for index in chosen)
         splits.append(Split(name, tuple(cells[index] for index in chosen), away, regrets))
         indices.append(chosen)
-    return _judged(cells, tuple(splits), indices, candidates, seed) if splits else None
+    return _judged(cells, tuple(splits), indices, candidates, noise, seed) if splits else None
 
 
 def _splits(cells: Sequence[Cell]) -> list[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
@@ -140,7 +151,7 @@ def _splits(cells: Sequence[Cell]) -> list[tuple[str, npt.NDArray[np.bool_], npt
     found = [
         (f"horizons from {longest:,} tokens on", ~long, long),
         (f"batches from {largest:g} on", ~large, large),
-        (f"the largest size, {' '.join(map(str, sizes[-1])).strip()}", ~wide, wide),
+        (f"{LARGEST_SIZE}, {' '.join(map(str, sizes[-1])).strip()}", ~wide, wide),
         ("such a horizon and such a batch", ~(long | large), long & large),
     ]
     return [entry for entry in found if entry[1].sum() >= LEAST_CELLS and entry[2].any()]
@@ -167,6 +178,7 @@ def _judged(
     splits: tuple[Split, ...],
     indices: Sequence[npt.NDArray[np.int_]],
     candidates: Sequence[str],
+    noise: float,
     seed: int,
 ) -> Worth:
     """Means over splits, again for each draw of the bootstrap over (size, batch)."""
@@ -174,25 +186,24 @@ def _judged(
     column = np.array([columns.index((cell.size, cell.batch)) for cell in cells])
     count = len(columns)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    weights = np.vstack([np.ones(count), drawn])  # row 0: as they are
+    weights = np.vstack([np.ones(count), drawn]) + 1e-9  # row 0: as they are. A draw may miss all cells of a split
     means = {}
     for name in (*candidates, *WITHOUT_LAW):
         by_split = []
         for split, chosen in zip(splits, indices, strict=True):
             w = weights[:, column[chosen]]
-            with np.errstate(invalid="ignore"):
-                by_split.append((w @ split.regrets[name]) / w.sum(axis=1))
-        means[name] = np.nanmean(by_split, axis=0)  # a draw may miss all cells of a split
+            by_split.append((w @ split.regrets[name]) / w.sum(axis=1))
+        means[name] = np.mean(by_split, axis=0)
     best = min(candidates, key=lambda form: means[form][0])
     within = tuple(
-        form for form in candidates if form == best or np.percentile((means[form] - means[best])[1:], 5) <= 1e-12
+        form for form in candidates if form == best or np.percentile((means[form] - means[best])[1:], LOW) <= 1e-12
     )
     chosen_form = min(within, key=lambda form: (forms.NUMBERS[form], list(forms.NUMBERS).index(form)))
-    gained = (means["nearest"] - means[best])[1:]
+    gained = [np.percentile((means[name] - means[best])[1:], LOW) for name in WITHOUT_LAW]
     return Worth(
         splits,
         {name: float(values[0]) for name, values in means.items()},
         within,
         chosen_form,
-        bool(np.percentile(gained, 5) > 0),
+        bool(min(gained) > MATERIAL * noise),
     )

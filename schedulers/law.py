@@ -36,7 +36,7 @@ MIN_HORIZONS = 3
 REPLICATES = 400
 PERCENTILES = (2.5, 97.5)
 DISAGREE = math.log(1.15)  # a size whose best rates lie closer to the law agrees with it
-CAP_SEEN = math.log(4)  # a cap that may lie further than this above the highest best rate is not seen
+CAP_BINDS = math.log(1.5)  # a cap that may lower no cell's learning rate by more is not seen
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Law:
         """The form that a schedule takes: by held-out regret; without it the paper's where its cap is seen."""
         if self.worth is not None:
             return self.forms[self.worth.chosen]
-        return self.forms["hard" if "hard" in self.caps_seen else "power"]
+        return self.forms[next(iter(self.caps_seen), "power")]
 
     @property
     def highest(self) -> float:
@@ -223,13 +223,13 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         found = {name: points.form(name, with_parameters) for name in forms.NUMBERS}
         seen = tuple(name for name in forms.CAPPED if points.sees(found[name]))
         sizes = points.log_parameters[kept] if with_parameters and points.log_parameters is not None else None
-        return found, seen, worth([cells[index] for index in kept], ["power", *seen, "plane"], sizes)
+        return found, seen, worth([cells[index] for index in kept], [*(seen or ["power"]), "plane"], sizes, _typical(sigma))
 
     found, caps_seen, value = fitted_forms(with_parameters=False)
     if points.log_parameters is not None and not points.form("smooth", with_parameters=True).d.contains(0.0):
         other = fitted_forms(with_parameters=True)
-        # An exponent of the size that does not predict held-out cells better is noise.
-        if other[2] is None or value is None or other[2].mean[other[2].chosen] < value.mean[value.chosen]:
+        # An exponent of the size that does not predict the largest one better is noise.
+        if other[2] is not None and value is not None and other[2].of_largest_size < value.of_largest_size:
             found, caps_seen, value = other
     law = Law(cells, found, caps_seen, value, sigma, shared, (), tuple(_flags(cells)))
     return dataclasses.replace(law, notes=tuple(_notes(law, points)))
@@ -283,13 +283,11 @@ class _Points:
         return (self.log_lr[0] - self._law(form.name, form.replicates[0]))[self.usable[0]]
 
     def sees(self, form: Form) -> bool:
-        """Whether the cap of a form is known from above, or could as well not be there."""
-        count = len(self.log_lr) - 1
-        size = form.replicates[1 : 1 + count, 3, None] * (self.log_parameters if self.log_parameters is not None else 0)
-        caps = form.replicates[1 : 1 + count, 2, None] + size
-        highest = np.where(self.usable[0], self.log_lr[0], -np.inf).argmax()
-        above = caps[:, min(highest, caps.shape[1] - 1)] - self.log_lr[0, highest]
-        return bool(np.percentile(above, PERCENTILES[1]) < CAP_SEEN)
+        """Whether the sweep reaches batches at which the cap binds, in as good as all replicates."""
+        drawn = form.replicates[1 : len(self.log_lr)]
+        points = self._log_tokens[self.usable[0]], self._log_batch[self.usable[0]]
+        lowered = forms.log_lr("power", drawn, *points) - forms.log_lr(form.name, drawn, *points)
+        return bool(np.percentile(lowered.max(axis=1), PERCENTILES[0]) > CAP_BINDS)
 
     def _law(self, name: str, numbers: Array) -> Array:
         sizes = self.log_parameters if self.log_parameters is not None else 0.0
@@ -378,12 +376,11 @@ def _notes(law: Law, points: _Points) -> list[str]:
     """What a reader has to know: which form, whether there is a cap, whether sizes agree, whether it is worth it."""
     chosen, notes = law.chosen, []
     longest = max(cell.tokens for cell in law.cells if cell.usable)
-    if law.caps_seen:
-        capped = chosen if chosen.name in law.caps_seen else law.forms[law.caps_seen[0]]
+    if chosen.name in forms.CAPPED:
         notes.append(
-            f"Below a cap of {capped.max_lr()} the best learning rate is taken to be proportional to the batch, and "
-            f"falls as tokens^{capped.b.value:.3f}. The critical batch, where it reaches the cap, is "
-            f"{capped.critical_batch(longest)} at {longest:,} tokens: a larger one needs more tokens for the same loss."
+            f"Below a cap of {chosen.max_lr()} the best learning rate is taken to be proportional to the batch, and "
+            f"falls as tokens^{chosen.b.value:.3f}. The critical batch, where it reaches the cap, is "
+            f"{chosen.critical_batch(longest)} at {longest:,} tokens: a larger one needs more tokens for the same loss."
         )
     else:
         notes.append(
@@ -404,8 +401,12 @@ def _notes(law: Law, points: _Points) -> list[str]:
     return notes
 
 
+def _typical(noise: Mapping[Any, float]) -> float:
+    return math.sqrt(float(np.mean(np.square(list(noise.values())))))
+
+
 def _in_nats(law: Law, value: Worth) -> list[str]:
-    noise = math.sqrt(float(np.mean(np.square(list(law.noise.values())))))
+    noise = _typical(law.noise)
     said = (
         f"Held out, the form '{value.chosen}' costs {value.mean[value.chosen]:.4f} nats on average, the best learning rate "
         f"of the nearest swept cell {value.mean['nearest']:.4f}, one constant learning rate "
@@ -419,8 +420,8 @@ def _in_nats(law: Law, value: Worth) -> list[str]:
     notes = [said]
     if not value.worth_having:
         notes.append(
-            "A law is not worth having here: no form does better, beyond the scatter of the cells, than the best "
-            "learning rate of the nearest swept cell, unchanged."
+            "A law is not worth having here: no form does better, beyond the scatter of the cells, than both the best "
+            "learning rate of the nearest swept cell, unchanged, and one constant learning rate."
         )
     return notes
 
