@@ -279,5 +279,3 @@ def noise_of(trials: Trials, fitted: list[Parabola]) -> tuple[dict[Any, float], 
             product += u * v
             square += (u * u + v * v) / 2
     return sigma, min(1.0, max(0.0, product / square)) if square else 0.0
-
-

@@ -17,7 +17,9 @@ CAPPED = ("hard", "smooth")
 SCALE = 0.2  # of a log learning rate: residuals above it count less than squared
 
 
-def log_lr(form: str, numbers: Array, log_tokens: Array, log_batch: Array, log_parameters: Array | float = 0.0) -> Array:
+def log_lr(
+    form: str, numbers: Array, log_tokens: Array, log_batch: Array, log_parameters: Array | float = 0.0
+) -> Array:
     """log η, (..., n), of numbers (..., 4) at n points."""
     log_gamma, b, third, d = (numbers[..., index, None] for index in range(4))
     line = log_gamma + b * log_tokens + (third if form == "plane" else 1.0) * log_batch

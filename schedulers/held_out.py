@@ -1,7 +1,7 @@
 """What a law is worth: nats above the least loss of cells that were held out of its fit.
 
-Beside the forms stand two learning rates that need no law: the best swept one of the nearest cell, unchanged, and the one
-that is best for all cells together. Between two swept learning rates a loss is interpolated (Akima), beyond them
+Beside the forms stand two learning rates that need no law: the best swept one of the nearest cell, unchanged, and the
+one that is best for all cells together. Between two swept learning rates a loss is interpolated (Akima), beyond them
 extrapolated along its last slope.
 """
 
@@ -40,8 +40,8 @@ class Split:
 class Worth:
     """Held-out regret of all splits, and the form that follows from it.
 
-    mean: nats by form, the mean over splits. within: the forms that are no worse than the best one beyond the scatter of
-    cells (bootstrap over (size, batch), whose horizons share trunks; 95%). chosen: of these the one with
+    mean: nats by form, the mean over splits. within: the forms that are no worse than the best one beyond the scatter
+    of cells (bootstrap over (size, batch), whose horizons share trunks; 95%). chosen: of these the one with
     the fewest numbers, then the paper's. worth_having: whether the best form beats both
     that need no law beyond that scatter, and by more than a tenth of the noise of a loss.
     """
@@ -119,8 +119,8 @@ def worth(
     curves = [regret_of(cell) for cell in cells]
     splits, indices = [], []
     for name, fitted, held in _splits(cells):
-        chosen = np.flatnonzero(held)
-        train = [cells[index] for index in np.flatnonzero(fitted)]
+        chosen = np.flatnonzero(held).tolist()
+        train = [cells[index] for index in np.flatnonzero(fitted).tolist()]
         sizes = None if log_parameters is None else log_parameters[fitted]
         regrets = {}
         for form in candidates:
@@ -141,7 +141,7 @@ def worth(
 
 
 def _splits(cells: Sequence[Cell]) -> list[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
-    """(name, cells to fit, cells held out): the third of the horizons or batches that is largest, and the largest size."""
+    """(name, cells to fit, cells held out): the largest third of the horizons, of the batches, and the largest size."""
     tokens, batches = (sorted({getattr(cell, name) for cell in cells}) for name in ("tokens", "batch"))
     longest, largest = (values[-max(1, round(len(values) / 3))] for values in (tokens, batches))
     sizes = sorted({cell.size for cell in cells}, key=lambda size: _magnitude(cells, size))
@@ -176,7 +176,7 @@ def _nearest(train: Sequence[Cell], cell: Cell) -> float:
 def _judged(
     cells: Sequence[Cell],
     splits: tuple[Split, ...],
-    indices: Sequence[npt.NDArray[np.int_]],
+    indices: Sequence[list[int]],
     candidates: Sequence[str],
     noise: float,
     seed: int,

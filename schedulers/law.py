@@ -11,10 +11,10 @@ The batch at which a·β·T^b reaches η_max is the critical batch β_c(T) = η_
 η_max / (1 + β_c/β): the best learning rate below and above the noise scale (arXiv 1812.06162, section 2.2), with a
 noise scale that grows as T^-b. Where sizes disagree, η is multiplied by a power of the number of parameters.
 
-Intervals are 95% ones from replicates of the whole fit. In a replicate each trunk, the run that all horizons of a (size,
-batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to its horizons; the best rates
-scatter around the law by as much as they do beyond that noise; and all of them may be off by half of what the shape of
-the losses has moved them.
+Intervals are 95% ones from replicates of the whole fit. In a replicate each trunk, the run that all horizons of a
+(size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to its horizons; the best
+rates scatter around the law by as much as they do beyond that noise; and all of them may be off by half of what the
+shape of the losses has moved them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import numpy.typing as npt
 
 from . import forms
 from .cells import Array, Cell, Size, Trials, cell_of, noise_of, parabolas
-from .held_out import Worth, regret_of, worth
+from .held_out import Worth, worth
 
 MIN_HORIZONS = 3
-REPLICATES = 400
+REPLICATES = 200
 PERCENTILES = (2.5, 97.5)
 DISAGREE = math.log(1.15)  # a size whose best rates lie closer to the law agrees with it
 CAP_BINDS = math.log(1.5)  # a cap that may lower no cell's learning rate by more is not seen
@@ -223,7 +223,11 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         found = {name: points.form(name, with_parameters) for name in forms.NUMBERS}
         seen = tuple(name for name in forms.CAPPED if points.sees(found[name]))
         sizes = points.log_parameters[kept] if with_parameters and points.log_parameters is not None else None
-        return found, seen, worth([cells[index] for index in kept], [*(seen or ["power"]), "plane"], sizes, _typical(sigma))
+        return (
+            found,
+            seen,
+            worth([cells[index] for index in kept], [*(seen or ["power"]), "plane"], sizes, _typical(sigma)),
+        )
 
     found, caps_seen, value = fitted_forms(with_parameters=False)
     if points.log_parameters is not None and not points.form("smooth", with_parameters=True).d.contains(0.0):
@@ -408,8 +412,8 @@ def _typical(noise: Mapping[Any, float]) -> float:
 def _in_nats(law: Law, value: Worth) -> list[str]:
     noise = _typical(law.noise)
     said = (
-        f"Held out, the form '{value.chosen}' costs {value.mean[value.chosen]:.4f} nats on average, the best learning rate "
-        f"of the nearest swept cell {value.mean['nearest']:.4f}, one constant learning rate "
+        f"Held out, the form '{value.chosen}' costs {value.mean[value.chosen]:.4f} nats on average, the best learning "
+        f"rate of the nearest swept cell {value.mean['nearest']:.4f}, one constant learning rate "
         f"{value.mean['constant']:.4f}; a loss has a noise of {noise:.4f}."
     )
     if value.cannot_tell:
@@ -434,8 +438,8 @@ def _sizes(law: Law, points: _Points) -> list[str]:
         return []
     if law.chosen.central_parameters is not None:
         return [
-            f"The sizes disagree: at the same batch and horizon the best learning rate goes as parameters^{law.chosen.d}. "
-            "The law has that exponent, and a prediction takes the number of parameters."
+            "The sizes disagree: at the same batch and horizon the best learning rate goes as parameters^d, d = "
+            f"{law.chosen.d}. The law has that exponent, and a prediction takes the number of parameters."
         ]
     residuals = points.residuals(law.chosen)
     apart = []

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from .decay import Decay, Phase, check_decay, equation_8, require
 
-
 CAPS = ("hard", "smooth")
 
 
@@ -77,8 +76,8 @@ class Power:
     def at_cap(self, tokens: int, batch: float) -> bool:
         """Whether the batch of this step is above the critical batch: the power law alone would give more than max_lr.
 
-        Under a smooth cap the learning rate is then between half of max_lr and all of it. A step in warmup goes by the trunk at the end of the warmup, a step in decay by the trunk at the
-        start of the decay, as its rate does.
+        Under a smooth cap the learning rate is then between half of max_lr and all of it. A step in warmup goes by the
+        trunk at the end of the warmup, a step in decay by the trunk at the start of the decay, as its rate does.
         """
         trunk_tokens = equation_8(tokens, self.warmup_tokens, self.decay)[2]
         return self._uncapped(trunk_tokens, batch) > self.max_lr
@@ -100,7 +99,7 @@ class Power:
             return math.inf
 
     def cap_release(self, batch: float) -> float:
-        """Tokens after which `batch` is no longer above the critical batch: (batch**batch_exponent * a / max_lr)**(1/|b|)."""
+        """Tokens from which `batch` is below the critical batch: (batch**batch_exponent * a / max_lr)**(1/|b|)."""
         try:
             return math.pow(self._gain(batch) / self.max_lr, -1.0 / self.b)
         except OverflowError:

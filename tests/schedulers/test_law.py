@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from schedulers import cells, forms, held_out, law
+from schedulers import cells, forms, law
 
 Line = dict[str, Any]
 
@@ -59,7 +59,13 @@ def planted(
                     loss = 2 + 3 * (horizon / tokens[0]) ** -0.2 + 0.003 * math.log(batch / middle) ** 2
                     loss += curvature * distance**2 * (1 + lopsided * math.tanh(distance))
                     loss += noise * (math.sqrt(shared) * common + math.sqrt(1 - shared) * draw.normal())
-                    line = {"hidden_size": size, "parameters": 1000 * size, "batch": batch, "lr": rate, "tokens": horizon}
+                    line = {
+                        "hidden_size": size,
+                        "parameters": 1000 * size,
+                        "batch": batch,
+                        "lr": rate,
+                        "tokens": horizon,
+                    }
                     ledger.append({**line, "loss": None if distance > math.log(12) else loss})
     return ledger
 
@@ -251,7 +257,7 @@ def test_where_every_cell_has_the_same_best_rate_a_law_is_not_worth_having() -> 
 
 
 def test_a_grid_that_ends_below_the_cap_or_near_it_cannot_tell() -> None:
-    """A cap six times the highest best rate: a hard one is plain power there, and a smooth one bends it hardly at all."""
+    """A cap six times the highest best rate: a hard one is plain power there, and a smooth one is close to it."""
     for smooth in (False, True):
         ledger = planted(
             around(-0.5, 1), -0.5, 1, cap=0.5, smooth=smooth, batches=BATCHES, tokens=TOKENS[2:], rates=RATES,
@@ -302,7 +308,9 @@ def test_held_out_regret_is_the_loss_above_the_least_one_at_the_predicted_rate()
             best = around(-0.5, 1) * cell.batch * cell.tokens**-0.5
             if rate <= max(cell.rates):
                 assert regret == pytest.approx(0.03 * math.log(rate / best) ** 2, abs=2e-3)
-            factor = max(1, cell.tokens / max(t.tokens for t in train)) * max(1, cell.batch / max(t.batch for t in train))
+            factor = max(1, cell.tokens / max(t.tokens for t in train)) * max(
+                1, cell.batch / max(t.batch for t in train)
+            )
             assert away == pytest.approx(math.log(factor))
 
 
