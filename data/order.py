@@ -103,6 +103,16 @@ class Order:
         return _add(self._before[stage], self._mixtures[stage].counts(i - self._starts[stage]))
 
 
+def epochs(stages: Sequence[Stage], windows: Mapping[str, int], samples: int) -> dict[str, float]:
+    """How often so many samples go through each corpus; one that `windows` does not have is left out.
+
+    DataErrors: as those of an `Order`.
+    """
+    unknown = {name: 1 for stage in stages for name in stage.mixture if name not in windows}
+    counts = Order(0, stages, {**windows, **unknown}).counts(samples)
+    return {name: counts.get(name, 0) / count for name, count in windows.items()}
+
+
 def _add(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in sorted({*a, *b})}
 

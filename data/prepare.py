@@ -14,10 +14,14 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -36,20 +40,24 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError
-from data.sources import COMPRESSED, Block, Corpus, Place, Skipped, blocks, documents, files, read
+from data import DataError, bpe, expand
+from data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
+from data.tokenizer import load_tokenizer, save_tokenizer, wrap_tokenizer
 from data.tokens import TokenFile, dtype_for, write_index
 
 FORMAT = 1  # goes into HASH: raise it when the same inputs give other files
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64 << 20  # of text that a tokenizer is trained on
+AHEAD = 1 << 26  # bytes of blocks that wait for processes to tokenise them
 PIECE = 1 << 18  # characters encoded together at most
 BATCH = 1 << 22  # characters encoded in one call: the tokenizer takes a hundred times that in bytes
 ALONE = 64 << 20  # bytes of files below which other processes would take longer to start than they save
 SAVE_SECONDS = 10.0  # of work that a kill may cost
 STATE = "state.json"
+TOKEN_BYTES = "validation.bytes"
 HASH = np.dtype("S16")  # of a text: a false match among 1e12 documents has a chance of 1 in 10^15
 LISTED = 100_000  # lines of skipped.jsonl at most
+MANY_SKIPPED = 0.01  # of a corpus's records: more are worth a warning
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -60,8 +68,8 @@ class TokenizerSpec:
     documents of the corpora prepared with it, so that another corpus means another tokenizer: a run that may gain
     corpora later should name the folder of a tokenizer trained once."""
 
-    path: str | None = None
-    vocab_size: int = 4096
+    path: str | None = None  # a Hugging Face tokenizer, name or folder; default: one is trained
+    vocab_size: int = 4096  # of a trained one
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,16 @@ class Prepared:
 
     folders: of the corpora that were tokenised; each has a corpus.json. tokenizer_folder: loads with AutoTokenizer;
     None when every corpus is a token file and no tokenizer was named. validation: the corpora that have one.
+    fingerprints: of the training files, `TokenFile.fingerprint`. token_bytes: bytes of text by token of a validation
+    file, (tokens,), where they were counted because `bytes_of_tokens` cannot tell them.
     """
 
     folders: dict[str, Path]
     tokenizer_folder: Path | None
     train: dict[str, TokenFile]
     validation: dict[str, TokenFile]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    token_bytes: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
 
 
 def prepare(
@@ -90,7 +102,8 @@ def prepare(
     The same inputs give the same bytes, with any number of `workers` and however often it was killed: the next call
     goes on from at most ten seconds before. Documents are split by a hash of their text, so equal ones never straddle
     the split. `progress(description, bytes done, bytes in all or None)` is called now and then; bytes are those of the
-    files, or of the text where a data set has none. Several processes may prepare at once; the first to finish wins.
+    files, or of the text where a data set has none; what it raises ends the preparation, which can go on later. Several
+    processes may prepare at once; the first to finish wins.
 
     A corpus of 64 MB or more is tokenised by `workers` processes, when they are two or more; they are spawned, so a
     script that asks for them needs its `if __name__ == "__main__"`. A smaller one, or a single worker, leaves it to
@@ -100,7 +113,7 @@ def prepare(
     be loaded or has no end-of-text token, files changed since.
     """
     _check_names(corpora)
-    cache = Path(cache_dir).expanduser()
+    cache = Path(expand(cache_dir))
     cache.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda description, done, total: None)
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
@@ -113,22 +126,22 @@ def prepare(
     else:
         tokenizer_folder = None
 
-    folders, train, validation = {}, {}, {}
+    prepared = Prepared({}, tokenizer_folder, {}, {})
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
-            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+            prepared.train[name] = TokenFile(expand(str(corpus.path)))
+            prepared.fingerprints[name] = fingerprint(prepared.train[name], cache, report)
             if corpus.validation_path:
-                validation[name] = TokenFile(os.path.expanduser(corpus.validation_path))
+                prepared.validation[name] = TokenFile(expand(corpus.validation_path))
             continue
         assert tokenizer_folder is not None
         identity = _identity(tokenizer_folder)
         folder = _corpus_folder(cache, name, sources[name], identity)
         if not _complete(folder, "corpus.json"):
             _write_corpus(name, corpus, folder, tokenizer_folder, identity, report, workers)
-        folders[name] = folder
-        for split, opened in _open_corpus(folder).items():
-            (train if split == "train" else validation)[name] = opened
-    return Prepared(folders, tokenizer_folder, train, validation)
+        prepared.folders[name] = folder
+        _open_corpus(name, folder, prepared, cache, report)
+    return prepared
 
 
 def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str | Path) -> Prepared:
@@ -137,11 +150,11 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     DataErrors: names that are no file names, paths that match no file.
     """
     _check_names(corpora)
-    cache = Path(cache_dir).expanduser()
+    cache = Path(expand(cache_dir))
     text = {name: corpora[name] for name in sorted(corpora) if corpora[name].source != "tokens"}
     sources = {name: _describe(corpus) for name, corpus in text.items()}
     folder = None
-    if tokenizer.path is not None and os.path.isdir(os.path.expanduser(tokenizer.path)):
+    if tokenizer.path is not None and os.path.isdir(expand(tokenizer.path)):
         folder = _named_tokenizer(tokenizer.path, cache)[1]
     elif tokenizer.path is None and text:
         folder = _trained_folder(sources, tokenizer.vocab_size, cache)
@@ -150,7 +163,7 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
     folders, train = {}, {}
     for name, corpus in corpora.items():
         if corpus.source == "tokens":
-            train[name] = TokenFile(os.path.expanduser(str(corpus.path)))
+            train[name] = TokenFile(expand(str(corpus.path)))
         elif folder is not None:
             own = _corpus_folder(cache, name, sources[name], _identity(folder))
             if (own / "corpus.json").exists():
@@ -165,12 +178,14 @@ def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str
 def _write_corpus(
     name: str, corpus: Corpus, folder: Path, tokenizer_folder: Path, identity: str, report: Progress, workers: int
 ) -> None:
-    tokenizer_json, eos, vocab_size = _load_tokenizer(tokenizer_folder)
-    dtype = dtype_for(vocab_size).newbyteorder("<")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer_json, eos = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
+    dtype = dtype_for(rows_needed(tokenizer)).newbyteorder("<")
     total = sum(map(os.path.getsize, _all_files(corpus))) if corpus.source != "huggingface" else None
     splits = ["train"] + ["validation"] * bool(corpus.validation_fraction or corpus.validation_path)
     with _building(folder) as temporary:
-        with _Output(temporary, splits, dtype, corpus.deduplicate) as output:
+        by_offsets = bytes_of_tokens(tokenizer_json) is None
+        with _Output(temporary, splits, dtype, corpus.deduplicate, by_offsets) as output:
             alone = workers < 2 or (total is not None and total < ALONE)
             encoded = _encoded(corpus, output.place, (tokenizer_json, eos, dtype), 0 if alone else workers)
             report(f"tokenising {name}", output.done, total)
@@ -187,7 +202,10 @@ def _write_corpus(
             "format": FORMAT,
             "corpus": _settings(corpus),
             "splits": {
-                split: {**output.statistics[split], "fingerprint": TokenFile(temporary / split).fingerprint()}
+                split: {
+                    **output.statistics[split],
+                    "fingerprint": fingerprint(TokenFile(temporary / split), cache=folder.parent, report=report),
+                }
                 for split in splits
             },
             "skipped": {
@@ -196,25 +214,83 @@ def _write_corpus(
             },
             "tokenizer": identity,
         }
-        (temporary / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (temporary / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
-def _open_corpus(folder: Path) -> dict[str, TokenFile]:
-    """Split → file, for the splits that the folder's corpus.json lists with these very bytes."""
-    opened = {}
-    for split, facts in json.loads((folder / "corpus.json").read_text())["splits"].items():
-        opened[split] = TokenFile(folder / split)
-        if opened[split].fingerprint() != facts["fingerprint"]:
+def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, report: Progress) -> None:
+    """Enter into `prepared` the splits that the folder's corpus.json lists with these very bytes."""
+    for split, facts in json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["splits"].items():
+        opened = TokenFile(folder / split)
+        found = fingerprint(opened, cache, report)
+        # Folders of before have the sampled one.
+        changed = found != facts["fingerprint"] != opened.sampled_fingerprint()
+        if split == "train":
+            prepared.train[name], prepared.fingerprints[name] = opened, found
+        else:
+            prepared.validation[name] = opened
+            if (folder / TOKEN_BYTES).exists():
+                prepared.token_bytes[name] = np.memmap(folder / TOKEN_BYTES, "<i4", "r")
+                changed = changed or len(prepared.token_bytes[name]) != opened.num_tokens
+        if changed:
             raise DataError(
                 f"{folder / split}.bin or .idx changed since it was prepared. Delete {folder} to prepare it anew."
             )
-    return opened
+
+
+def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]:
+    """What the preparation of a corpus skipped: records by kind, a sentence ("" for none), and whether it is a warning:
+    more than MANY_SKIPPED, duplicates aside, which the corpus asked for, or whatever was too long."""
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    counts = {kind: skipped["count"] for kind, skipped in facts["skipped"].items()}
+    if not counts:
+        return {}, "", False
+    lost = sum(counts.values()) - counts.get("duplicate", 0)
+    total = sum(counts.values()) + sum(split["documents"] for split in facts["splits"].values())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    sentence = (
+        f"{name}: {sum(counts.values()):,} of {total:,} records ({sum(counts.values()) / total:.2%}) were skipped: "
+        f"{kinds}. {folder / 'skipped.jsonl'} lists them."
+    )
+    if "missing_field" in counts:
+        sentence += f" The field read is '{facts['corpus']['field']}'."
+    if "too_long" in counts:
+        sentence += f" Longer than {LONGEST:,} bytes is too long: cut such documents."
+    return counts, sentence, lost > MANY_SKIPPED * total or "too_long" in counts
+
+
+def fingerprint(file: TokenFile, cache: Path, report: Progress = lambda description, done, total: None) -> str:
+    """`file.fingerprint()`, which reads all of it, or what that was when its two files had the sizes, times and inodes
+    that they have now. That is written down in the cache, for whoever asks next: another rank, or the next start."""
+
+    path = known_fingerprint(file, cache)
+    with open(f"{file.prefix}.idx", "rb") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one of several ranks reads the files, and the others wait
+        with suppress(OSError):
+            if len(found := path.read_text(encoding="utf-8")) == 64:
+                return found
+        found = file.fingerprint(lambda done, total: report(f"reading {file.prefix}", done, total))
+        # Times are as coarse as two seconds: what is changed right after may keep them.
+        changed = max(os.stat(f"{file.prefix}.{suffix}").st_ctime for suffix in ("idx", "bin"))
+        if path == known_fingerprint(file, cache) and time.time() - changed > 2:
+            with suppress(OSError):  # a full disk, or a cache that may only be read
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(found, encoding="utf-8")
+    return found
+
+
+def known_fingerprint(file: TokenFile, cache: Path) -> Path:
+    """Where `fingerprint` writes it down: named by sizes, times and inodes, which are new when anything is."""
+    states = [os.stat(f"{file.prefix}.{suffix}") for suffix in ("idx", "bin")]
+    return cache / "fingerprints" / _short_hash([[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in states])
 
 
 def _no_document(name: str, corpus: Corpus, split: str, output: "_Output") -> DataError:
     left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(output.skipped.counts.items())) or "none"
     total = sum(facts["documents"] for facts in output.statistics.values())
     message = f"The {split} split of corpus {name!r} has no document, out of {total} (left out: {left_out}). "
+    if "too_long" in output.skipped.counts:
+        message += f"Longer than {LONGEST:,} bytes is too long: cut such documents. "
     if total == 0 or corpus.validation_path:
         return DataError(message + "Check its path and, for records, the name of the field that holds the text.")
     message += f"validation_fraction is {corpus.validation_fraction} and the split follows a hash of each text. "
@@ -234,11 +310,15 @@ class _Output:
     hashes of what was kept where equal texts are to be found. `place`: what to read next.
     """
 
-    def __init__(self, folder: Path, splits: list[str], dtype: np.dtype[Any], deduplicate: bool) -> None:
+    def __init__(
+        self, folder: Path, splits: list[str], dtype: np.dtype[Any], deduplicate: bool, by_offsets: bool
+    ) -> None:
         self._folder, self._dtype = folder, dtype
         self._paths = {f"{split}.bin": folder / f"{split}.bin" for split in splits}
         self._paths |= {name: folder.parent / name for name in (*(f"{split}.lengths" for split in splits), "hashes")}
         self._paths["skipped.jsonl"] = folder / "skipped.jsonl"
+        if by_offsets and "validation" in splits:
+            self._paths[TOKEN_BYTES] = folder / TOKEN_BYTES
         self.statistics = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in splits}
         self.skipped, self.lowest, self.done = Skipped(), 1.0, 0
         self.place: tuple[int, Place] = (0, Place())
@@ -263,7 +343,7 @@ class _Output:
     def _saved(self) -> Any:
         """What `_save` wrote, if everything that it counts is there."""
         try:
-            state = json.loads((self._folder.parent / STATE).read_text())
+            state = json.loads((self._folder.parent / STATE).read_text(encoding="utf-8"))
             whole = all(os.path.getsize(path) >= state["sizes"][name] for name, path in self._paths.items())
         except (OSError, ValueError, LookupError, TypeError):  # a power cut can leave it so
             return None
@@ -282,7 +362,7 @@ class _Output:
             "done": self.done,
         }
         partial = self._folder.parent / f"{STATE}.partial"
-        partial.write_text(json.dumps(state))
+        partial.write_text(json.dumps(state), encoding="utf-8")
         _sync(partial)
         partial.replace(self._folder.parent / STATE)
         self._saved_at = time.monotonic()
@@ -301,6 +381,8 @@ class _Output:
             tokens = new.tokens if chosen.all() else new.tokens[np.repeat(chosen, new.lengths)]
             self._files[f"{split}.bin"].write(tokens.data)
             self._files[f"{split}.lengths"].write(lengths.data)
+            if split == "validation" and new.token_bytes is not None:
+                self._files[TOKEN_BYTES].write(new.token_bytes[np.repeat(chosen, new.lengths)].tobytes())
             size = int(new.sizes[chosen].sum())
             for key, amount in (("documents", len(lengths)), ("tokens", len(tokens)), ("bytes", size)):
                 facts[key] += amount
@@ -375,17 +457,20 @@ def _split_documents(
         value = (int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") >> 11) / (1 << 53)
         split = "validation" if validation or value < fraction else "train"
         digest = hashlib.blake2b(raw, digest_size=HASH.itemsize).digest() if corpus.deduplicate else b""
-        yield _Document(split, 1.0 if validation else value, len(raw), text, identifier, digest)
+        size = len(raw)
+        del raw  # which may be long, while the text is worked on
+        yield _Document(split, 1.0 if validation else value, size, text, identifier, digest)
 
 
-def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str, _Document | None]]]:
-    """Pieces of text in lists of bounded size; the last piece of a document comes with the document."""
-    batch: list[tuple[str, _Document | None]] = []
-    held = 0
+def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str, _Document, bool]]]:
+    """Pieces of text in lists of bounded size, each with its document and whether it is the document's last."""
+    batch: list[tuple[str, _Document, bool]] = []
+    held = left = 0
     for document in stream:
-        pieces = list(_pieces(document.text))
-        for number, piece in enumerate(pieces, 1):
-            batch.append((piece, document if number == len(pieces) else None))
+        left = len(document.text)
+        for piece in _pieces(document.text):
+            left -= len(piece)
+            batch.append((piece, document, left == 0))
             held += len(piece)
             if held >= limit:
                 yield batch
@@ -397,7 +482,8 @@ def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str
 @dataclass
 class _Encoded:
     """A block's documents. tokens: of all of them (tokens,). Of each: lengths in tokens, sizes in bytes, validation
-    (documents,); hashes and identifiers where equal texts are to be found. left_out: (kind, identifier)."""
+    (documents,); hashes and identifiers where equal texts are to be found. left_out: (kind, identifier). token_bytes:
+    of the text, by token (tokens,), 0 in training documents; None where `bytes_of_tokens` knows them."""
 
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
@@ -405,6 +491,7 @@ class _Encoded:
     validation: npt.NDArray[np.bool_]
     lowest: float
     left_out: list[tuple[str, str]]
+    token_bytes: npt.NDArray[np.int32] | None
     hashes: list[bytes] = field(default_factory=list)
     identifiers: list[str] = field(default_factory=list)
 
@@ -413,23 +500,30 @@ class _Encoder:
     """Blocks to tokens, at most `batch` characters in one call of the tokenizer."""
 
     def __init__(self, tokenizer_json: str, eos: int, dtype: np.dtype[Any], batch: int) -> None:
-        from tokenizers import Tokenizer
-
-        self._tokenizer, self._eos, self._dtype, self._batch = Tokenizer.from_str(tokenizer_json), eos, dtype, batch
-        # "<|endoftext|>" written in a document is text, not the end of it.
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer, self._eos, self._dtype, self._batch = as_text(tokenizer_json), eos, dtype, batch
+        self._by_offsets = bytes_of_tokens(tokenizer_json) is None
 
     def __call__(self, corpus: Corpus, block: Block, validation: bool) -> _Encoded:
         left_out: list[tuple[str, str]] = []
         stream = read(corpus, block, lambda kind, identifier: left_out.append((kind, identifier)))
         ids, ends, encoded = array("i"), array("q", [0]), []
+        token_bytes, rest = array("i"), 0  # of the document's text so far, behind its last token
         for batch in _batches(_split_documents(corpus, stream, validation), self._batch):
-            encodings = self._tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-            for (_, document), encoding in zip(batch, encodings, strict=True):
+            encodings = self._tokenizer.encode_batch_fast([piece for piece, *_ in batch], add_special_tokens=False)
+            held = [piece for piece, document, _ in batch if self._by_offsets and document.split == "validation"]
+            with_offsets = iter(self._tokenizer.encode_batch(held, add_special_tokens=False))
+            for (piece, document, last), encoding in zip(batch, encodings, strict=True):
                 ids.extend(encoding.ids)
-                if document is not None:  # else more of it follows
+                if self._by_offsets:
+                    counts = [0] * len(encoding.ids)
+                    if document.split == "validation":
+                        counts, rest = _bytes_by_offsets(piece, next(with_offsets).offsets, rest)
+                    token_bytes.extend(counts)
+                if last:
                     ids.append(self._eos)
                     ends.append(len(ids))
+                    token_bytes.append(rest)
+                    rest = 0
                     # Not the text itself, so that a batch is held and not a block.
                     encoded.append((document.size, document.split, document.hash, document.digest, document.identifier))
         sizes, splits, values, digests, identifiers = zip(*encoded, strict=True) if encoded else ((),) * 5
@@ -440,6 +534,7 @@ class _Encoder:
             np.array(splits) == "validation" if encoded else np.empty(0, bool),
             min(values, default=1.0),
             left_out,
+            np.array(token_bytes, "<i4") if self._by_offsets else None,
             *((list(digests), list(identifiers)) if corpus.deduplicate else ()),
         )
 
@@ -464,18 +559,21 @@ def _encoded(
         for arguments, place, done in work():
             yield encode(*arguments), place, done
         return
-    ahead: deque[tuple[Future[_Encoded], tuple[int, Place], int | None]] = deque()
+    ahead: deque[tuple[Future[_Encoded], tuple[int, Place], int | None, int]] = deque()
     # Spawned, because a fork takes the locks of other threads with it and not the threads.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(*tokenizer, PIECE)
     )
     try:
         for arguments, place, done in work():
-            ahead.append((pool.submit(_encode_here, *arguments), place, done))
-            if len(ahead) > 2 * workers:
-                future, place, done = ahead.popleft()
+            content = arguments[1].content
+            size = len(content) if isinstance(content, bytes) else 0
+            ahead.append((pool.submit(_encode_here, *arguments), place, done, size))
+            del arguments, content
+            while len(ahead) > 2 * workers or (len(ahead) > 1 and sum(each[-1] for each in ahead) > AHEAD):
+                future, place, done, _ = ahead.popleft()
                 yield future.result(), place, done
-        for future, place, done in ahead:
+        for future, place, done, _ in ahead:
             yield future.result(), place, done
     except BrokenProcessPool as error:
         raise ChildProcessError(
@@ -514,11 +612,9 @@ def _encode_here(corpus: Corpus, block: Block, validation: bool) -> _Encoded:
 def _train_tokenizer(
     corpora: Mapping[str, Corpus], sources: Mapping[str, Any], vocab_size: int, cache: Path, report: Progress
 ) -> Path:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise DataError(
             f"The tokenizer's vocab_size is {vocab_size}; a byte-level one takes at least {len(alphabet) + 1}: every "
@@ -533,36 +629,56 @@ def _train_tokenizer(
         limit = SAMPLE_BYTES // len(corpora)
         for name, corpus in corpora.items():
             used, taken = 0, set()
+            report(f"reading {name} for the tokenizer", 0, None)
             for document in _split_documents(corpus, documents(corpus)):
                 if document.split == "train" and document.digest not in taken:
                     yield from _pieces(document.text[: limit - used])
                     used += document.size
                     if corpus.deduplicate:
                         taken.add(document.digest)
+                report(f"reading {name} for the tokenizer", used, None)
                 if used >= limit:
                     break
-            report(f"reading {name} for the tokenizer", used, None)
 
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        sample(),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
     # No padding token: as the end of text is one, a model that is told of it would not train its embedding.
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    trained = Tokenizer.from_str(_trained_apart(list(sample()), vocab_size, report))
     with _building(folder) as temporary:
-        wrapped.save_pretrained(temporary)
+        save_tokenizer(wrap_tokenizer(trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT), temporary)
     return folder
+
+
+def _trained_apart(texts: list[str], vocab_size: int, report: Progress) -> str:
+    """The tokenizer.json that `bpe.train` makes of the texts in a process of its own, while this one heeds signals and
+    whatever `report` raises."""
+    import tokenizers
+
+    installed = str(Path(tokenizers.__file__).parent.parent)
+    with tempfile.TemporaryFile() as written:
+        # -I: no folder but those of the installed packages is looked into for what it imports.
+        process = subprocess.Popen(
+            [sys.executable, "-I", bpe.__file__, installed], stdin=subprocess.PIPE, stdout=written
+        )
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):  # it has ended, which its status tells
+                pickle.dump((texts, vocab_size, END_OF_TEXT), process.stdin)
+                process.stdin.flush()
+            while process.poll() is None:
+                report("training the tokenizer", 0, None)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        if process.returncode:
+            raise ChildProcessError(
+                f"The process that trains the tokenizer ended with status {process.returncode}; a negative one is a "
+                "signal, from outside, most likely for want of memory. Give it less text or more memory."
+            )
+        written.seek(0)
+        return written.read().decode()
 
 
 def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) -> Path:
@@ -573,45 +689,81 @@ def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) ->
 
 def _fetch_tokenizer(path: str, cache: Path) -> Path:
     """A copy of the tokenizer in the cache, named by its content."""
-    tokenizer, folder = _named_tokenizer(path, cache)
+    loaded, folder = _named_tokenizer(path, cache)
     if not _complete(folder, "tokenizer.json"):
         with _building(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(loaded, temporary)
     return folder
 
 
 def _named_tokenizer(path: str, cache: Path) -> tuple[Any, Path]:
     """The tokenizer, and where its copy in the cache is or would be."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
-    except Exception as error:  # whatever is wrong with a file or the network
-        raise DataError(
-            f"No tokenizer could be loaded from {path!r}: {type(error).__name__}: {error} Give a folder with a "
-            "tokenizer.json, or with a SentencePiece tokenizer.model (pip install sentencepiece protobuf, and it is "
-            "converted), a name that the hub knows, or no path to train one."
-        ) from error
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise DataError(f"The tokenizer {path!r} has no tokenizer.json. Convert it to a fast tokenizer first.")
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"The tokenizer {path!r} has no end-of-text token, which must follow every document. Set eos_token in its "
-            "tokenizer_config.json."
-        )
-    identity = _short_hash([tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id])
-    return tokenizer, cache / f"tokenizer-{identity}"
+    loaded = load_tokenizer(path)
+    identity = _short_hash([loaded.backend_tokenizer.to_str(), loaded.eos_token_id])
+    return loaded, cache / f"tokenizer-{identity}"
 
 
-def _load_tokenizer(folder: Path) -> tuple[str, int, int]:
-    """(its tokenizer.json without truncation and padding, the end-of-text id, the vocabulary's size)."""
-    from transformers import AutoTokenizer
+def as_text(tokenizer_json: str) -> Any:
+    """The tokenizer (of `tokenizers`) as texts are encoded with it wherever they are trained on or judged: whole, and
+    "<|endoftext|>" written in a text is text and not the end of it."""
+    from tokenizers import Tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return backend.to_str(), tokenizer.eos_token_id, rows_needed(tokenizer)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, as a prepared corpus has them before its end-of-text token; `tokenizer`: of `as_text`."""
+    encodings = (tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0] for piece in _pieces(text))
+    return [number for encoding in encodings for number in encoding.ids]
+
+
+def bytes_of_tokens(tokenizer_json: str) -> npt.NDArray[np.int64] | None:
+    """Bytes of text that each token stands for, by its id, (ids,); 0 for special ones.
+
+    None where only the text can tell, because the tokenizer does not keep all of it: it has unknown tokens, a
+    normalizer, or white space that it drops. What is known to keep it is BPE on bytes, with a token for each of them.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    facts = json.loads(tokenizer_json)
+    model, first = facts["model"], facts["pre_tokenizer"] or {}
+    steps = first.get("pretokenizers", [first])
+    kinds = {step.get("type") for step in steps}
+    keeps_all = (
+        facts["normalizer"] is None
+        and "ByteLevel" in kinds
+        and kinds <= {"ByteLevel", "Digits", "Split", "Punctuation"}
+        and not any(step.get("behavior") == "Removed" or step.get("add_prefix_space") for step in steps)
+        and model["type"] == "BPE"
+        and model["vocab"].keys() >= set(ByteLevel.alphabet())
+        and not model["continuing_subword_prefix"]
+        and not model["end_of_word_suffix"]
+        and not any(token["lstrip"] or token["rstrip"] for token in facts["added_tokens"] if not token["special"])
+    )
+    if not keeps_all:
+        return None
+    sizes = {number: len(token) for token, number in model["vocab"].items()}  # written with a character for each byte
+    for token in facts["added_tokens"]:
+        sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
+    found = np.zeros(max(sizes) + 1, np.int64)
+    found[list(sizes)] = list(sizes.values())
+    return found
+
+
+def _bytes_by_offsets(text: str, offsets: list[tuple[int, int]], before: int) -> tuple[list[int], int]:
+    """Bytes from the end of each token's predecessor to its own, `before` more for the first; and those that are left.
+
+    So what lies between two tokens counts for the second one, and a character made of several tokens for its first.
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    ends = np.cumsum(np.concatenate([[0], 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)]))
+    reached = np.maximum.accumulate(ends[np.array([end for _, end in offsets], int)]) + before
+    total = int(ends[-1]) + before
+    return np.diff(reached, prepend=0).tolist(), total - int(reached[-1] if len(reached) else 0)
 
 
 def rows_needed(tokenizer: Any) -> int:
@@ -638,6 +790,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _check_names(corpora: Mapping[str, Corpus]) -> None:
     for name in corpora:
+        if name == "overall":
+            raise DataError("'overall' cannot name a corpus: evaluations have a line of all corpora under that name.")
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(
                 f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', no '-' or '.' first."
@@ -676,7 +830,7 @@ def _all_files(corpus: Corpus) -> list[Path]:
 
 def _identity(tokenizer_folder: Path) -> str:
     """SHA-256 of what the tokenizer does: its tokenizer.json and which token ends a text."""
-    end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())["eos_token"]
+    end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     return _sha256((tokenizer_folder / "tokenizer.json").read_bytes() + json.dumps(end).encode())
 
 
@@ -747,7 +901,7 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
         except OSError:  # a file system without locks: one that nobody else will look for
             slot = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             slot.mkdir()
-            return slot, open(slot / "lock", "w")
+            return slot, open(slot / "lock", "w", encoding="utf-8")
         if lock is not None:
             return slot, lock
     raise AssertionError
@@ -757,7 +911,7 @@ def _lock(slot: Path) -> IO[str] | None:
     """None if another process has it, or has just removed it."""
     path = slot / "lock"
     try:
-        lock = open(path, "w")  # noqa: SIM115
+        lock = open(path, "w", encoding="utf-8")  # noqa: SIM115
     except FileNotFoundError:
         return None
     try:

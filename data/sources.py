@@ -4,11 +4,13 @@ A source is read in blocks of a few megabytes, cut where its content alone says.
 from it one after another; whoever needs the documents makes them from a block, in whatever process.
 """
 
+import errno
 import glob
 import gzip
 import io
 import json
 import os
+import stat
 import sysconfig
 import zlib
 from collections import Counter
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from data import DataError
+from data import DataError, expand
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,6 +29,7 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages
 COMPRESSED = (".gz", ".zst")
 EXAMPLES = 5
 BLOCK = 1 << 22  # bytes that are read together, and a record more
+LONGEST = 1 << 27  # bytes of a document, or of its line: 134 MB. Several times as much is held to tokenise it
 ROWS = 64  # of a table taken together at most, for a document may be long
 
 Skip = Callable[[str, str], None]
@@ -128,7 +131,8 @@ def documents(corpus: Corpus, skipped: Skipped | None = None) -> Iterator[tuple[
 def read(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, str]]:
     """(identifier, text) of a block's documents; `skip(kind, identifier)` is called for records that are none.
 
-    Kinds: invalid_utf8, invalid_json, missing_field, null, not_a_string or empty (nothing but white space).
+    Kinds: invalid_utf8, invalid_json, missing_field, null, not_a_string, empty (nothing but white space) or too_long
+    (more than LONGEST bytes).
     """
     for identifier, value in _READERS[corpus.source](corpus, block, skip):
         if value is None:
@@ -137,18 +141,20 @@ def read(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, str]]:
             skip("not_a_string", identifier)
         elif not value or value.isspace():
             skip("empty", identifier)
-        elif not _encodable(value):
+        elif (size := _encoded_size(value)) is None:
             skip("invalid_utf8", identifier)
+        elif size > LONGEST:
+            skip("too_long", identifier)
         else:
             yield identifier, value
+        del value  # or it would be held while the next one is read
 
 
-def _encodable(text: str) -> bool:
+def _encoded_size(text: str) -> int | None:
     try:
-        text.encode()
+        return len(text.encode())
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return False
-    return True
+        return None
 
 
 def files(corpus: Corpus) -> list[Path]:
@@ -156,15 +162,17 @@ def files(corpus: Corpus) -> list[Path]:
     if corpus.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = []
-        for folder, folders, names in os.walk(root):
+        for folder, folders, names in _walk(root):
             folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
             found += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(found)
-    pattern = os.path.expanduser(str(corpus.path))
+    pattern = expand(str(corpus.path))
     if corpus.source == "huggingface":
-        return sorted(path for path in Path(pattern).rglob("*") if path.is_file()) if os.path.isdir(pattern) else []
+        inside = (os.path.join(folder, name) for folder, _, names in _walk(pattern) for name in names)
+        return sorted(Path(path) for path in inside if _is_file(path))
     # Each file once: a link to a folder above would make ** find it by dozens of paths.
-    names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    _check_folders(pattern)
+    names = sorted(name for name in glob.glob(pattern, recursive=True) if _is_file(name))
     found = list({os.path.realpath(name): Path(name) for name in reversed(names)}.values())
     if not found:
         raise DataError(
@@ -172,6 +180,49 @@ def files(corpus: Corpus) -> list[Path]:
             f"{os.path.join(pattern, '**', '*') if os.path.isdir(pattern) else 'folder/**/*.txt'}."
         )
     return sorted(found)
+
+
+def _check_folders(pattern: str) -> None:
+    """A folder that a glob has to look into and cannot is a DataError: glob itself leaves it out."""
+    parts = Path(pattern).parts
+    for number, part in enumerate(parts):
+        if glob.has_magic("".join(parts[: number + 1])):
+            above = parts[: number + (part == "**")]  # which looks into what it finds, too
+            for folder in glob.iglob(os.path.join(*above, "") or "./", recursive=True):
+                if Path(folder).name == "lost+found":
+                    continue  # of a file system, and readable for nobody
+                try:
+                    if glob.has_magic(part):
+                        os.scandir(folder).close()
+                    else:
+                        os.lstat(os.path.join(folder, part))
+                except OSError as error:
+                    _may_be_left_out(folder, error)
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        _may_be_left_out(path, error)
+        return False
+
+
+def _may_be_left_out(path: str | Path, error: OSError) -> None:
+    """Raises DataError, but for a path that is not there, or only there by going round in links."""
+    if os.path.islink(path) and error.errno == errno.ENOENT:
+        raise DataError(f"{path} is a link to nothing. Restore its file, or remove it.") from error
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        raise DataError(
+            f"{path} cannot be looked into: {error.strerror}. Make it readable, or give a path that leaves it out."
+        ) from error
+
+
+def _walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    def refuse(error: OSError) -> None:
+        _may_be_left_out(error.filename, error)
+
+    return os.walk(root, onerror=refuse)
 
 
 # ---------------------------------------------------------------------------------------------------- to blocks
@@ -233,10 +284,16 @@ def _line_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
             left = offset
             while left:
                 left -= len(file.read(min(left, BLOCK)))
-        while content := file.read(BLOCK) + file.readline():
+        while content := file.read(BLOCK):
+            content += (rest := file.readline(asked := LONGEST + 1))
             first = records
             records += content.count(b"\n")
             offset += len(content)
+            while len(rest) == asked and not rest.endswith(b"\n"):  # of a line that is too long, as `_lines` will see
+                rest = file.readline(asked := BLOCK)
+                records += rest.count(b"\n")
+                offset += len(rest)
+            del rest
             yield content, first, Place(number, records, offset), raw.tell() / size
 
 
@@ -265,7 +322,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._held:
-            self._compressed = self._compressed or self._raw.read(1 << 14)
+            self._compressed = self._compressed or self._raw.read(1 << 10)  # which may be 32 MB of one character
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the last zstd frame is cut")
@@ -293,11 +350,15 @@ def _parquet_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
         def batches() -> Iterator[tuple["pyarrow.RecordBatch", float]]:
             row = 0
             for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
+                facts = file.metadata.row_group(group)
+                rows = facts.num_rows
                 if row + rows <= place.records:
                     row += rows
                     continue
-                for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=[corpus.field]):
+                columns = map(facts.column, range(facts.num_columns))
+                size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == corpus.field)
+                several = max(1, min(ROWS, BLOCK * rows // max(1, size)))
+                for batch in file.iter_batches(batch_size=several, row_groups=[group], columns=[corpus.field]):
                     row += len(batch)
                     if row > place.records:
                         yield batch, row / file.metadata.num_rows
@@ -375,7 +436,7 @@ _SPLITTERS = {"jsonl": _line_blocks, "parquet": _parquet_blocks, "arrow": _arrow
 def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
     import datasets
 
-    path = os.path.expanduser(str(corpus.path))
+    path = expand(str(corpus.path))
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
             rows: Any = datasets.load_from_disk(path)
@@ -417,23 +478,32 @@ def _texts(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]
         identifier = os.path.relpath(path, root) if root else str(path)
         try:
             with open(path, "rb") as raw, decompressed(path, raw) as file:
-                content = file.read()
+                content = file.read(LONGEST + 1)
         except (OSError, EOFError, zlib.error) as error:
             if path.suffix not in COMPRESSED:
                 raise
             raise _cannot_be_read(path, error) from error
+        if len(content) > LONGEST:
+            skip("too_long", identifier)
+            continue
         try:
-            yield identifier, content.decode("utf-8-sig")
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             skip("invalid_utf8", identifier)
+            continue
+        content = b""
+        yield identifier, text
 
 
 def _lines(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]]:
     # Line by line, because `datasets` gives up a whole file for one bad line.
     for number, line in enumerate(io.BytesIO(block.content), block.first + 1):
+        identifier = f"{block.path}:{number}"
+        if len(line) > LONGEST:
+            skip("too_long", identifier)
+            continue
         if not line.strip():
             continue
-        identifier = f"{block.path}:{number}"
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
@@ -442,7 +512,9 @@ def _lines(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]
             skip("invalid_json", identifier)
         else:
             if isinstance(record, dict) and corpus.field in record:
-                yield identifier, record[corpus.field]
+                value = record[corpus.field]
+                del line, record  # which may be long
+                yield identifier, value
             else:
                 skip("missing_field", identifier)
 

@@ -10,7 +10,7 @@ import os
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -200,19 +200,30 @@ class TokenFile:
         starts[inside] = self._pointers[sequences[inside]] // self._dtype.itemsize
         return starts
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of both files' sizes and bytes; beyond 256 MiB of 256 evenly spaced blocks of 1 MiB."""
-        digest = hashlib.sha256()
-        for path in (f"{self.prefix}.idx", f"{self.prefix}.bin"):
-            size = os.path.getsize(path)
+    def fingerprint(self, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
+        """SHA-256 (hex) of both files' sizes and bytes, all of which it reads; `progress(bytes done, bytes in all)`."""
+        return self._digest(False, progress)
+
+    def sampled_fingerprint(self) -> str:
+        """What `fingerprint` once was: of a file beyond 256 MiB only 256 evenly spaced blocks of 1 MiB. Checkpoints and
+        prepared corpora of then have it."""
+        return self._digest(True, lambda done, total: None)
+
+    def _digest(self, sampled: bool, progress: Callable[[int, int], None]) -> str:
+        digest, done, count = hashlib.sha256(), 0, 0
+        sizes = {path: os.path.getsize(path) for path in (f"{self.prefix}.idx", f"{self.prefix}.bin")}
+        for path, size in sizes.items():
             digest.update(struct.pack("<Q", size))
             offsets: Iterable[int] = range(0, size, BLOCK)
-            if size > SAMPLED_BLOCKS * BLOCK:
+            if sampled and size > SAMPLED_BLOCKS * BLOCK:
                 offsets = (i * (size - BLOCK) // (SAMPLED_BLOCKS - 1) for i in range(SAMPLED_BLOCKS))
             with open(path, "rb") as file:
                 for offset in offsets:
                     file.seek(offset)
-                    digest.update(file.read(BLOCK))
+                    digest.update(block := file.read(BLOCK))
+                    done, count = done + len(block), count + 1
+                    if count % 64 == 0:
+                        progress(done, sum(sizes.values()))
         return digest.hexdigest()
 
     def check(self, vocab_size: int) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from importlib.metadata import version
+
+from train import streams
 
 VERBS = {
     "train": "train a model: +experiment=NAME and Hydra overrides",
@@ -19,17 +22,25 @@ VERBS = {
     "evaluate": "judge a model: benchmarks beside random choice, bits per byte of a text",
     "bench": "this machine's speed, beside its own limit and beside transformers.Trainer",
     "generate": "continue a prompt with an exported model",
+    "path": "where accelerate's configurations and Slurm's scripts lie",
     "completion": "bash | zsh: complete verbs, experiments and settings",
 }
 
 
 def main() -> None:
     """Run the verb named by the first argument."""
+    streams.protect()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: powertrain VERB …          (or python -m launch.VERB …; VERB --help shows examples)\n")
         for verb, purpose in VERBS.items():
             print(f"  {verb:<10} {purpose}")
+        print(
+            "\non several devices, from any folder:\n  accelerate launch $(which powertrain) train +experiment=NAME …"
+        )
+        sys.exit(0)
+    if arguments == ["--version"]:
+        print(f"powertrain {version('powertrain')}")
         sys.exit(0)
     verb = arguments[0]
     if verb not in VERBS:

@@ -35,7 +35,7 @@ import psutil
 from data.tokens import TokenWriter, dtype_for
 from train.cli import composed, guard
 from train.config import Config, RunFailed, check_batch
-from train.environment import available_cores
+from train.environment import available_cores, version
 
 _SHAPE = (
     "data.sequence_length=512",
@@ -90,7 +90,7 @@ def _positive(text: str) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     if options.out is not None:
-        options.out.open("a").close()  # an error here, not after all measurements
+        options.out.open("ab").close()  # an error here, not after all measurements
     shapes: dict[str, tuple[str, ...]] = dict(SHAPES)
     if named := [override for override in options.overrides if override.startswith("+experiment=")]:
         shapes = {named[0].partition("=")[2]: ()}
@@ -103,7 +103,9 @@ def _bench(options: argparse.Namespace) -> int:
         measured.append(shape.measured(options.rounds))
         print(table(measured[-1]))
         if options.out is not None:
-            options.out.write_text(json.dumps({"hardware": hardware(), "shapes": measured}, indent=1) + "\n")
+            options.out.write_text(
+                json.dumps({"hardware": hardware(), "shapes": measured}, indent=1) + "\n", encoding="utf-8"
+            )
     return 0
 
 
@@ -174,9 +176,10 @@ class Shape:
     def _run(self, *arguments: str) -> dict[str, Any]:
         print(f"{self.name}: {arguments[0]} …", file=sys.stderr)
         self.busy.append(psutil.cpu_percent(interval=1.0) / 100)
-        command = [sys.executable, "-m", "launch.contest", str(time.time()), *arguments]
+        command = [sys.executable, "-P", "-m", "launch.contest", str(time.time()), *arguments]
         one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | one_gpu)
+        environment = os.environ | one_gpu | {"PYTHONIOENCODING": "utf-8"}
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
         if ended.returncode < 0:
             return {"error": f"killed by {signal.Signals(-ended.returncode).name}"}
         if ended.returncode:
@@ -229,8 +232,6 @@ def write_tokens(prefix: Path, config: Config, least: int) -> None:
 
 def hardware() -> dict[str, Any]:
     """What the figures belong to."""
-    import importlib.metadata
-
     import torch
 
     return {
@@ -239,14 +240,14 @@ def hardware() -> dict[str, Any]:
         "memory": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in VERSIONS},
+        **{package: version(package) for package in VERSIONS},
     }
 
 
 def _cpu_name() -> str:
     """Its name, and what of its arithmetic decides the speed of products."""
     facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in found.get("flags", "").split()]
     return f"{found.get('model name') or platform.processor()} {' '.join(units)}".strip()

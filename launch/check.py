@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from train.cli import composed, guard
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, doubts
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +68,13 @@ def check_mup(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from train import optim
     from train.model import granite, mup
 
     rows = mup.table(config)
     model = granite.build(config, "meta")
+    groups = optim.parameter_groups(model.named_parameters(), rows, config.optimizer)
+    decays = {group["name"]: group["weight_decay"] for group in groups}
     table = Table(title=f"muP, rule '{config.mup.rule}', m_width {mup.width_multiplier(config):g}")
     for heading in ("tensor", "role", "shape", "std asked", "std measured", "rate ×", "weight decay", "forward"):
         table.add_column(heading, justify="right" if "std" in heading or "×" in heading else "left")
@@ -84,7 +87,6 @@ def check_mup(config: Config) -> int:
         # A sample's standard deviation scatters by 1/√(2N) around the true one.
         if abs(measured - asked) > 5 * asked / (2 * weight.numel()) ** 0.5:
             wrong.append(f"{name} has a standard deviation of {measured:.4g} instead of {asked:.4g}")
-        decay = config.optimizer.weight_decay if row.weight_decay else 0.0
         table.add_row(
             name,
             role,
@@ -92,7 +94,7 @@ def check_mup(config: Config) -> int:
             f"{asked:.4g}" if row.std else "ones",
             f"{measured:.4g}" if row.std else f"mean {weight.mean().item():g}",
             f"{row.rate_multiplier:.4g}",
-            f"{decay:g}",
+            f"{decays[role]:g}",
             row.forward,
         )
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -108,6 +110,8 @@ def check_mup(config: Config) -> int:
             f"base_hidden_size, and m_width is {mup.width_multiplier(config):g}. If intermediate_size stays as the "
             "model gets wider, the paper's rule shrinks that block's output as m_width^-½; mup.rule=fan_in does not."
         )
+    for doubt in doubts(config):
+        print(f"\nWarning: {doubt}")
     for complaint in wrong:
         print(f"FAIL: {complaint}")
     return 1 if wrong else 0

@@ -1,7 +1,7 @@
 """Branch a decay off a checkpoint of a run: the rate falls from where it is there, and the run itself is untouched.
 
 usage: python -m launch.decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
-       accelerate launch -m launch.decay RUN --at STEP --tokens N …
+       accelerate launch $(which powertrain) decay RUN --at STEP --tokens N …
 
 KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
 
@@ -40,8 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixture", help="weights of the corpora during the decay: NAME=WEIGHT,…; default: as before")
     parser.add_argument("--name", help="of the new run, beside its parent; default: PARENT-decay-STEP-TOKENS")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_intermixed_args(arguments)
-    leave(lambda: run_training(branch(options), ["decay", *arguments]))
+    leave(lambda: run_training(branch(parser.parse_intermixed_args(arguments)), "decay", arguments))
 
 
 def branch(options: argparse.Namespace) -> Config:
@@ -75,7 +74,7 @@ def branch(options: argparse.Namespace) -> Config:
         steps = [step for step in map(checkpoint.step_of, checkpoint.available(checkpoints)) if step != options.at]
         raise ConfigError(
             f"Step {options.at} of {options.run} lies in its {phase}: a decay falls from a rate that had been reached "
-            f"and held. Its other checkpoints are of steps {steps}."
+            f"and held. {f'Its other checkpoints are of steps {steps}.' if steps else 'It has no other checkpoint.'}"
         )
     if options.tokens <= 0:
         raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")

@@ -36,11 +36,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError
+from data import DataError, expand
 from launch.check import described
 from schedulers import Power, Rewarmup
 from train.cli import composed, guard
-from train.config import Config, ConfigError, batch_problems, problems
+from train.config import Config, ConfigError, batch_problems, doubts, problems
 from train.console import human
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     errors = list(batch_problems(config, cluster.gpus))
     if config.engine.expect == ("plain" if cluster.gpus > 1 else "ddp"):
         errors.append(f"engine.expect is {config.engine.expect}, which cluster.gpus={cluster.gpus} cannot be.")
-    warnings = [*schedule_warnings(config), *phase_warnings(config)]
+    warnings = [*doubts(config), *schedule_warnings(config), *phase_warnings(config)]
     engine = None
     if not errors:
         engine = memory_section(console, config, cluster)
@@ -188,8 +188,8 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
             )
     time_section(console, config, cluster, counts["total"], flops, engine)
     schedule_section(console, config)
+    data_errors, data_warnings = data_problems(config, console)
     console.rule(align="left")
-    data_errors, data_warnings = data_problems(config)
     more_errors, more_warnings = machine_problems(config, cluster, counts["total"])
     if unlike := mup.unlike_the_law(config):
         warnings.append(f"The schedule's law belongs to another parametrisation: {'; '.join(unlike)}.")
@@ -285,14 +285,14 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
 def command_of(cluster: Cluster, engine: str, micro: int) -> str:
     """What to paste; the run's own settings follow."""
     if engine == "plain":
-        return f"  accelerate launch train.py … batch.micro_sequences={micro}"
+        return f"  accelerate launch $(which powertrain) train … batch.micro_sequences={micro}"
     if cluster.gpus <= cluster.gpus_per_node:
         environment = "ACCELERATE_USE_CPU=true " if not cluster.on_gpu and engine == "ddp" else ""
-        file = f"--config_file launch/accelerate/{engine}.yaml --num_processes {cluster.gpus}"
-        return f"  {environment}accelerate launch {file} train.py … batch.micro_sequences={micro}"
+        file = f"--config_file $(powertrain path {engine}) --num_processes {cluster.gpus}"
+        return f"  {environment}accelerate launch {file} $(which powertrain) train … batch.micro_sequences={micro}"
     nodes = -(-cluster.gpus // cluster.gpus_per_node)
-    file = "" if engine == "zero3" else f"ACCELERATE_CONFIG=launch/accelerate/{engine}.yaml "
-    return f"  {file}sbatch --nodes={nodes} launch/slurm/train.sbatch … batch.micro_sequences={micro}"
+    file = "" if engine == "zero3" else f"ACCELERATE_CONFIG=$(powertrain path {engine}) "
+    return f"  {file}sbatch --nodes={nodes} $(powertrain path train.sbatch) … batch.micro_sequences={micro}"
 
 
 # ------------------------------------------------------------------------------------------------ time, cost, failures
@@ -465,12 +465,12 @@ def draw(config: Config, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ what would go wrong
 
 
-def data_problems(config: Config) -> tuple[list[str], list[str]]:
-    """Errors and warnings about corpora, tokenizer, and how often tokens are seen."""
+def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:
+    """Errors and warnings about corpora and tokenizer; print how often tokens are seen."""
     from data import sources
     from data.mixture import mixture_of
-    from data.order import Order, Stage
-    from data.prepare import find, rows_needed
+    from data.order import Stage, epochs
+    from data.prepare import find, rows_needed, skipped_records
     from data.tokens import TokenFile
 
     errors: list[str] = []
@@ -490,7 +490,7 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
         for path in (corpus.path, *([corpus.validation_path] if corpus.validation_path else [])):
             try:
                 if corpus.source == "tokens":
-                    TokenFile(Path(str(path)).expanduser())
+                    TokenFile(expand(str(path)))
                 else:
                     sources.files(dataclasses.replace(corpus, path=path, validation_path=None))
             except (DataError, OSError) as error:
@@ -513,11 +513,11 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
     except DataError as error:
         return [str(error)], []
     vocabulary, whose = data.tokenizer.vocab_size, "The tokenizer to be trained (data.tokenizer.vocab_size)"
-    own = Path(data.tokenizer.path).expanduser() if data.tokenizer.path is not None else None
+    own = Path(expand(data.tokenizer.path)) if data.tokenizer.path is not None else None
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
-        from transformers import AutoTokenizer
+        from data.tokenizer import load_tokenizer
 
-        vocabulary = rows_needed(AutoTokenizer.from_pretrained(folder))
+        vocabulary = rows_needed(load_tokenizer(folder))
         whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
         vocabulary = 0  # not known: of the hub
@@ -543,13 +543,23 @@ def data_problems(config: Config) -> tuple[list[str], list[str]]:
         for name in data.corpora
         if name not in windows
     ]
-    if not errors and not warnings and all(windows.values()):
-        order = Order(config.run.seed, tuple(Stage(*stage) for stage in stages), windows)
-        for name, samples in order.counts(-(-config.run.tokens // length)).items():
-            if (epochs := samples / windows[name]) > 1:
-                size = human(windows[name] * length)
-                has = f"has {size} tokens" if name in found.train else f"has at most {size} tokens, one a byte"
-                warnings.append(f"{name} {has}, and the run sees them {epochs:.1f} times.")
+    many = [skipped_records(name, folder) for name, folder in found.folders.items()]
+    warnings += [sentence for _, sentence, is_warning in many if is_warning]
+    if not errors and all(windows.values()):
+        seen = []
+        rows = tuple(Stage(*stage) for stage in stages)
+        for name, times in epochs(rows, windows, -(-config.run.tokens // length)).items():
+            size = human(windows[name] * length)
+            exactly = name in found.train
+            seen.append(
+                f"{name} {'' if exactly else 'at least '}{times:.2f} of {'' if exactly else 'at most '}{size} tokens"
+            )
+            if times > 1:
+                has = f"has {size} tokens" if exactly else f"has at most {size} tokens, one a byte"
+                warnings.append(f"{name} {has}, and the run sees them {times:.1f} times.")
+        if seen:
+            console.rule("data", align="left")
+            console.print(f"epochs            {'; '.join(seen)}")
     return errors, warnings
 
 

@@ -62,8 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="run the code that the model writes, for humaneval and mbpp",
     )
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _evaluate(options)))
+    sys.exit(guard(lambda: _evaluate(parser.parse_args(arguments))))
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -120,7 +119,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 line["num_fewshot"] = task.config.num_fewshot
         report["average"] = _average(lines)
         _print_table(lines, report["average"])
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\nresult  {out}")
     return 0
 
@@ -141,10 +140,10 @@ def _read(path: Path) -> bytes:
 def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
     """How well a model predicts a text: {bits_per_byte, loss, byte_perplexity, word_perplexity, tokens, bytes}.
 
-    The whole text is encoded at once, after a beginning-of-text token (end-of-text where there is none, as in lm-eval)
-    that is no target. Windows are as long as the model's positions, at most LONGEST_WINDOW; each begins half a window
-    after the one before, and only its targets that were not in that one count. So every token is a target once, and all
-    but those of the first half window see at least half a window.
+    The whole text is encoded as training encodes a document, after a beginning-of-text token (or end-of-text, as in
+    lm-eval) that is no target. Windows are as long as the model's positions, at most LONGEST_WINDOW; each
+    begins half a window after the one before, and only its targets that were not in that one count. So every token is a
+    target once, and all but those of the first half window see at least half a window.
 
     Args:
         raw: UTF-8; `bytes` is its length.
@@ -154,10 +153,18 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
     """
     import torch
 
+    from data.prepare import as_text, encode
+
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigError(
+            "The model's tokenizer has no tokenizer.json, without which no model is trained here, either."
+        )
     text = raw.decode()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    encoded = tokenizer.encode(text, add_special_tokens=False)
-    unknown = encoded.count(tokenizer.unk_token_id) if tokenizer.unk_token_id != prefix else 0
+    backend = as_text(tokenizer.backend_tokenizer.to_str())
+    encoded = encode(backend, text)
+    # A special token that is written in the text is text: its id is there for what is unknown alone.
+    unknown = sum(map(encoded.count, {tokenizer.unk_token_id, _unknown_id(backend)}))
     if prefix is None or unknown or not encoded:
         raise ConfigError(
             f"Bits per byte cannot be told with this tokenizer: of this text's {len(encoded):,} tokens {unknown:,} are "
@@ -187,6 +194,13 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
         "tokens": tokens,
         "bytes": len(raw),
     }
+
+
+def _unknown_id(backend: Any) -> int | None:
+    """What the tokenizer itself gives for unknown text, whatever its configuration calls it."""
+    model = json.loads(backend.to_str())["model"]
+    token = model.get("unk_token")
+    return model.get("unk_id") if token is None else backend.token_to_id(token)
 
 
 def _average(lines: list[dict[str, Any]]) -> dict[str, Any] | None:

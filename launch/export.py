@@ -5,6 +5,8 @@ usage: python -m launch.export RUN [--step N] [--out FOLDER]
 examples:
   python -m launch.export runs/quickstart
   python -m launch.export runs/quickstart --step 200 --out /models/quickstart-200
+
+docs/export.md tells what is in the folder, and how llama.cpp reads it.
 """
 
 from __future__ import annotations
@@ -28,20 +30,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
     parser.add_argument("--out", type=Path, help="where to; default: RUN/model, or RUN/model-STEP with --step")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _export(options.run, options.step, options.out)))
+    sys.exit(guard(lambda: _export(parser.parse_args(arguments))))
 
 
-def _export(run: Path, step: int | None, out: Path | None) -> int:
+def _export(options: argparse.Namespace) -> int:
+    run, step, out = options.run, options.step, options.out
     config = load(run / "config.yaml")
 
     import torch
 
     from train import checkpoint
-    from train.export import check_target, export, in_working_precision
+    from train.export import check_target, export, facts_of, in_working_precision
     from train.loss import LanguageModelLoss, logits_of
     from train.model import granite
     from train.optim import BFloat16Weights
+    from train.track import read_lines
 
     checkpoints = run / "checkpoints"
     chosen = checkpoint.newest_valid(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
@@ -56,7 +59,7 @@ def _export(run: Path, step: int | None, out: Path | None) -> int:
     check_target(folder)
     length = min(64, config.data.sequence_length)
     probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size
-    facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
+    facts = facts_of(state, (line for line in read_lines(run / "evals.jsonl") if line["step"] == state.step))
     trained = BFloat16Weights(loss) if config.precision == "bf16" else loss
     weights = {name: in_working_precision(config, tensor) for name, tensor in loss.model.named_parameters()}
     difference = export(config, weights, logits_of(trained, probe), probe, run / "tokenizer", folder, facts)

@@ -1,7 +1,8 @@
 """Fit the law of the best rate to the ledger of a sweep, and make a schedule of it.
 
 usage: python -m launch.fit LEDGER [options]
-       python -m launch.fit LEDGER --predict batch=1024 tokens=1e12 [parameters=3e9]
+       python -m launch.fit LEDGER --predict batch=1024 tokens=1e12
+       python -m launch.fit LEDGER --predict sequences=64 [sequence_length=256] tokens=1e9
 
 examples:
   python -m launch.fit runs/tiny/ledger.jsonl                         # what it says, with pictures and tables beside it
@@ -9,8 +10,9 @@ examples:
   python -m train --config-dir mine +experiment=quickstart schedule=mine
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
-sweep of constant learning rates with a decay at the end will do. Where the sizes of a ledger disagree (as they do
-without muP) it needs `parameters`, too, and a prediction or a schedule is made for so many.
+sweep of constant learning rates with a decay at the end will do. --predict takes the batch in the same units, or as
+batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given. Where the sizes of a ledger
+disagree (as they do without muP) it needs `parameters`, too, and --parameters says for how many.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ from schedulers.cells import Cell
 from schedulers.held_out import Worth, distance
 from schedulers.law import Law, fit, name_of
 from train.cli import guard
-from train.config import Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
+from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
 from train.environment import replace_text
+from train.report import plain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,12 +49,16 @@ def main(arguments: list[str] | None = None) -> None:
         usage=argparse.SUPPRESS,
     )
     parser.add_argument("ledger", type=Path)
-    parser.add_argument("--predict", nargs="+", metavar="KEY=VALUE", help="print the best learning rate there")
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="print the best learning rate at batch=β or sequences=N, and tokens=T",
+    )
     parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
     parser.add_argument("--parameters", type=float, help="of the model to write it for; default: the largest swept")
     parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _fit(options)))
+    sys.exit(guard(lambda: _fit(parser.parse_args(arguments))))
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -65,8 +72,7 @@ def _fit(options: argparse.Namespace) -> int:
     parameters = _parameters(law, options.parameters)
     text = schedule(law, ledger, options.ledger, parameters) if options.name else ""
     if options.predict:
-        batch, tokens, given = _predict_arguments(options.predict)
-        print(prediction(law, batch, tokens, _parameters(law, given)))
+        print(prediction(law, *_predict_arguments(options.predict, ledger), parameters))
         return 0
     out = options.out or options.ledger.parent
     print(report(law))
@@ -85,42 +91,65 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a ledger.
 
     Raises:
-        ConfigError: no such file, or a line that is no JSON object.
+        ConfigError: no such file, or a line that is no JSON object, or holds a number that nothing can be.
     """
     if not path.is_file():
         raise ConfigError(f"There is no ledger {path}. A sweep leaves one in RUN.FOLDER/NAME/ledger.jsonl.")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}, is not JSON ({error}): mend or delete that line.") from error
+        except (ValueError, RecursionError) as error:
+            why = "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+            raise ConfigError(f"{path}, line {number}, is not JSON ({why}): mend or delete that line.") from error
         if not isinstance(line, dict):
             raise ConfigError(f"{path}, line {number}, is not a JSON object but {text[:60]!r}.")
         lines.append(line)
     return lines
 
 
-def _predict_arguments(given: list[str]) -> tuple[float, float, float | None]:
+def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[float, float]:
+    """The batch in the law's unit, and the horizon."""
     try:
         values = {name: float(value.replace("_", "")) for name, value in (part.split("=") for part in given)}
-        batch, tokens, parameters = values.pop("batch"), values.pop("tokens"), values.pop("parameters", None)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"--predict is written --predict batch=1024 tokens=1e12, not {' '.join(given)}.") from error
-    if values:
-        raise ConfigError(f"--predict takes batch, tokens and parameters, not {', '.join(values)}.")
-    if not (0 < batch < math.inf and 0 < tokens < math.inf and 0 < (parameters or 1) < math.inf):
-        raise ConfigError(f"--predict is given {' '.join(given)}; all of them are finite and above 0.")
-    return batch, tokens, parameters
+    except ValueError:
+        values = {}
+    if set(values) not in ({"batch", "tokens"}, {"sequences", "tokens"}, {"sequences", "sequence_length", "tokens"}):
+        raise ConfigError(
+            "--predict is written --predict batch=1024 tokens=1e12, the batch in units of 4096 tokens, or --predict "
+            f"sequences=64 tokens=1e9, not {' '.join(given)}."
+        )
+    batch, tokens = values.get("batch", 0.0), values["tokens"]
+    if "sequences" in values:
+        length = values["sequence_length"] if "sequence_length" in values else _sequence_length(ledger)
+        batch = values["sequences"] * length / LAW_SEQUENCE_LENGTH
+    if not (0 < batch < math.inf and 0 < tokens < math.inf):
+        raise ConfigError(f"--predict has batch {batch:g} and tokens {tokens:g}; both are above 0.")
+    return batch, tokens
 
 
 def _parameters(law: Law, given: float | None) -> float | None:
     """The number of parameters to predict for; None where the law is one for all sizes."""
+    if given is not None and not 0 < given < math.inf:
+        raise ConfigError(f"--parameters is {given:g}; it is a number above 0.")
     if law.chosen.central_parameters is None:
         return None
     return given or max(cell.parameters or 0 for cell in law.cells if cell.usable)
+
+
+def _sequence_length(ledger: list[dict[str, Any]]) -> int:
+    """That of all lines."""
+    configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
+    lengths = {length for config in configs if isinstance(length := config.get("sequence_length"), int)}
+    if len(lengths) != 1:
+        found = f"holds {' and '.join(map(str, sorted(lengths)))}" if lengths else "does not tell"
+        raise ConfigError(
+            f"--predict sequences=… wants the length of a sequence, and the ledger {found}: add sequence_length=…, or "
+            "give batch=…, in units of 4096 tokens."
+        )
+    return lengths.pop()
 
 
 # ------------------------------------------------------------------------------------------------------- in words
@@ -287,7 +316,7 @@ rewarmup: {{start: null, tokens: 0}}
                 )
                 for config in {json.dumps(config): config for config in configs}.values()
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
                 f"{source}: a trial's `config` is not one of this version ({error}). Without `config` on its lines the "
                 "ledger makes a schedule that does not say which parametrisation it belongs to."
@@ -302,13 +331,24 @@ rewarmup: {{start: null, tokens: 0}}
 
 
 def plot(law: Law, folder: Path) -> list[Path]:
-    """Losses over learning rates, the best of them over batch and tokens, and the law with what it is worth."""
+    """The pictures of a law as files."""
+    from matplotlib import pyplot
+
+    paths = []
+    for name, figure in pictures(law):
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=110)
+        pyplot.close(figure)
+    return paths
+
+
+def pictures(law: Law) -> Iterator[tuple[str, Any]]:
+    """Losses over learning rates, the best of them over batch and tokens, and the law with what it is worth, by name."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import lines, pyplot, ticker
 
-    paths = []
     sizes = list(dict.fromkeys(cell.size for cell in law.cells))
     horizons = sorted({cell.tokens for cell in law.cells})
     batches = sorted({cell.batch for cell in law.cells})
@@ -328,11 +368,12 @@ def plot(law: Law, folder: Path) -> list[Path]:
             axis.set(xscale="log", title=f"{tokens:,} tokens", xlabel="learning rate", ylabel="validation loss (nats)")
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
             axis.grid(alpha=0.3, which="both")
+        figure.suptitle(plain(name_of(size)))
         handles = [lines.Line2D([], [], color=hues[batch], label=f"{batch:g}") for batch in batches]
         figure.legend(handles=handles, title="batch", fontsize=7, loc="outside right upper")
         for axis in list(axes.flat)[len(own) :]:
             axis.set_visible(False)
-        paths.append(_save(figure, folder / f"losses_{re.sub(r'[^a-zA-Z0-9]+', '_', name_of(size))}.png"))
+        yield f"losses_{re.sub(r'[^a-zA-Z0-9]+', '_', name_of(size))}", figure
 
     size_in = (10, 3.6 * len(sizes))
     figure, axes = pyplot.subplots(len(sizes), 2, figsize=size_in, squeeze=False, layout="constrained")
@@ -344,18 +385,17 @@ def plot(law: Law, folder: Path) -> list[Path]:
         for batch in batches:
             line = [(c.tokens, c.lr) for c in usable if c.batch == batch]
             right.plot(*_columns(line), "o-", color=hues[batch], label=f"{batch:g}")
-        for axis, name, legend in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=name_of(size))
+        for axis, name, what in ((left, "batch (× 4096 tokens)", "tokens"), (right, "tokens", "batch")):
+            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="best learning rate", title=plain(name_of(size)))
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-            axis.legend(title=legend, fontsize=6, ncols=2)
+            axis.legend(title=what, fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
             axis.grid(alpha=0.3, which="both")
-    paths.append(_save(figure, folder / "best_rates.png"))
+    yield "best_rates", figure
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(3, 2))
     over_batch(law, axes[0])
     over_splits(law, axes[1])
-    paths.append(_save(figure, folder / "law.png"))
-    return paths
+    yield "law", figure
 
 
 def over_batch(law: Law, axis: Any) -> None:
@@ -424,14 +464,6 @@ def _curve(axis: Any, cell: Cell, color: Any) -> None:
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, help="sample with this seed; default: the likeliest token each time")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _generate(options)))
+    sys.exit(guard(lambda: _generate(parser.parse_args(arguments))))
 
 
 def _generate(options: argparse.Namespace) -> int:

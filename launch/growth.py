@@ -1,10 +1,10 @@
-"""How a step's cost grows: with tokens seen, the corpus, experts and layers.
+"""How a step's cost grows: with tokens seen, the corpus, experts and layers; and that of records with a run's steps.
 
 usage: python -m launch.growth FOLDER
 
 Writes FOLDER/growth.json and growth.png. What is compared is measured in turn, round by round, in one process; a
 value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens, and in place of
-their tokens the same few again and again, so that no disk is measured.
+their tokens the same few again and again, so that no disk is measured. Records take 0.8 GB while they are measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,18 @@ import numpy.typing as npt
 
 from data.loader import Batches, num_windows
 from data.order import Order, Stage
+from data.prepare import fingerprint, known_fingerprint
 from data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from launch import bench
 from launch.contest import Ours, assemble
 from train.cli import composed
 from train.config import Config
+from train.environment import settings_text
 from train.loop import loss_terms, to_device, total_loss, train_step
+from train.report import runs_page
+from train.resume import check_steps_taken
 from train.state import State
+from train.track import cut_after, read_back
 
 ROUNDS, STEPS = 3, 3
 DOCUMENT = 1_000_000  # tokens
@@ -37,6 +43,8 @@ CORPORA = tuple(10**power for power in range(7, 14))  # tokens
 SEEN = (0, 10**9, 10**10, 10**11, 10**12, 9 * 10**12)  # tokens
 EXPERTS = (8, 16, 32, 64, 128)
 LAYERS = (2, 4, 8, 16)
+RECORDED = (10**3, 10**4, 10**5, 10**6)  # steps
+LOST = 100  # steps behind the checkpoint that a run goes on from
 BASE = (*bench.SHAPES["hidden 256"], *bench.RUN)
 SMALL = (*BASE, "model.hidden_size=64", "model.intermediate_size=32", "model.num_hidden_layers=2")
 
@@ -50,7 +58,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         found = measured(Path(temporary))
-    (folder / "growth.json").write_text(json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n")
+    (folder / "growth.json").write_text(
+        json.dumps({"hardware": bench.hardware(), **found}, indent=1) + "\n", encoding="utf-8"
+    )
     picture(found, folder / "growth.png")
     for name, values in found.items():
         print(name, {size: f"{1e3 * seconds:.2f} ms" for size, seconds in values.items()})
@@ -58,7 +68,7 @@ def main() -> None:
 
 def measured(folder: Path) -> dict[str, dict[int, float]]:
     """Seconds: by tokens of the corpus to open it, to read a batch and for a step; by tokens seen for a step; by
-    experts and by layers for the forward and backward pass."""
+    experts and by layers for the forward and backward pass; and those of `records`."""
     corpora = {tokens: simulated_corpus(folder / str(tokens), tokens) for tokens in CORPORA}
     words = folder / "words"
     bench.write_tokens(words, composed([*BASE]), 10 * 4096)
@@ -76,6 +86,18 @@ def measured(folder: Path) -> dict[str, dict[int, float]]:
         "forward and backward, by layers": in_turn(
             {n: passing(composed([*BASE, f"model.num_hidden_layers={n}"]), TokenFile(words)) for n in LAYERS}
         ),
+        **records(folder),
+    }
+
+
+def records(folder: Path) -> dict[str, dict[int, float]]:
+    """Seconds, by steps that a run has taken: to go on with its records, for its report, and for `check run` to find
+    the steps that it replays."""
+    runs = {steps: recorded(folder / f"run-{steps}", steps) for steps in RECORDED}
+    return {
+        "going on with records, by steps": in_turn({n: going_on(run, n) for n, run in runs.items()}),
+        "a report, by steps": in_turn({n: timed(partial(runs_page, [run])) for n, run in runs.items()}),
+        "steps to replay, by steps": in_turn({n: timed(partial(last_steps, run)) for n, run in runs.items()}),
     }
 
 
@@ -95,6 +117,9 @@ def simulated_corpus(prefix: Path, tokens: int) -> Path:
         index.write(np.arange(count + 1, dtype="<i8").tobytes())
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(count * DOCUMENT)
+    known = known_fingerprint(TokenFile(prefix), prefix.parent)  # for to read the largest takes hours
+    known.parent.mkdir(exist_ok=True)
+    known.write_text("0" * 64)
     return prefix
 
 
@@ -120,12 +145,13 @@ def filled(prefix: Path, words: Path) -> TokenFile:
 
 
 def opening(prefix: Path) -> Callable[[], float]:
-    """What a run does with a prepared corpus when it starts and when it goes on, up to its first batch."""
+    """What a run does with a prepared corpus when it starts and when it goes on, up to its first batch. The corpus was
+    read whole when it was made."""
 
     def task() -> float:
         begin = time.perf_counter()
         file = TokenFile(prefix)
-        file.fingerprint()
+        fingerprint(file, prefix.parent)
         windows = {"corpus": num_windows(file.num_tokens, 4096)}
         Batches({"corpus": file}, Order(0, (Stage(0, {"corpus": 1.0}),), windows), 4096).batch(0, 8)
         return time.perf_counter() - begin
@@ -182,6 +208,73 @@ def forward_backward(config: Config, ours: Ours) -> None:
     ours.engine.backward(total_loss(terms, config.balance))
 
 
+def recorded(folder: Path, steps: int) -> Path:
+    """The folder of a run that has taken so many steps, with what it has recorded of them."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(settings_text(composed([*BASE])))
+    with open(folder / "metrics.jsonl", "wb") as file:
+        file.writelines(line(step) for step in range(1, steps + 1))
+    with open(folder / "evals.jsonl", "w", encoding="utf-8") as file:
+        for step in range(LOST, steps + 1, LOST):
+            scores = {"corpus": "overall", "loss": 3.0, "bits_per_byte": 1.0, "targets": 4096}
+            file.write(json.dumps({"step": step, "tokens": step * 4096, **scores}) + "\n")
+    return folder
+
+
+def line(step: int) -> bytes:
+    """A line of metrics.jsonl, as long as one of a GraniteMoe with 32 layers."""
+    places = b'"step": %d, "tokens": %d, "loss": %.12f' % (step, (step - 1) * 4096, 3.0 + 7.0 / step**0.5)
+    return _LINE.replace(b'"step": 0, "tokens": 0, "loss": 0', places)
+
+
+_LINE = (
+    json.dumps(
+        {
+            **{"step": 0, "tokens": 0, "loss": 0, "samples": 0, "lm_loss": 3.25, "balance_loss": 32.0, "z_loss": 11.0},
+            **{"lr": 0.01, "lr_per_group": {"embedding": 0.01, "matrix": 0.001, "router": 0.001, "norm": 0.01}},
+            **{"batch": 1.0, "gamma": 0.01, "at_cap": False, "phase": "trunk", "grad_norm": 1.25, "skipped": False},
+            "expert_load": {"max_over_mean": 1.5, "entropy": 0.98, "layer_entropy": [0.9876] * 32, "idle": 0},
+            **{"tokens_per_second": 4567.891, "data_seconds": 0.0001, "mfu": None},
+        }
+    ).encode()
+    + b"\n"
+)
+
+
+def going_on(folder: Path, steps: int) -> Callable[[], float]:
+    """What a start does with the records of LOST steps behind its checkpoint, and with settings that have changed."""
+    then, now = composed([*BASE]), composed([*BASE, "run.tokens=2_000_000_000_000_000"])
+    state = State(step=steps, tokens=steps * 4096)
+    lost = b"".join(line(step) for step in range(steps + 1, steps + 1 + LOST))
+
+    def task() -> float:
+        with open(folder / "metrics.jsonl", "ab") as file:
+            file.write(lost)
+        begin = time.perf_counter()
+        cut_after(folder / "metrics.jsonl", steps)
+        check_steps_taken(then, now, state, {})
+        return time.perf_counter() - begin
+
+    return task
+
+
+def last_steps(folder: Path) -> None:
+    """The ten that `check run` replays."""
+    for _ in zip(range(10), read_back(folder / "metrics.jsonl"), strict=False):
+        pass
+
+
+def timed(task: Callable[[], object]) -> Callable[[], float]:
+    """The seconds that it takes."""
+
+    def run() -> float:
+        begin = time.perf_counter()
+        task()
+        return time.perf_counter() - begin
+
+    return run
+
+
 def picture(found: dict[str, dict[int, float]], path: Path) -> None:
     """One panel for each comparison; what should be flat is drawn over a logarithmic axis."""
     import matplotlib
@@ -189,7 +282,7 @@ def picture(found: dict[str, dict[int, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    figure, axes = pyplot.subplots(3, 3, figsize=(13, 10), layout="constrained")
     for axis, (name, values) in zip(axes.flat, found.items(), strict=True):
         sizes, milliseconds = [max(size, 1) for size in values], [1e3 * seconds for seconds in values.values()]
         axis.plot(sizes, milliseconds, "o-")

@@ -22,7 +22,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.order import Stage, epochs
 from train.cli import composed_data, guard
+from train.config import Config
 from train.environment import available_cores
 
 if TYPE_CHECKING:
@@ -48,19 +50,18 @@ def _prepare(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     inspect = "--inspect" in arguments
-    data = composed_data([argument for argument in arguments if argument != "--inspect"])
+    data, budget = composed_data([argument for argument in arguments if argument != "--inspect"])
     try:
         prepared = _with_progress(data)
     except KeyboardInterrupt:
         print("powertrain: interrupted; the same command goes on from where it was.", file=sys.stderr)
         return 130
 
-    # File names need not be UTF-8.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     if prepared.tokenizer_folder is not None:
         _say_tokenizer(prepared.tokenizer_folder)
     for name in data.corpora:
         _say_corpus(name, data, prepared, inspect)
+    _say_epochs(data, prepared, budget)
     return 0
 
 
@@ -111,9 +112,30 @@ def _say_tokenizer(folder: Path) -> None:
         )
 
 
+def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
+    """How often a budget goes through each corpus, or what an epoch is."""
+    length = data.sequence_length
+    windows = {name: (file.num_tokens - 1) // length for name, file in prepared.train.items()}
+    if short := [name for name, count in windows.items() if count < 1]:
+        print(
+            f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes, which is "
+            "data.sequence_length + 1; a run refuses that"
+        )
+    elif budget is None:
+        print(f"an epoch, in windows of data.sequence_length={length:,}:", end=" ")
+        print(", ".join(f"{name} {count * length:,} tokens" for name, count in windows.items()))
+    else:
+        stages = tuple(Stage(*stage) for stage in Config(data=data).stages())
+        times = epochs(stages, windows, -(-budget // length))
+        print(f"epochs in run.tokens={budget:,}:", ", ".join(f"{name} {number:.2f}" for name, number in times.items()))
+
+
 def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
+    from data.prepare import skipped_records
+
     folder = prepared.folders.get(name)
-    facts = json.loads((folder / "corpus.json").read_text()) if folder else {"splits": {}, "skipped": {}}
+    empty: dict[str, Any] = {"splits": {}, "skipped": {}}
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8")) if folder else empty
     print(f"{name}  {folder or data.corpora[name].path}")
     for split, files in (("train", prepared.train), ("validation", prepared.validation)):
         if name in files:
@@ -123,6 +145,8 @@ def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) 
             print(f"  {split}: {numbers['documents']:,} documents, {numbers['tokens']:,} tokens{text}")
             if inspect:
                 _inspect(file, numbers.get("bytes"), data, prepared.tokenizer_folder)
+    if folder and (found := skipped_records(name, folder))[2]:
+        print(f"  Warning: {found[1]}")
     for kind, skipped in facts["skipped"].items():
         print(f"  left out, {kind}: {skipped['count']:,}, the first {', '.join(skipped['first'])}")
     if folder and (folder / "skipped.jsonl").exists():
@@ -149,24 +173,24 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     if tokenizer_folder is None:
         print("    name data.tokenizer.path to see text")
         return
-    from transformers import AutoTokenizer
+    from data.prepare import bytes_of_tokens
+    from data.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     draw = random.Random(0)
 
-    def text(begin: int, end: int, skip: bool = False) -> str:
-        return str(tokenizer.decode(file.tokens[begin:end].tolist(), skip_special_tokens=skip))
+    def text(begin: int, end: int) -> str:
+        return str(tokenizer.decode(file.tokens[begin:end].tolist()))
 
     def places(count: int) -> list[tuple[int, int]]:
         begins = sorted(draw.randrange(max(1, file.num_tokens - SAMPLE_TOKENS)) for _ in range(count))
         return [(begin, min(begin + SAMPLE_TOKENS, file.num_tokens)) for begin in begins]
 
-    if size is None:  # a token file does not say, so a sample of it has to
-        sampled = places(1000)
-        size_of_sample = sum(len(text(*place, skip=True).encode()) for place in sampled)
-        about, a_token = "about ", size_of_sample / max(1, sum(end - begin for begin, end in sampled))
-    else:
-        about, a_token = "", size / max(1, file.num_tokens)
+    about, a_token = "", (size or 0) / max(1, file.num_tokens)
+    by_token = bytes_of_tokens(tokenizer.backend_tokenizer.to_str())
+    if size is None and by_token is not None:  # a token file does not say, so a sample of it has to
+        sampled = np.concatenate([file.tokens[begin:end] for begin, end in places(1000)])
+        about, a_token = "about ", by_token[sampled[sampled < len(by_token)]].sum() / max(1, len(sampled))
     if a_token:
         print(f"    {about}{a_token:.2f} bytes a token, {1 / a_token:.3f} tokens a byte")
     for begin, end in places(SAMPLES):

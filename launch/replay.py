@@ -9,12 +9,12 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.config import ConfigError, load
+from train.config import ConfigError, check, load
 
 _EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")
 _LOSSES = ("lm_loss", "balance_loss", "z_loss", "loss", "grad_norm")
@@ -33,9 +33,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10, help="how many of the last steps to replay; default 10")
     options = parser.parse_args(arguments)
     config = load(options.run / "config.yaml")
+    check(config)
 
     from train import checkpoint, environment
-    from train.track import read_lines
+    from train.track import read_back
 
     found = checkpoint.available(options.run / "checkpoints")
     for path in found:
@@ -44,10 +45,10 @@ def main(arguments: list[str]) -> int:
             return 1
     print(f"{len(found)} checkpoint(s) whole, byte for byte.")
 
-    lines = {line["step"]: line for line in read_lines(options.run / "metrics.jsonl")}
-    if not lines:
-        raise ConfigError(f"{options.run}/metrics.jsonl has no step to replay.")
-    last = max(lines)
+    metrics = options.run / "metrics.jsonl"
+    last = next((line["step"] for line in read_back(metrics)), 0)
+    if not last:
+        raise ConfigError(f"{metrics} has no step to replay.")
     parent = environment.parent(options.run / "run.json")
     before = [path for path in [*([parent] if parent else []), *found] if checkpoint.step_of(path) < last]
     # A second warmup says nothing of the steps before it.
@@ -68,7 +69,8 @@ def main(arguments: list[str]) -> int:
     from train.run import assemble
     from train.state import State
 
-    recorded = json.loads((options.run / "run.json").read_text())["starts"][-1]["hardware"]
+    begun = environment.read_record(options.run / "run.json").get("starts")
+    recorded = begun[-1].get("hardware") if isinstance(begun, list) and begun and isinstance(begun[-1], dict) else None
     with tempfile.TemporaryDirectory() as scratch:
         config.data.tokenizer.path = str(options.run / "tokenizer")
         config.run.folder = scratch
@@ -77,6 +79,9 @@ def main(arguments: list[str]) -> int:
         state = State(tokens=config.run.tokens_seen)
         parts = assemble(config, engine, state, start_from, print if engine.is_main else lambda text: None)
         first = state.step + 1
+        lines: dict[int, dict[str, Any]] = {}
+        for line in itertools.takewhile(lambda line: line["step"] >= first, read_back(metrics)):
+            lines.setdefault(line["step"], line)
         while state.step < last:
             record = train_step(config, engine, parts.batches, parts.balance, state)
             difference = _difference(
@@ -99,10 +104,17 @@ def _difference(line: dict[str, Any] | None, record: dict[str, Any], tolerance: 
     if line is None:
         return "metrics.jsonl has no such step"
     for name in _EXACT:
-        if line[name] != record[name]:
-            return f"{name} was {line[name]} and is {record[name]}"
+        if line.get(name) != record[name]:
+            return f"{name} was {line.get(name)} and is {record[name]}"
     for name in _LOSSES:
-        was, now = line[name], record[name]
-        if (was is None) != (now is None) or (was is not None and abs(now - was) > tolerance * abs(was)):
+        was, now = line.get(name), record[name]
+        if not _alike(was, now, tolerance):
             return f"{name} was {was!r} and is {now!r}"
     return None
+
+
+def _alike(was: Any, now: float | None, tolerance: float) -> bool:
+    try:
+        return was == now or (now is not None and abs(now - was) <= tolerance * abs(was))
+    except (TypeError, OverflowError):  # no number, or none that could be a loss
+        return False

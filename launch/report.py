@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from launch import fit
 from launch.fit import read
+from schedulers.cells import MOST
 from train.cli import guard
 from train.config import ConfigError
 from train.environment import check_output, replace_text
-from train.report import Run, overlays, page, picture, runs_page, table
+from train.report import Run, legend, looks, overlays, page, picture, runs_page, table
 
 Line = dict[str, Any]
 Cell = tuple[str, float, int]  # model, batch, tokens
@@ -42,11 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
-    options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: _report(options.folders, options.out)))
+    sys.exit(guard(lambda: _report(parser.parse_args(arguments))))
 
 
-def _report(folders: list[Path], out: Path | None) -> int:
+def _report(options: argparse.Namespace) -> int:
+    folders, out = options.folders, options.out
     out = out or folders[0] / "report.html"
     if folders[0].is_dir():  # or it is told below that it is no run's
         check_output(out)
@@ -64,9 +67,12 @@ def _report(folders: list[Path], out: Path | None) -> int:
 
 def sweep_page(folder: Path) -> str:
     """Final losses, what each schedule reaches with one set of numbers, and the curves of the best trials."""
-    ledger = [_complete(line) for line in read(folder / "ledger.jsonl")]
-    ledger = [line for line in ledger if line["seed"] == _first_seed(ledger)]  # repeats are there for the noise
-    parts = [about(ledger), *compared(ledger), *_grids(ledger)]
+    everything = [_complete(number, line) for number, line in enumerate(read(folder / "ledger.jsonl"), 1)]
+    if not everything:
+        raise ConfigError(f"{folder / 'ledger.jsonl'} has no trial yet, so there is nothing to show.")
+    ledger = [line for line in everything if line["seed"] == _first_seed(everything)]  # repeats are there for the noise
+    parts = [about(ledger), *compared(ledger), *(_law(everything) if len(_schedules(ledger)) == 1 else [])]
+    parts += _grids(ledger)
     cells = sorted({_cell(line) for line in ledger}, key=lambda cell: (cell[0], cell[1], cell[2]))
     longest = {(model, batch): (model, batch, tokens) for model, batch, tokens in cells}  # the last one stays
     for cell in longest.values():
@@ -80,12 +86,44 @@ def sweep_page(folder: Path) -> str:
     return page(folder.resolve().name, parts)
 
 
-def _complete(line: Line) -> Line:
-    """With what a ledger made elsewhere may leave out."""
+def _complete(place: int, line: Line) -> Line:
+    """With what a ledger made elsewhere may leave out.
+
+    Raises:
+        ConfigError: something is missing, or is of another kind than a sweep writes.
+    """
     if lacking := [name for name in ("batch", "tokens", "loss") if name not in line]:
-        raise ConfigError(f"A line of the ledger has no {', '.join(lacking)}: {str(line)[:100]}")
+        raise ConfigError(f"Line {place} of the ledger has no {', '.join(lacking)}: {str(line)[:100]}")
     name = f"{line.get('family', '')} {line.get('hidden_size', '')}".strip()
-    return {"model_name": name, "schedule": "wsd", "seed": 0, "trial": "", **line}
+    line = {"model_name": name, "schedule": "wsd", "seed": 0, "trial": "", **line}
+    if line["loss"] == math.inf or line["loss"] != line["loss"]:  # as some write one that diverged
+        line["loss"] = None
+    for name in ("batch", "tokens", "lr", "a", "b", "seed", "loss", "parameters", "decay_fraction"):
+        value = _number(line, name) if line.get(name) is not None else 0.0
+        if not abs(value) < MOST or (name in ("batch", "tokens") and not value > 0):
+            raise ConfigError(f"Line {place} of the ledger has {name} {str(line[name])[:40]}, which is no such number.")
+    for name in ("model_name", "schedule", "trial"):
+        line[name] = str(line[name])
+    line["seed"], line["tokens"] = int(line["seed"] or 0), int(line["tokens"])
+    return {name: value for name, value in line.items() if value is not None or name == "loss"}
+
+
+def _number(line: Line, name: str) -> float:
+    """A number of a ledger's line; nan for what is none."""
+    value = line[name]
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _law(ledger: Sequence[Line]) -> list[str]:
+    """What `fit` finds in the trials, and its pictures."""
+    if all(line.get("lr") is None or line["schedule"] != "wsd" for line in ledger):
+        return []
+    try:
+        law = fit.fit(ledger)
+    except ValueError as error:
+        return [f"<h2>The law</h2>\n<p class=note>There is none yet: {html.escape(str(error))}</p>"]
+    shown = [picture(figure) for _, figure in fit.pictures(law)]
+    return [f"<h2>The law</h2>\n<pre>{html.escape(fit.report(law))}</pre>", *shown]
 
 
 def about(ledger: Sequence[Line]) -> str:
@@ -151,7 +189,8 @@ def _at_edge(ledger: Sequence[Line], best: Line) -> str:
     """Says when a value is the lowest or highest that was tried in this cell."""
     here = [x for x in ledger if (x["schedule"], _cell(x)) == (best["schedule"], _cell(best))]
     for name, value in _fields(best):
-        if value in (min(x[name] for x in here), max(x[name] for x in here)):
+        tried = [x[name] for x in here if name in x]
+        if value in (min(tried), max(tried)):
             return ", edge"
     return ""
 
@@ -171,22 +210,33 @@ def _over_tokens(tuned: dict[str, dict[Cell, float]], above: dict[str, dict[Cell
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     batches = sorted({cell[1] for by in tuned.values() for cell in by})
     figure, axes = pyplot.subplots(
         1, len(batches), figsize=(max(5, 3.6 * len(batches)), 3.4), squeeze=False, layout="constrained"
     )
+    look = dict(zip(tuned, looks(len(tuned)), strict=True))
+    kinds = {"tuned": (tuned, "o", "dashed"), "one set": (above, "s", "solid")}
     for axis, batch in zip(axes[0], batches, strict=True):
-        for number, schedule in enumerate(tuned):
-            for by, style, label in ((tuned[schedule], "o--", "tuned"), (above.get(schedule, {}), "s-", "one set")):
-                points = [(cell[2], value) for cell, value in by.items() if cell[1] == batch]
+        for schedule in tuned:
+            for by, marker, style in kinds.values():
+                points = [(cell[2], value) for cell, value in by.get(schedule, {}).items() if cell[1] == batch]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}", ms=4, label=f"{schedule}, {label}")
+                    axis.plot(*zip(*points, strict=True), marker, ls=style, color=look[schedule]["color"], ms=4)
         axis.set(xscale="log", xlabel="tokens", title=f"batch {batch:g}", ylabel="nats above the best")
+        axis.set_xticks(sorted({cell[2] for by in tuned.values() for cell in by if cell[1] == batch}))
+        axis.xaxis.set_major_formatter(ticker.EngFormatter())
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.tick_params(axis="x", labelrotation=30)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=7)
-    return picture(figure)
+    names = [
+        (f"{schedule}, {kind}", {**look[schedule], "linestyle": style})
+        for schedule in tuned
+        for kind, (by, _, style) in kinds.items()
+        if schedule in by
+    ]
+    return picture(figure) + legend(names)
 
 
 def _grids(ledger: Sequence[Line]) -> list[str]:
@@ -210,7 +260,7 @@ def _grids(ledger: Sequence[Line]) -> list[str]:
             table(["model", "batch", "tokens", *(_text(fields) for fields in columns)], rows),
         ]
         if [name for name, _ in columns[0]] == ["a", "b"]:
-            parts.append(over_a_and_b(own))
+            parts.append(over_a_and_b([line for line in own if "a" in line and "b" in line]))
     return parts
 
 
@@ -222,21 +272,20 @@ def over_a_and_b(ledger: Sequence[Line]) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for number, cell in enumerate(sorted({_cell(line) for line in ledger})):
+    cells = sorted({_cell(line) for line in ledger})
+    look = looks(len(cells))
+    for cell, own in zip(cells, look, strict=True):
         here = [line for line in ledger if _cell(line) == cell and line["loss"] is not None]
         for axis, name in zip(axes, ("a", "b"), strict=True):
             values = sorted({line[name] for line in here})
             if not values:
                 continue
             least = [min(line["loss"] for line in here if line[name] == value) for value in values]
-            axis.plot(
-                values, np.array(least) - min(least), "o-", markersize=3, color=f"C{number % 10}", label=_where(cell)
-            )
+            axis.plot(values, np.array(least) - min(least), marker="o", markersize=3, **own)
     for axis, name, other in zip(axes, "ab", "ba", strict=True):
         axis.set(xlabel=name, ylabel=f"nats above the least, at the best {other}")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=6)
-    return picture(figure)
+    return picture(figure) + legend([(_where(cell), own) for cell, own in zip(cells, look, strict=True)])
 
 
 def _best(lines: Sequence[Line]) -> Line:

@@ -37,27 +37,33 @@ from rich.live import Live
 from rich.table import Table
 
 import train.cli
+from data import expand
 from data.prepare import prepare
 from launch.trials import (
     WITH_DECAY,
     Progress,
     SweepConfig,
     Trial,
+    check_batches,
     check_trials,
     decay_tokens,
     fingerprint,
     in_common,
+    ledger_lines,
     overrides,
     plan,
     quoted,
     read_ledger,
+    result_of,
     sweep_config,
 )
+from schedulers.cells import MOST
 from schedulers.law import expected_error
+from train import streams
 from train.cli import composed, composed_sweep, guard
-from train.config import Config, ConfigError, RunFailed, load, setting_values
-from train.environment import available_cores, lock, replace_text
-from train.track import read_lines
+from train.config import Config, ConfigError, RunFailed, doubts, load, setting_values
+from train.environment import available_cores, lock, read_record, replace_text
+from train.track import read_back
 
 POLL_SECONDS = 0.5
 BAD_INPUT = 2
@@ -66,6 +72,7 @@ MOST_COLUMNS = 8  # of losses side by side; of more there is the best
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the sweep, or be one of its workers."""
+    streams.protect()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="powertrain sweep",
@@ -99,9 +106,10 @@ class Sweep:
         self.arguments = arguments
         self.settings, node = composed_sweep(arguments)
         self.sweep: SweepConfig = sweep_config(node)
+        check_batches(self.sweep, self.settings.data.sequence_length)
         self.trials = plan(self.sweep)
-        self.folder = Path(self.settings.run.folder) / self.sweep.name
-        self.ledger = Path(self.sweep.ledger) if self.sweep.ledger else self.folder / "ledger.jsonl"
+        self.folder = Path(expand(self.settings.run.folder)) / self.sweep.name
+        self.ledger = Path(expand(self.sweep.ledger)) if self.sweep.ledger else self.folder / "ledger.jsonl"
 
     def configs(self) -> dict[tuple[str, str], Config]:
         """The configuration of a trial of each model and schedule, after checking all trials."""
@@ -121,10 +129,9 @@ class Sweep:
             if trial.name in results:
                 continue
             # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
-            with contextlib.suppress(OSError, ValueError):
-                results[trial.name] = json.loads((self.folder / trial.name / "result.json").read_text())
-                continue
-            if self.failed_file(trial).exists():
+            if line := result_of(read_record(self.folder / trial.name / "result.json")):
+                results[trial.name] = line
+            elif self.failed_file(trial).exists():
                 failed.add(trial.name)
         return Progress(self.trials, results, failed)
 
@@ -139,8 +146,12 @@ class Sweep:
 def control(options: argparse.Namespace) -> int:
     """Check, prepare the data, start workers, and keep the ledger and a table of it up to date."""
     sweep = Sweep(options.overrides)
+    if not options.slurm:  # the machines of its jobs may have another
+        check_launcher(sweep.sweep)
     configs = sweep.configs()
     console = Console()
+    for doubt in dict.fromkeys(doubt for config in configs.values() for doubt in doubts(config)):
+        console.print(f"Warning: {doubt}", markup=False)
     if options.dry_run:
         console.print(planned(sweep), summary(sweep, sweep.progress()))
         return 0
@@ -171,19 +182,33 @@ def control(options: argparse.Namespace) -> int:
             console.print(
                 f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
             )
-            console.print(sweep.failed_file(trial).read_text().strip()[-400:], markup=False)
+            console.print(sweep.failed_file(trial).read_text(encoding="utf-8").strip()[-400:], markup=False)
     if asked:
         raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command goes on with them.")
     return 0
 
 
-def prepare_data(sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console) -> dict[tuple[str, str], str]:
-    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule)."""
+def check_launcher(sweep: SweepConfig) -> None:
+    """Raises ConfigError when there is no such program as the trials are to be started with."""
+    program = shlex.split(sweep.launcher or "")[:1]
+    if program and shutil.which(program[0]) is None:
+        raise ConfigError(
+            f"sweep.launcher begins with '{program[0]}', and there is no such program here, by its path or in PATH. "
+            "Leave it out to train each trial in one process."
+        )
+
+
+def prepare_data(
+    sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console
+) -> dict[tuple[str, str], list[str]]:
+    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule), and
+    what it would have been when large files were only sampled."""
     fingerprints = {}
     for key, config in configs.items():
         workers = config.data.workers or available_cores()
         prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, workers=workers)
-        fingerprints[key] = fingerprint({name: file.fingerprint() for name, file in prepared.train.items()})
+        sampled = {name: file.sampled_fingerprint() for name, file in prepared.train.items()}
+        fingerprints[key] = [fingerprint(prepared.fingerprints), fingerprint(sampled)]
         if not prepared.validation:
             raise ConfigError(
                 "No corpus has validation documents, so no trial would have a loss: set its validation_fraction."
@@ -195,7 +220,7 @@ def prepare_data(sweep: Sweep, configs: dict[tuple[str, str], Config], console: 
 
 
 def check_ledger(
-    sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], str]
+    sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], list[str]]
 ) -> None:
     """Raises ConfigError when what is known of a trial is not of this sweep's configuration, or of other tokens."""
     results = sweep.progress().results
@@ -205,7 +230,7 @@ def check_ledger(
         key = trial.model, trial.schedule
         asked = {
             **in_common(configs[key]),
-            "data_fingerprint": fingerprints[key],
+            "data_fingerprint": fingerprints[key][results[trial.name].get("data_fingerprint") == fingerprints[key][1]],
             "decay_fraction": sweep.sweep.decay_fraction if trial.schedule in WITH_DECAY else 0.0,
         }
         for name, now in asked.items():
@@ -226,7 +251,7 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
     if options.slurm:
         script = Path(__file__).parent / "slurm" / "sweep.sbatch"
         return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
-    worker = [sys.executable, "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
+    worker = [sys.executable, "-P", "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
     return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
 
 
@@ -258,13 +283,15 @@ def watch(sweep: Sweep, workers: list[subprocess.Popen[bytes]], console: Console
 
 
 def write_ledger(sweep: Sweep) -> Progress:
-    """Put what is known now into the ledger, in the order of the plan; lines of trials outside the plan stay."""
+    """Put what is known now into the ledger, in the order of the plan; what others have written stays as it is."""
     progress = sweep.progress()
-    planned = {trial.name for trial in sweep.trials}
-    lines = [entry for name, entry in progress.results.items() if name not in planned]
-    lines += [progress.results[trial.name] for trial in sweep.trials if progress.done(trial)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    if not sweep.ledger.exists() or sweep.ledger.read_text() != text:
+    own = [trial.name for trial in sweep.trials if progress.done(trial)]
+    lines = [
+        text for text, line in ledger_lines(sweep.ledger) if not isinstance(line, dict) or line.get("trial") not in own
+    ]
+    lines += [json.dumps(progress.results[trial.name]).encode() for trial in sweep.trials if progress.done(trial)]
+    text = b"".join(line + b"\n" for line in lines)
+    if not sweep.ledger.exists() or sweep.ledger.read_bytes() != text:
         sweep.ledger.parent.mkdir(parents=True, exist_ok=True)
         replace_text(sweep.ledger, text)
     return progress
@@ -359,7 +386,8 @@ def pilot(sweep: Sweep, progress: Progress) -> str:
 
 def seconds_left(sweep: Sweep, progress: Progress) -> float | None:
     """A guess from what is done: a start's cost, and the speed at the same model and batch, or near it."""
-    done = [(t, progress.results[t.name]["seconds"]) for t in sweep.trials if progress.done(t)]
+    known = {t: progress.results[t.name].get("seconds") for t in sweep.trials if progress.done(t)}
+    done = [(t, float(s)) for t, s in known.items() if isinstance(s, (int, float)) and 0 < s < MOST]
     if not done:
         return None
     start = min(seconds for _, seconds in done)
@@ -385,6 +413,7 @@ def seconds_left(sweep: Sweep, progress: Progress) -> float | None:
 def work(options: argparse.Namespace) -> int:
     """Run trials until none is left that could be run."""
     sweep = Sweep(options.overrides)
+    check_launcher(sweep.sweep)
     if not sweep.sweep.launcher:
         import train.run  # noqa: F401  # once, for the processes that are forked from this one
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -432,13 +461,18 @@ def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> m
 
 
 def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[str]) -> None:
-    with open(output, "w") as file:
+    with open(output, "w", encoding="utf-8") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     if launcher:
         os.set_inheritable(claimed.fileno(), True)
-        os.execvp(launcher[0], [*launcher, "-m", "train", *arguments])
-    # What `python -m train` does, without importing everything again: half the time of a short trial.
+        command = str(Path(__file__).resolve().parents[1] / "powertrain_command.py")
+        try:
+            os.execvp(launcher[0], [*launcher, command, "train", *arguments])
+        except OSError as error:
+            print(f"powertrain: sweep.launcher '{launcher[0]}' cannot be started: {error.strerror}.", flush=True)
+            os._exit(BAD_INPUT)
+    # What `powertrain train` does, without importing everything again: half the time of a short trial.
     sys.argv[0] = "train"
     train.cli.main(arguments)
 
@@ -475,13 +509,17 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
         if process.is_alive():
             process.terminate()  # it saves a checkpoint and goes
         process.join()
-    said = (folder / "output.txt").read_text(errors="replace")
-    ended = json.loads((folder / "exit.json").read_text()) if (folder / "exit.json").exists() else {}
+    said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    ended = read_record(folder / "exit.json")
     reason = str(ended.get("reason", said[-2000:]))
     if process.exitcode != 0 and ended.get("code", process.exitcode) == BAD_INPUT:
         raise ConfigError(f"The trial {trial.name} was refused. {reason}")
     if reason == "finished" or reason.startswith("Diverged"):
-        line = result(sweep, trial, reason, time.perf_counter() - began)
+        try:
+            line = result(sweep, trial, reason, time.perf_counter() - began)
+        except RunFailed as error:
+            replace_text(folder / "failed.txt", f"{error}\n")
+            return
         replace_text(folder / "result.json", json.dumps(line) + "\n")
         for older in _no_longer_needed(sweep, trial):
             shutil.rmtree(older, ignore_errors=True)
@@ -498,19 +536,33 @@ def _no_longer_needed(sweep: Sweep, trial: Trial) -> list[Path]:
 
 
 def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str, Any]:
-    """The trial's line of the ledger, from what its run has left."""
+    """The trial's line of the ledger, from what its run has left.
+
+    Raises:
+        RunFailed: its records have been changed.
+    """
     from train.resume import TOKENIZER
 
     folder = sweep.folder / trial.name
-    losses = [line["loss"] for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
-    loss = losses[-1] if losses and reason == "finished" and math.isfinite(losses[-1] or math.nan) else None
+    evaluated = next((line for line in read_back(folder / "evals.jsonl") if line.get("corpus") == "overall"), {})
+    loss = evaluated.get("loss") if reason == "finished" else None
     newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
-    corpora = json.loads(newest.read_text())["data_fingerprint"] if newest else {}
+    corpora = read_record(newest).get("data_fingerprint") if newest else {}
+    if (
+        (reason == "finished" and "loss" not in evaluated)
+        or not isinstance(corpora, dict)
+        or not result_of({"trial": trial.name, "loss": loss})
+    ):
+        raise RunFailed(
+            f"{folder} has no loss of all corpora in evals.jsonl, or no fingerprints in its checkpoint's state.json: "
+            "they have been changed. Move that folder away to train the trial again."
+        )
+    parameters = read_record(folder / "run.json").get("parameters")
     return {
         "trial": trial.name,
         "model_name": trial.model,
         **in_common(load(folder / "config.yaml")),
-        "parameters": json.loads((folder / "run.json").read_text())["parameters"]["total"],
+        "parameters": parameters.get("total") if isinstance(parameters, dict) else None,
         "schedule": trial.schedule,
         "batch": trial.batch,
         **dict(trial.fields),
@@ -519,7 +571,7 @@ def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str,
         "status": "diverged" if loss is None else "finished",
         "seed": trial.seed,
         "decay_fraction": sweep.sweep.decay_fraction if decay_tokens(sweep.sweep, trial) else 0.0,
-        "data_fingerprint": fingerprint({name: value for name, value in corpora.items() if name != TOKENIZER}),
+        "data_fingerprint": fingerprint({name: str(value) for name, value in corpora.items() if name != TOKENIZER}),
         "seconds": round(seconds, 1),
     }
 

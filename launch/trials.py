@@ -16,11 +16,13 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from schedulers.cells import MOST
 from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
@@ -31,31 +33,27 @@ WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
 class Repeat:
     """One point of the grid, trained again at every horizon with these seeds: what noise there is."""
 
-    model: str = MISSING
-    batch: float = MISSING
+    model: str = MISSING  # one of models
+    batch: float = MISSING  # one of batch
     fields: dict[str, float] = MISSING  # of the schedule: lr, or a and b
-    seeds: list[int] = MISSING
-    schedule: str = "wsd"
+    seeds: list[int] = MISSING  # to train it with at every horizon
+    schedule: str = "wsd"  # one of schedules
 
 
 @dataclass
 class SweepConfig:
-    """The `sweep` part of configs/sweep/NAME.yaml; the rest of that file is an experiment.
+    """The `sweep` part of configs/sweep/NAME.yaml; the rest of that file is an experiment."""
 
-    models: name → fields of `model`. schedules: name → field → values; all combinations are trained. batch: in units of
-    4096 tokens. tokens: horizons. A batch is trained at the horizons that give it min_steps to max_steps.
-    """
-
-    name: str = MISSING
-    models: dict[str, dict[str, Any]] = MISSING
-    schedules: dict[str, dict[str, list[float]]] = MISSING
-    batch: list[float] = MISSING
-    tokens: list[int] = MISSING
-    decay_fraction: float = 0.1
-    seeds: list[int] = field(default_factory=lambda: [0])
-    repeats: list[Repeat] = field(default_factory=list)
-    min_steps: int = 100
-    max_steps: int | None = None
+    name: str = MISSING  # the folder run.folder/name
+    models: dict[str, dict[str, Any]] = MISSING  # NAME: fields of `model`
+    schedules: dict[str, dict[str, list[float]]] = MISSING  # NAME: field: values; all combinations are trained
+    batch: list[float] = MISSING  # in units of 4096 tokens
+    tokens: list[int] = MISSING  # horizons
+    decay_fraction: float = 0.1  # of each horizon, for power and wsd
+    seeds: list[int] = field(default_factory=lambda: [0])  # each trains the whole grid
+    repeats: list[Repeat] = field(default_factory=list)  # points of the grid to train again with other seeds: the noise
+    min_steps: int = 100  # a batch is trained at the horizons that give it this many steps …
+    max_steps: int | None = None  # … to this many; default: no limit
     jobs: int = 2  # trials at a time on this machine
     launcher: str | None = None  # what starts a trial, such as "accelerate launch --num_processes 8"; default: python
     ledger: str | None = None  # default: RUN.FOLDER/NAME/ledger.jsonl
@@ -200,16 +198,41 @@ def plan(sweep: SweepConfig) -> list[Trial]:
 
 def _check_boundaries(sweep: SweepConfig, tokens: int, batch: float) -> None:
     step = batch * LAW_SEQUENCE_LENGTH
+    if not step.is_integer():
+        raise ConfigError(
+            f"A batch of {batch:g} is {step:g} tokens, no whole number of them, let alone of sequences: sweep.batch "
+            f"counts in units of {LAW_SEQUENCE_LENGTH} tokens."
+        )
+    if (where := _between_steps(sweep, tokens, batch)) is None:
+        return
+    every = math.lcm(*(round(b * LAW_SEQUENCE_LENGTH) for b in sweep.batch))
+    unit = every * Fraction(sweep.decay_fraction).limit_denominator(1000).denominator
+    fitting = max(1, round(tokens / unit)) * unit
+    advice = f"Multiples of {unit:,} tokens fit every batch of this sweep, for example {fitting:,}."
+    if any(_between_steps(sweep, fitting, b) for b in sweep.batch):
+        advice = "No short horizon ends there: give sweep.decay_fraction fewer digits, as 0.1."
+    raise ConfigError(f"At a batch of {batch:g} (steps of {step:,.0f} tokens) {where}, between two steps. {advice}")
+
+
+def _between_steps(sweep: SweepConfig, tokens: int, batch: float) -> str | None:
+    """What of a trial would not lie at the end of a step, and where."""
+    step = batch * LAW_SEQUENCE_LENGTH
     for what, count in (("horizon", tokens), ("start of the decay", (1 - sweep.decay_fraction) * tokens)):
         if abs(count / step - round(count / step)) > 1e-6:
-            every = math.lcm(*(round(b * LAW_SEQUENCE_LENGTH) for b in sweep.batch))
-            unit = every * next(
-                k for k in range(1, 10_000) if abs(k * sweep.decay_fraction - round(k * sweep.decay_fraction)) < 1e-9
-            )
+            return f"the {what} of T = {tokens:,} lies at {count:,.0f} tokens"
+    return None
+
+
+def check_batches(sweep: SweepConfig, sequence_length: int) -> None:
+    """Raises ConfigError for a batch that is no whole number of sequences."""
+    for batch in sweep.batch:
+        sequences = batch * LAW_SEQUENCE_LENGTH / sequence_length
+        if not sequences.is_integer():
+            near = sorted({max(1, math.floor(sequences)), math.ceil(sequences)})
             raise ConfigError(
-                f"At a batch of {batch:g} (steps of {step:,.0f} tokens) the {what} of T = {tokens:,} lies at "
-                f"{count:,.0f} tokens, between two steps. Multiples of {unit:,} tokens fit every batch of this sweep, "
-                f"for example {max(1, round(tokens / unit)) * unit:,}."
+                f"A batch of {batch:g} is {batch * LAW_SEQUENCE_LENGTH:g} tokens, no whole number of sequences of "
+                f"{sequence_length}. sweep.batch counts in units of {LAW_SEQUENCE_LENGTH} tokens; near it lie "
+                f"{' and '.join(str(n * sequence_length / LAW_SEQUENCE_LENGTH) for n in near)}."
             )
 
 
@@ -218,12 +241,13 @@ def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple
     for trial in trials:
         config = dataclasses.replace(configs[trial.model, trial.schedule])
         sequences = trial.batch * LAW_SEQUENCE_LENGTH / config.data.sequence_length
-        if sequences != int(sequences):
-            raise ConfigError(
-                f"A batch of {trial.batch:g} is {trial.batch * LAW_SEQUENCE_LENGTH:g} tokens, no whole number of "
-                f"sequences of {config.data.sequence_length}. sweep.batch counts in units of 4096 tokens."
-            )
         decay = decay_tokens(sweep, trial)
+        if trial.schedule in WITH_DECAY and decay <= trial.batch * LAW_SEQUENCE_LENGTH:
+            raise ConfigError(
+                f"The trial {trial.name} has {trial.steps} steps, and sweep.decay_fraction={sweep.decay_fraction:g} of "
+                "them is no more than one. A step's rate is that at the tokens before it, so such a decay would never "
+                f"be seen. Raise sweep.min_steps to {math.ceil(2 / sweep.decay_fraction)}, or sweep.decay_fraction."
+            )
         config.batch = dataclasses.replace(config.batch, sequences=int(sequences))
         config.run = dataclasses.replace(config.run, tokens=trial.tokens, seed=trial.seed)
         config.schedule = {**config.schedule, **dict(trial.fields)}
@@ -342,7 +366,7 @@ class Progress:
             return None
         if reason := self.left_out(before):
             return reason
-        if self.done(before) and self.results[before.name]["status"] == "diverged":
+        if self.done(before) and self.results[before.name]["loss"] is None:
             return "diverged"
         if [name for name, _ in trial.fields] != ["lr"]:
             return None
@@ -381,15 +405,27 @@ class Progress:
         return trial.tokens - (before.tokens - decay_tokens(sweep, before))
 
 
-def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
-    """Name → line of a sweep's own ledger; a last line cut short is left out."""
-    lines: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(entry, dict) and "trial" in entry:
-                lines[entry["trial"]] = entry
+def result_of(line: Any) -> dict[str, Any] | None:
+    """The line of a trial that has ended; None for what no sweep has written."""
+    if not isinstance(line, dict) or not isinstance(line.get("trial"), str) or "loss" not in line:
+        return None
+    loss = line["loss"]
+    known = loss is None or (isinstance(loss, (int, float)) and not isinstance(loss, bool) and abs(loss) < MOST)
+    return line if known else None
+
+
+def ledger_lines(path: Path) -> list[tuple[bytes, Any]]:
+    """The lines of a ledger as they stand, with the JSON of each, None where it is none; without one cut short."""
+    lines = []
+    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            lines.append((text.strip(), json.loads(text.decode(errors="replace"))))
+        except (ValueError, RecursionError):
+            if text.endswith(b"\n") and text.strip():
+                lines.append((text.strip(), None))
     return lines
+
+
+def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
+    """Name → line of a sweep's own ledger."""
+    return {line["trial"]: line for _, line in ledger_lines(path) if result_of(line)}

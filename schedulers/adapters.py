@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from schedulers import Schedule, build
+from schedulers import Cosine, Schedule, build
 
 
 def _whole(name: str, value: float, least: int) -> int:
@@ -47,7 +47,7 @@ class _TokenLR(LRScheduler):
         tokens: tokens before the next step.
 
     Raises:
-        ValueError: an unknown field or a value out of its range.
+        ValueError: an unknown field, a value out of its range, or a decay that is no longer than a step.
     """
 
     _name: ClassVar[str]
@@ -66,6 +66,7 @@ class _TokenLR(LRScheduler):
         # LRScheduler's constructor takes one step, which brings the count to that of the next step.
         self.tokens = _whole("tokens_seen", tokens_seen, least=0) + last_epoch * self.batch_tokens
         super().__init__(optimizer, last_epoch)
+        self._check_decay()
         largest = max(float(multiplier) for multiplier in self.base_lrs)
         if largest < 0.01:
             warnings.warn(
@@ -80,9 +81,14 @@ class _TokenLR(LRScheduler):
         Call it between `step()` and the next `optimizer.step()`; the rate of that step changes at once.
 
         Raises:
-            ValueError: `batch_tokens` is not a whole number above 0.
+            ValueError: `batch_tokens` is not a whole number above 0, or no shorter than a decay that lies ahead.
         """
-        self.batch_tokens = _whole("batch_tokens", batch_tokens, least=1)
+        before, self.batch_tokens = self.batch_tokens, _whole("batch_tokens", batch_tokens, least=1)
+        try:
+            self._check_decay()
+        except ValueError:
+            self.batch_tokens = before
+            raise
         self._write_rates()
 
     def step(self, epoch: int | None = None) -> None:
@@ -115,6 +121,19 @@ class _TokenLR(LRScheduler):
         """Go on from `state_dict`; the batch is the saved one, until `set_batch_tokens` changes it."""
         super().load_state_dict(state_dict)
         self._write_rates()
+
+    def _check_decay(self) -> None:
+        decay = getattr(self.schedule, "decay", None)
+        start, length = (decay.start, decay.tokens) if decay is not None else (0, 0)
+        if isinstance(self.schedule, Cosine):
+            start = self.schedule.warmup_tokens
+            length = self.schedule.total_tokens - start
+        # A step's rate is that at the tokens before it, and at the decay's start that is the full one.
+        if 0 < length <= self.batch_tokens and self.tokens <= start:
+            raise ValueError(
+                f"{type(self).__name__}: the decay from {start:,} tokens on takes {length:,}, no more than a step of "
+                f"{self.batch_tokens:,}, so no step would see it. Make it longer than a step, or leave it out."
+            )
 
     def _write_rates(self) -> None:
         self._last_lr = self.get_lr()

@@ -17,6 +17,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Size = tuple[str, int]  # family, hidden_size
 
+MOST = 1e18  # of any number in a ledger
 SAME_HORIZON = 1.03  # horizons within this factor are one, rounded to whole steps of several batches
 NEEDED = ("hidden_size", "batch", "lr", "tokens", "loss")
 WINDOW = math.log(8) / 2  # rates within this factor of the best one, or the four nearest, make the parabola
@@ -57,10 +58,10 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
         value = line[name]
         if name == "loss" and (value is None or value in (math.inf, math.nan) or value != value):
             continue
-        number_given = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not number_given or (name != "loss" and value <= 0):
-            above = "a finite number" if name == "loss" else "a finite number above 0"
-            raise ValueError(f"Line {number} of the ledger has {name} {value!r}; it has to be {above}.")
+        number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number_given or not (-MOST if name == "loss" else 0) < value < MOST:
+            limits = f"a number {f'between -{MOST:g} and' if name == 'loss' else 'above 0 and below'} {MOST:g}"
+            raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it has to be {limits}.")
     loss = line["loss"]
     return (
         (str(line.get("family", "")), int(line["hidden_size"])),
@@ -94,7 +95,7 @@ class Trials:
         self.parameters: dict[Size, float] = {}
         for (_, line), (size, *_) in zip((e for e in lines if e[1].get("schedule", "wsd") == "wsd"), read, strict=True):
             count = line.get("parameters")
-            if isinstance(count, (int, float)) and not isinstance(count, bool) and 0 < count < math.inf:
+            if isinstance(count, (int, float)) and not isinstance(count, bool) and 0 < count < MOST:
                 self.parameters[size] = float(count)
         for size, own_tokens, batch, rate, seed, loss in read:
             trunk = trunks.setdefault((size, batch, rate, seed), len(trunks))

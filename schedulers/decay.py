@@ -31,7 +31,12 @@ def require(owner: object, **rules: str) -> None:
     """Hold attributes of `owner` to a rule of `_RULES` each, or raise a ValueError that names the value."""
     for name, rule in rules.items():
         value = getattr(owner, name)
-        if not isinstance(value, Real) or not math.isfinite(value) or not _RULES[rule](float(value)):
+        if (
+            not isinstance(value, Real)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+            or not _RULES[rule](float(value))
+        ):
             raise ValueError(f"{type(owner).__name__}: {name} must be {rule}; it is {value!r}.")
 
 
@@ -43,7 +48,7 @@ class Decay:
     f = floor + (1 - floor) * s(x), where x = (n - start) / tokens, held at 1 after the decay's end.
 
     Args:
-        start: tokens trained when the decay begins (N - N_d in the paper).
+        start: reading of the clock when the decay begins (N - N_d in the paper).
         tokens: length of the decay in tokens (N_d).
         shape: s(x): "exponential" (e^(1-x) - 1) / (e - 1), "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2
             or "sqrt" 1 - sqrt(x).

@@ -18,7 +18,7 @@ class Rewarmup:
 
     Args:
         schedule: what is warmed up to.
-        start: tokens trained when it begins.
+        start: reading of the clock when it begins.
         tokens: its length.
 
     Raises:

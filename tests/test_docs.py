@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from train.config import setting_names
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -103,3 +106,20 @@ def test_every_link_and_file_of_a_page_is_there(page: Path) -> None:
             assert (page.parent / path).exists() if path else anchor in anchors, target
     assert not re.search(r"^[ \t]+```sh|^[ \t]*~~~|^```sh[^\n]", text, re.M)  # which would not be run
     assert {language for language, _ in BLOCK.findall(text)} <= {"sh", "console", "yaml", "python"}
+
+
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    """`python docs/settings.py > docs/settings.md` makes it; a setting without a comment is a KeyError there."""
+    page = runpy.run_path(str(ROOT / "docs/settings.py"))["page"]()
+    assert page == (ROOT / "docs/settings.md").read_text()
+    told = set(re.findall(r"^\| `([\w.]+)` \| (?!\|)", page, re.M))
+    leaves = {name for name in setting_names() if not any(other.startswith(f"{name}.") for other in setting_names())}
+    assert leaves - told == {"schedule"}  # of which each schedule has its own
+    # By hand, one of each kind.
+    assert (
+        "| `evaluation.every` | `0` | steps between evaluations, the first before step 1; 0: at the end only |" in page
+    )
+    assert "| `data.corpora.NAME.field` | `text` | the key or column that holds the text" in page
+    assert "| `schedule.warmup_tokens` | `1_000_000_000` | length of the warmup (N_w) |" in page
+    assert "| `engine.expect` | `null` | one of plain, ddp, zero1, zero2, zero3: refuse" in page
+    assert "| `run.tokens` | **needed** |" in page

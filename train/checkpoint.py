@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,18 @@ from train import faults as injected
 from train.balance import Balance
 from train.config import ConfigError, RunFailed
 from train.engine import MOMENTS, Engine, Read
-from train.environment import as_others_are, replace_text, settings_text
+from train.environment import as_others_are, read_record, replace_text, settings_text
 from train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, whatever becomes of it
 _POLL_SECONDS = 0.01
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# Errors that tell of a file that is lost, or of its bytes. Any other one, such as a permission or a server that does
+# not answer, tells nothing of the checkpoint, which may be the best there is.
+_LOST = (*_GONE, errno.ESTALE, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
 class Saver:
@@ -66,6 +73,7 @@ class Saver:
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # why it could not be written here
+        self._kept: set[Path] = set()  # old ones that cannot be removed
 
     def save(self, state: State, balance: Balance) -> None:
         """Begin the checkpoint of `state`. One that could not be written before is reported, and forgotten."""
@@ -78,7 +86,8 @@ class Saver:
 
         def begin() -> None:
             clean(self.checkpoints)
-            (partial / "rng").mkdir(parents=True)
+            for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
+                folder.mkdir(exist_ok=folder == self.checkpoints)
             for rank in range(self.engine.world_size):
                 (partial / _pending_file(rank)).touch()
 
@@ -137,8 +146,9 @@ class Saver:
                     values = fragment.master if what == "weights" else engine.moment(fragment, what)
                     values = values.detach().to("cpu", copy=True)
                     tensors[what][key] = values.view(shape) if whole else values
-        shard = f"-{engine.rank + 1:05d}-of-{engine.world_size:05d}" if engine.sharded else ""
-        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if kept else {}
+        shard = _shard(engine.rank, engine.world_size) if engine.sharded else ""
+        writes = engine.sharded or engine.is_main  # all shards, empty or not: one that is missing shows
+        files = {f"{what}{shard}.safetensors": named for what, named in tensors.items()} if writes else {}
         return {**files, _rng_file(engine.rank): _rng_state(engine)}
 
     # ------------------------------------------------------------------------ in the thread
@@ -185,7 +195,7 @@ class Saver:
             return None
         files: dict[str, Any] = {}
         for path in done:
-            files |= json.loads(path.read_text())
+            files |= json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
         injected.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
@@ -202,7 +212,12 @@ class Saver:
             replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
         injected.at("prune", 0, step)
         for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:  # the new one is there all the same
+                if old not in self._kept:
+                    self.say(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
+                self._kept.add(old)
         return final
 
     def _explained(self, error: Exception, step: int) -> str:
@@ -215,12 +230,19 @@ class Saver:
 
 
 class Stored:
-    """`weights`, or a moment, in the files of a checkpoint, by parameter name."""
+    """`weights`, or a moment, in the files of a checkpoint, by parameter name.
 
-    def __init__(self, checkpoint: Path, what: str) -> None:
+    Args:
+        shapes: those of the model's parameters; what is stored has to have them.
+
+    Raises:
+        ConfigError: a file is none of safetensors, or a tensor in it is not float32 or of another shape.
+    """
+
+    def __init__(self, checkpoint: Path, what: str, shapes: Mapping[str, torch.Size] | None = None) -> None:
         self._pieces: dict[str, list[tuple[int, int, str, Any]]] = {}  # name → start, stop, key, file
         self.checkpoint = checkpoint
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name in sorted(name for name in files if re.fullmatch(rf"{what}(-.*)?\.safetensors", name)):
             path = checkpoint / name
             try:
@@ -229,9 +251,20 @@ class Stored:
                 raise ConfigError(f"{path} is not a safetensors file ({error}); nothing else is read.") from error
             for key in file.keys():  # noqa: SIM118
                 piece = _PIECE.fullmatch(key)
-                size = int(torch.Size(file.get_slice(key).get_shape()).numel())
-                name, start = (piece[1], int(piece[2])) if piece else (key, 0)
-                self._pieces.setdefault(name, []).append((start, start + size, key, file))
+                stored = file.get_slice(key)
+                shape, dtype = torch.Size(stored.get_shape()), stored.get_dtype()
+                name, start, stop = (piece[1], int(piece[2]), int(piece[3])) if piece else (key, 0, shape.numel())
+                whole = (shapes or {}).get(name)
+                wanted = torch.Size([stop - start]) if piece else shape if whole is None else whole
+                if dtype != "F32" or shape != wanted or (whole is not None and stop > whole.numel()):
+                    raise ConfigError(
+                        f"{path} holds {key} as {dtype} of the shape {tuple(shape)}, which is not float32 of the shape "
+                        f"{tuple(wanted)} in {tuple(wanted if whole is None else whole)}: the file was changed, or it "
+                        "belongs to another model."
+                    )
+                self._pieces.setdefault(name, []).append((start, stop, key, file))
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece[:2])
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened parameter; only they are read from disk, or the rows they lie in.
@@ -240,12 +273,12 @@ class Stored:
             ConfigError: the files do not hold them all.
         """
         values = torch.empty(stop - start)
-        found = 0
+        found, position = 0, start
         for begin, end, key, file in self._pieces.get(name, []):
-            low, high = max(start, begin), min(stop, end)
+            low, high = max(position, begin), min(stop, end)
             if low < high:
                 values[low - start : high - start] = _elements(file.get_slice(key), low - begin, high - begin)
-                found += high - low
+                found, position = found + high - low, high
         if found != stop - start:
             raise ConfigError(
                 f"{self.checkpoint} holds {found:,} of the {stop - start:,} elements of {name} from {start:,} on: its "
@@ -264,46 +297,96 @@ def _elements(stored: Any, start: int, stop: int) -> torch.Tensor:
 
 def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> None:
     """Put everything of a verified checkpoint back in place, on every rank."""
-    saved = json.loads((checkpoint / "state.json").read_text())
+    saved = read_state(checkpoint)
     for name, value in saved["state"].items():
         setattr(state, name, value)
-    balance.previous = torch.tensor(saved["assignments"], dtype=torch.int64).reshape(balance.previous.shape)
+    load = torch.tensor(saved["assignments"], dtype=torch.int64)
+    if load.numel() != balance.previous.numel():
+        raise ConfigError(f"{checkpoint / 'state.json'} holds the expert assignments of another model.")
+    balance.previous = load.reshape(balance.previous.shape)
     taken = saved["optimizer_steps"]
-    moments: dict[str, Read] = {moment: Stored(checkpoint, moment).read for moment in MOMENTS if taken}
-    engine.load(Stored(checkpoint, "weights").read, taken, moments)
+    moments: dict[str, Read] = {moment: Stored(checkpoint, moment, engine.shapes).read for moment in MOMENTS if taken}
+    engine.load(Stored(checkpoint, "weights", engine.shapes).read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
-    if rng.exists():  # on more ranks than before, the new ones keep their seed
+    if rng.exists():  # on more ranks than before, the new ones keep their own seed
         _set_rng_state(load_file(rng), engine)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What state.json holds.
+
+    Raises:
+        ConfigError: it is of another shape, by somebody's hand: the manifest has its hash.
+    """
+    saved = read_record(checkpoint / "state.json")
+    try:
+        numbers = [*vars(State(**saved["state"])).values(), saved["optimizer_steps"]]
+        engine = saved.get("engine") or {"kind": "plain", "ranks": 1}
+        texts = [*saved["data_fingerprint"].values(), engine["kind"]]
+        load = torch.tensor(saved["assignments"], dtype=torch.int64)
+        whole = all(type(number) is int and 0 <= number < 2**63 for number in (*numbers, engine["ranks"]))
+        if not whole or not all(isinstance(text, str) for text in texts) or load.dim() not in (1, 2):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ConfigError(
+            f"{checkpoint / 'state.json'} has been changed and does not tell where the run was. Restore it from a "
+            "copy, or move that checkpoint away to go on from the one before."
+        ) from error
+    return {**saved, "engine": engine}
 
 
 def load_state(checkpoint: Path) -> State:
     """The progress that a checkpoint was made at."""
-    return State(**json.loads((checkpoint / "state.json").read_text())["state"])
+    return State(**read_state(checkpoint)["state"])
 
 
 def trained_by(checkpoint: Path) -> tuple[str, int]:
     """The kind of engine, and its number of ranks."""
-    engine = json.loads((checkpoint / "state.json").read_text()).get("engine") or {"kind": "plain", "ranks": 1}
+    engine = read_state(checkpoint)["engine"]
     return engine["kind"], engine["ranks"]
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
     """Put the weights of a verified checkpoint into a model, without an engine."""
-    stored = Stored(checkpoint, "weights")
+    stored = Stored(checkpoint, "weights", {name: tensor.shape for name, tensor in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored.read(name, 0, parameter.numel()).view(parameter.shape))
 
 
 def available(checkpoints: Path) -> list[Path]:
-    """Folders with a checkpoint's name and a manifest, oldest first. Their files are not verified."""
-    return [path for path in _named(checkpoints) if not path.is_symlink() and (path / "manifest.json").is_file()]
+    """Folders with a checkpoint's name and a manifest, oldest first. Their files are not verified, and a manifest that
+    cannot be looked at counts.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    return [path for path in _named(checkpoints) if not os.path.islink(path) and _is_there(path / "manifest.json")]
+
+
+def _is_there(manifest: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(manifest).st_mode)
+    except OSError as error:
+        return error.errno not in _GONE
 
 
 def _named(checkpoints: Path) -> list[Path]:
-    if not checkpoints.is_dir():
-        return []
-    return sorted((path for path in checkpoints.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+    try:
+        names = os.listdir(checkpoints)
+    except OSError as error:
+        if error.errno in _GONE:
+            return []
+        raise ConfigError(_unreadable(checkpoints, error)) from error
+    return sorted((checkpoints / name for name in names if _NAME.fullmatch(name)), key=step_of)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return (
+        f"{path} cannot be read ({error.strerror or error}), which does not say that it is damaged, so nothing was "
+        "changed and nothing begins without it. See to it that it can be read and start again; to go on from an older "
+        "checkpoint, or to begin again, move it away first."
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -315,27 +398,64 @@ def step_of(checkpoint: Path) -> int:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each file; empty when every byte is as written."""
+    """What is wrong with a checkpoint, a line each file; empty when every byte is as written.
+
+    Raises:
+        ConfigError: that cannot be told: somebody else's file, say.
+    """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         kinds = {name.partition("-")[0].partition(".")[0] for name in files}
         if manifest["step"] != step_of(checkpoint) or not {"weights", *MOMENTS, "state", "rng/rank"} <= kinds:
             return ["manifest.json is not this checkpoint's"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return [_lost(checkpoint, "manifest.json", error)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"manifest.json cannot be read: {error}"]
     wrong = []
     for name, (size, sha256) in files.items():
         path = checkpoint / name
         if ".." in Path(name).parts or (path.is_absolute() and not path.is_relative_to(checkpoint)):
             wrong.append(f"{name} lies outside the checkpoint")
-        elif path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+            continue
+        try:
+            info = os.lstat(path)
+            if os.path.islink(path.parent) or not stat.S_ISREG(info.st_mode):
+                wrong.append(f"{name} is missing")
+            elif info.st_size != size:
+                wrong.append(f"{name} has {info.st_size} bytes, not {size}")
+            elif _sha256(path) != sha256:
+                wrong.append(f"{name} differs from its SHA-256")
+        except OSError as error:
+            wrong.append(_lost(checkpoint, name, error))
+        except ValueError:  # no name that a file can have
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-        elif _sha256(path) != sha256:
-            wrong.append(f"{name} differs from its SHA-256")
-    return wrong
+    if wrong:
+        return wrong
+    try:
+        return [f"{name} is missing, in manifest.json too" for name in _written(checkpoint) if name not in files]
+    except (OSError, ConfigError) as error:
+        return [f"state.json cannot be read: {error}"]
+
+
+def _written(checkpoint: Path) -> list[str]:
+    """The tensor files that the ranks of a checkpoint's run have written."""
+    kind, ranks = trained_by(checkpoint)
+    shards = [_shard(rank, ranks) for rank in range(ranks)] if kind.startswith("zero") else [""]
+    tensors = [f"{what}{shard}.safetensors" for what in ("weights", *MOMENTS) for shard in shards]
+    return [*tensors, *map(_rng_file, range(ranks))]
+
+
+def _lost(checkpoint: Path, name: str, error: OSError) -> str:
+    """What is wrong with a file that cannot be read.
+
+    Raises:
+        ConfigError: nothing may be.
+    """
+    if error.errno not in _LOST:
+        raise ConfigError(_unreadable(checkpoint / name, error)) from error
+    return f"{name} is missing" if error.errno in _GONE else f"{name} cannot be read: {error.strerror or error}"
 
 
 def verified(checkpoint: Path) -> Path:
@@ -415,6 +535,10 @@ def _done_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
+def _shard(rank: int, ranks: int) -> str:
+    return f"-{rank + 1:05d}-of-{ranks:05d}"
+
+
 def _rng_file(rank: int) -> str:
     return f"rng/rank-{rank:05d}.safetensors"
 
@@ -443,7 +567,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     _sync_file(path)
 
 

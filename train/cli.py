@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import difflib
 import logging
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -27,19 +29,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError
+from data import DataError, expand
+from train import streams
 from train.config import (
     Config,
     ConfigError,
     DataConfig,
+    ModelConfig,
+    RunConfig,
     RunFailed,
-    as_dict,
+    as_typed,
     data_from_hydra,
     from_hydra,
+    load,
     setting_names,
+    setting_values,
     unchecked,
 )
-from train.environment import status_of, without_secrets
+from train.environment import HIDDEN, settings_text, status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -49,18 +56,25 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 # What a person should see is said by this project. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if not sys.stderr.isatty():  # a log has lm-eval's progress once a minute
+if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
 
+LAST_WORDS_SECONDS = 2.0  # in which a rank says what is wrong when another has found something, too
+
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
-usage: accelerate launch train.py +experiment=NAME [KEY=VALUE …]
-       python -m train +experiment=NAME [KEY=VALUE …]
+usage: accelerate launch $(which powertrain) train +experiment=NAME [KEY=VALUE …]
+       powertrain train +experiment=NAME [KEY=VALUE …]
+
+The first works from any folder, with any number of processes; in a checkout `accelerate launch train.py` is the same.
+The second is a single process.
 
 examples:
-  accelerate launch train.py +experiment=quickstart
-  accelerate launch train.py +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
+  accelerate launch $(which powertrain) train +experiment=quickstart
+  accelerate launch --config_file $(powertrain path zero1) $(which powertrain) train +experiment=moe_1b
+  powertrain train +experiment=quickstart run.name=second run.tokens=4_000_000 schedule.a=3
+  powertrain train run.name=second run.tokens=6_000_000      # one that is there, by its own config.yaml
 
   --cfg              print the composed configuration and do nothing
   --config-dir DIR   look for configs in DIR too (an experiment is DIR/experiment/NAME.yaml)
@@ -68,7 +82,7 @@ examples:
 
 experiments: {experiments}
 groups: {groups}
-Every setting, with its default and meaning, is in train/config.py; --cfg prints them all.
+Every setting, with its default and meaning, is in docs/settings.md and train/config.py; --cfg prints them all.
 """
 
 
@@ -83,16 +97,24 @@ def _train(arguments: list[str]) -> int:
         print(TRAIN_HELP.format(experiments=", ".join(options("experiment")), groups=_groups()))
         return 0
     print_only = "--cfg" in arguments
-    config = composed([argument for argument in arguments if argument != "--cfg"])
+    described = [argument for argument in arguments if argument != "--cfg"]
+    config = of_a_run(described) or composed(described)
     if print_only:
-        print(OmegaConf.to_yaml(OmegaConf.create(as_dict(config))), end="")
+        print(settings_text(config), end="")
         return 0
 
-    return run_training(config, arguments)
+    return run_training(config, "train", arguments)
 
 
-def run_training(config: Config, arguments: list[str]) -> int:
-    """Train; the run's folder tells in exit.json how it ended."""
+def run_training(config: Config, verb: str, arguments: list[str]) -> int:
+    """Train; the run's folder tells in exit.json how it ended, and in run.json by which command it was started.
+
+    Raises:
+        ConfigError: a run is continued by its config.yaml, which does not hold a tracker's secret.
+    """
+    for name, value in setting_values(config.tracker, "tracker."):
+        if value == HIDDEN:
+            raise ConfigError(f"{name} is a secret, which config.yaml leaves out: give it again, as {name}=….")
     # Only now: a mistake in the configuration should not have to wait for these imports.
     from train.loop import Stop
     from train.run import train
@@ -105,8 +127,26 @@ def run_training(config: Config, arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves the last one
             signal.signal(number, end)
-    train(config, [Path(sys.argv[0]).name, *arguments])
+    train(config, ["powertrain", verb, *arguments])
     return 0
+
+
+def of_a_run(overrides: list[str]) -> Config | None:
+    """The configuration of a run that is there and only named, by `run.name` and `run.folder`, with KEY=VALUE changed;
+    None where the overrides describe one, by an experiment or another group, or where there is none.
+
+    Raises:
+        ConfigError: with what is wrong, in one paragraph.
+    """
+    keys = [override.partition("=")[0] for override in overrides]
+    if any(not re.fullmatch(r"\w[\w.-]*", key) or key in group_names() for key in keys):
+        return None
+    given = dict(override.split("=", 1) for override in overrides if "=" in override)
+    place: dict[str, Any] = {name: given.pop(name) for name in ("run.name", "run.folder") if name in given}
+    settings = Path(place.get("run.folder", RunConfig.folder)) / place.get("run.name", "") / "config.yaml"
+    if "run.name" not in place or not settings.is_file():
+        return None
+    return load(settings, place, [f"{name}={value}" for name, value in given.items()])
 
 
 def composed(overrides: list[str], checked: bool = True) -> Config:
@@ -119,7 +159,15 @@ def composed(overrides: list[str], checked: bool = True) -> Config:
     if "sweep" in settings:  # a trial of it
         OmegaConf.set_struct(settings, False)
         del settings["sweep"]
-    return from_hydra(settings) if checked else unchecked(settings)
+    given = _given_of_the_model(overrides)
+    return from_hydra(settings, given) if checked else unchecked(settings, given)
+
+
+def _given_of_the_model(overrides: list[str]) -> list[str]:
+    """The settings of the model that these overrides name, all of them where they choose or describe one."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    everything = [field.name for field in dataclasses.fields(ModelConfig)] if "model" in keys else []
+    return [*everything, *(key.removeprefix("model.") for key in keys if key.startswith("model."))]
 
 
 def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
@@ -135,18 +183,27 @@ def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
         raise ConfigError(f"sweep: {str(error).partition(chr(10))[0]}") from error
 
 
-def composed_data(overrides: list[str]) -> DataConfig:
-    """The `data` part alone, for which a run need not be described.
+def composed_data(overrides: list[str]) -> tuple[DataConfig, int | None]:
+    """The `data` part, for which a run need not be described, and the budget in tokens where one is given.
 
     Raises:
         ConfigError: with what is wrong, in one paragraph.
     """
-    return data_from_hydra(_compose(overrides))
+    settings = _compose(overrides)
+    budget = None if OmegaConf.is_missing(settings.run, "tokens") else settings.run.tokens
+    return data_from_hydra(settings), budget if isinstance(budget, int) else None
 
 
 def _compose(overrides: list[str]) -> DictConfig:
+    for argument in overrides:
+        if re.match(r"[+~]*/?hydra(?![\w-])", argument):
+            raise ConfigError(
+                f"'{argument}' is a setting of Hydra itself, which could import or run what it names; none is taken. "
+                "A folder with your own configs is named with --config-dir DIR."
+            )
     # A sweep's settings are its own to check: those that its file leaves at their defaults can be given, too.
     overrides = [f"++{o}" if o.startswith("sweep.") else o for o in _take_config_dir(overrides)]
+    overrides = [as_typed(override, _texts()) for override in overrides]
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
@@ -165,27 +222,50 @@ def _compose(overrides: list[str]) -> DictConfig:
             return compose("train", overrides=overrides)
     except YAMLError as error:
         raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"A configuration file is not in UTF-8: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError("A configuration file, or a KEY=VALUE, is nested too deep to be read.") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_in_plain_words(error)) from error
 
 
 def guard(verb: Callable[[], int]) -> int:
     """Run a verb; turn the errors that a user can mend into one paragraph and exit status 2."""
+    streams.protect()
+    _shield()
     try:
         return verb()
     except (ConfigError, DataError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine see the same configuration and files
-            print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # whose it is, when it is a rank's own
+        if notes or os.environ.get("LOCAL_RANK", "0") == "0":  # all see the same configuration and files
+            print("powertrain:", *notes, without_secrets(str(error)), file=sys.stderr)
         return 2
     except RunFailed as error:
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:  # of a path: files' contents are UTF-8, and what is printed is escaped
+        print(
+            f"powertrain: {without_secrets(repr(error.object))} cannot be named in the encoding of this locale, "
+            f"{error.encoding}. Set LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
+
+
+def _shield() -> None:
+    """What this process starts, by whatever way, finds no module of its working directory: it is the user's."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if sys.path[0] == root and paths[0] != root:  # a checkout that need not be installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
 
 
 def leave(verb: Callable[[], int]) -> NoReturn:
@@ -210,6 +290,8 @@ def leave(verb: Callable[[], int]) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # nobody listens any more
                 stream.flush()
+        if status in (1, 2) and os.environ.get("WORLD_SIZE") != "1":
+            time.sleep(LAST_WORDS_SECONDS)  # the launcher ends all others as soon as one is gone
         os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
 
@@ -221,7 +303,7 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
     for argument in rest:
         if argument == "--config-dir" or argument.startswith("--config-dir="):
             folder = argument.partition("=")[2] or next(rest, "")
-            if not Path(folder).is_dir():
+            if not Path(folder := expand(folder)).is_dir():
                 raise ConfigError(f"--config-dir '{folder}' is not a folder.")
             folders.append(f"'file://{Path(folder).resolve()}'")
         else:
@@ -269,6 +351,11 @@ def _configs() -> Path:
 def group_names() -> list[str]:
     """The folders of configs/."""
     return sorted(path.name for path in _configs().iterdir() if path.is_dir() and not path.name.startswith("_"))
+
+
+def _texts() -> list[str]:
+    """What is a text besides settings of type str: an option of a group, and names in a sweep."""
+    return [*group_names(), *(f"sweep.{name}" for name in ("name", "ledger", "launcher"))]
 
 
 def options(group: str) -> list[str]:

@@ -7,21 +7,26 @@ wrong with it. Names are Transformers' wherever Transformers has one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
+import omegaconf._utils
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-from yaml import YAMLError
+from yaml import CollectionNode, MappingNode, Node, YAMLError
 
 import schedulers
+from data import DataError, expand
+from data.mixture import mixture_of
 from data.prepare import TokenizerSpec
 from data.sources import Corpus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 T = TypeVar("T")
 
@@ -32,6 +37,32 @@ ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "fl
 EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm", "sonicmoe")
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+MOST_YAML_VALUES = 100_000
+
+
+class _Loader(omegaconf._utils.get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's, which copies what an alias stands for wherever it stands: nine lines can mean 10^9 values."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _values(node, {}) > MOST_YAML_VALUES:
+            raise YAMLError(f"{node.start_mark.name} has more than {MOST_YAML_VALUES:,} values, aliases written out")
+        return node
+
+
+def _values(node: Node, counted: dict[int, float]) -> float:
+    """How many values a node of YAML is with its aliases written out; infinitely many when it holds itself."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf
+        inside = node.value if isinstance(node, CollectionNode) else []
+        parts = itertools.chain(*inside) if isinstance(node, MappingNode) else inside
+        counted[id(node)] = 1 + sum(_values(part, counted) for part in parts)
+    return counted[id(node)]
+
+
+omegaconf._utils.get_yaml_loader = lambda: _Loader  # Hydra's files, a run's config.yaml and KEY=VALUE are read by it
 
 
 class ConfigError(ValueError):
@@ -51,34 +82,38 @@ class RunConfig:
     """What to do, for how long, and where."""
 
     name: str = "run"  # the run's folder is folder/name
-    folder: str = "runs"
-    seed: int = 0
-    tokens: int = MISSING  # budget of this run; the clock may start later (tokens_seen)
-    tokens_seen: int = 0  # offsets n only: tokens that the initial weights have been trained on
-    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder to take the weights from
+    folder: str = "runs"  # of all runs; relative to where the command is given
+    seed: int = 0  # of the initial weights and of the order of samples
+    tokens: int = MISSING  # budget of this run: without tokens_seen, but with what a branch's parent trained
+    tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
+    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder, or a run's, to take the weights from
     resume: str = "auto"  # auto | never | path of a checkpoint
+
+    def __post_init__(self) -> None:
+        self.folder, self.resume = expand(self.folder), expand(self.resume)
+        self.init_from = self.init_from and expand(self.init_from)
 
 
 @dataclass
 class ModelConfig:
-    """Transformers' GraniteMoe or Granite configuration. `None` means derived."""
+    """Transformers' GraniteMoe or Granite configuration, by its names."""
 
     model_type: str = "granitemoe"  # granitemoe | granite
-    vocab_size: int = MISSING
-    hidden_size: int = MISSING
+    vocab_size: int = MISSING  # rows of the embedding: the tokenizer's, or more
+    hidden_size: int = MISSING  # width; muP's m_width is this over mup.base_hidden_size
     intermediate_size: int = MISSING  # of one expert, or of the dense MLP
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int | None = None
-    num_local_experts: int = 0
-    num_experts_per_tok: int = 0
+    num_hidden_layers: int = MISSING  # blocks of attention and experts, or MLP
+    num_attention_heads: int = MISSING  # the paper's heads are of 64: hidden_size / 64
+    num_key_value_heads: int | None = None  # fewer share keys and values; default: num_attention_heads
+    num_local_experts: int = 0  # of a layer; of no meaning for granite
+    num_experts_per_tok: int = 0  # that a token is sent to (top-k); 2 or more, see docs/balance.md
     max_position_embeddings: int | None = None  # default: data.sequence_length
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = True
-    attention_dropout: float = 0.0
-    initializer_range: float = 0.1
-    embedding_multiplier: float = 12.0
+    rope_theta: float = 10000.0  # base of the rotary position embeddings
+    rms_norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    tie_word_embeddings: bool = True  # the output head is the embedding
+    attention_dropout: float = 0.0  # share of attention weights that training drops
+    initializer_range: float = 0.1  # σ of the embedding; internal matrices have σ / √m_width
+    embedding_multiplier: float = 12.0  # on the output of the embedding
     residual_multiplier: float | None = None  # default: 1.4 / sqrt(num_hidden_layers)
     attention_multiplier: float | None = None  # default: 1 / head size
     logits_scaling: float | None = None  # default: m_width
@@ -91,27 +126,27 @@ class MupConfig:
     """Maximal update parametrisation, table 1 of arXiv 2408.13359."""
 
     base_hidden_size: int = 256  # d_base; m_width = hidden_size / d_base
-    rule: str = "paper"  # paper | fan_in
+    rule: str = "paper"  # paper | fan_in: what m is for the down-projection; see docs/mup.md
 
 
 @dataclass
 class StageConfig:
     """From this many tokens of the run on, samples are drawn by this mixture."""
 
-    from_tokens: int = MISSING
-    mixture: dict[str, float] = field(default_factory=dict)
+    from_tokens: int = MISSING  # tokens of this run, as run.tokens counts: without tokens_seen
+    mixture: dict[str, float] = field(default_factory=dict)  # corpus: weight
 
 
 @dataclass
 class DataConfig:
     """Corpora, the tokenizer, and the order in which windows of them are seen."""
 
-    cache_dir: str = "~/.cache/powertrain"
+    cache_dir: str = "~/.cache/powertrain"  # of tokenised corpora and trained tokenizers
     workers: int | None = None  # processes that tokenise what is not in the cache; default: one for each core
-    sequence_length: int = 4096
-    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
-    corpora: dict[str, Corpus] = field(default_factory=dict)
-    mixture: dict[str, float] = field(default_factory=dict)  # weights; default: equal
+    sequence_length: int = 4096  # tokens of a window; the same for the whole run
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)  # path, or vocab_size of one that is trained
+    corpora: dict[str, Corpus] = field(default_factory=dict)  # NAME: what it is made of
+    mixture: dict[str, float] = field(default_factory=dict)  # corpus: weight, of which ratios count; default: equal
     stages: list[StageConfig] = field(default_factory=list)  # later mixtures, by tokens of the run
 
 
@@ -119,57 +154,57 @@ class DataConfig:
 class RampConfig:
     """From this many tokens of the run on, a step holds this many sequences."""
 
-    from_tokens: int = MISSING
-    sequences: int = MISSING
+    from_tokens: int = MISSING  # tokens of this run, as run.tokens counts: without tokens_seen
+    sequences: int = MISSING  # of a step from there on
 
 
 @dataclass
 class BatchConfig:
     """Sequences in a step over all ranks, and in one forward pass of one rank."""
 
-    sequences: int = MISSING
-    micro_sequences: int = 1
-    ramp: list[RampConfig] = field(default_factory=list)
+    sequences: int = MISSING  # of a step, over all ranks
+    micro_sequences: int = 1  # of a forward pass of one rank; fewer take less memory
+    ramp: list[RampConfig] = field(default_factory=list)  # larger batches, later in the run
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW. `independent` weight decay is not weakened by muP's rate multiplier, `coupled` (torch's) is."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-10
-    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)  # decays of the two moments
+    eps: float = 1e-10  # added to the root of the second moment
+    weight_decay: float = 0.1  # of matrices; norms have none
     weight_decay_mode: str = "coupled"  # coupled | independent
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # a larger gradient is scaled down to this norm
 
 
 @dataclass
 class BalanceConfig:
-    """Auxiliary losses on the routers; see train.balance."""
+    """Auxiliary losses on the routers of a mixture of experts."""
 
-    scope: str = "lagged"  # lagged | accumulated | dp | micro
-    pool: str = "layer"  # layer | all
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.001
+    scope: str = "lagged"  # lagged | accumulated | dp | micro: where loads are counted; see docs/balance.md
+    pool: str = "layer"  # layer | all: what is to be balanced, each layer or their mean
+    router_aux_loss_coef: float = 0.01  # of the balance loss of each layer
+    router_z_loss_coef: float = 0.001  # of the z loss, which keeps router logits small
 
 
 @dataclass
 class EvaluationConfig:
-    """Every so many steps (0: at the end only) validation loss on at most so many windows a corpus, and benchmarks."""
+    """Validation loss of every corpus that has a validation split, and benchmarks; also at the end."""
 
-    every: int = 0
-    sequences: int = 64
-    tasks: list[str] = field(default_factory=list)  # of lm-eval, those that choose by log-probability; see train.tasks
+    every: int = 0  # steps between evaluations, the first before step 1; 0: at the end only
+    sequences: int = 64  # windows of each corpus at most; `overall` is of all these windows, whatever the mixture
+    tasks: list[str] = field(default_factory=list)  # of lm-eval, those that choose by log-probability
     limit: int | None = None  # only the first so many questions of each task
     data: str | None = None  # the tasks' datasets, DIR/NAME/CONFIG/SPLIT; default: the hub's
 
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every so many steps (0: at the end only); the newest `keep` stay."""
+    """Checkpoints, to resume and to branch from; also at the end."""
 
-    every: int = 0
-    keep: int = 2
+    every: int = 0  # steps between checkpoints; 0: at the end only
+    keep: int = 2  # the newest so many stay
 
 
 @dataclass
@@ -179,7 +214,7 @@ class EngineConfig:
     expect: str | None = None  # one of ENGINES: refuse to begin with another
     activation_checkpointing: bool = False  # keep only the layers' inputs, and compute the rest again: a quarter slower
     torch_compile: bool = False  # compile the layers, which takes half a minute and a C++ compiler on a CPU
-    timeout: float = 1800.0  # seconds for a step, an evaluation or a save
+    timeout: float = 1800.0  # seconds for a step, an evaluation, a save, or for all ranks to come together
 
 
 @dataclass
@@ -187,7 +222,7 @@ class TrackerConfig:
     """accelerate's trackers beside metrics.jsonl, which is always written."""
 
     log_with: list[str] = field(default_factory=list)  # several of TRACKERS
-    project: str = "powertrain"
+    project: str = "powertrain"  # that trackers file the run under
     init_kwargs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by tracker: what its own init takes
 
 
@@ -227,6 +262,18 @@ class Config:
             if run_tokens >= phase.from_tokens:
                 sequences = phase.sequences
         return sequences
+
+    def step_after(self, tokens: int) -> int:
+        """Clock reading before the first step that begins after `tokens`, however long the budget."""
+        begins, length = 0, self.data.sequence_length
+        starts = [*(phase.from_tokens for phase in self.batch.ramp), math.inf]
+        for until in starts:
+            step = self.batch_at(begins) * length
+            after = begins + max(0, (tokens - self.run.tokens_seen - begins) // step + 1) * step
+            if after < until:
+                return self.run.tokens_seen + after
+            begins = max(begins, begins + -(-(int(until) - begins) // step) * step)
+        raise AssertionError  # the last phase has no end
 
     def beta(self, sequences: int) -> float:
         """Batch size in the law's unit: tokens of a step over 4096."""
@@ -282,29 +329,34 @@ class Config:
             raise ConfigError(f"schedule: {error}") from error
 
 
-def from_hydra(composed: DictConfig) -> Config:
+def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> Config:
     """The checked `Config` of a composed Hydra configuration; with `run.init_from`, the model is that folder's.
+
+    Args:
+        given: settings of the model that were asked for by name; see `train.init_from.adopt`.
 
     Raises:
         ConfigError: a value that is missing, or values that cannot work together.
     """
-    config = unchecked(composed)
+    config = unchecked(composed, given)
     check(config)
     return config
 
 
-def unchecked(composed: DictConfig) -> Config:
+def unchecked(composed: DictConfig, given: Collection[str] = ()) -> Config:
     """As `from_hydra`, without looking at what the values are; see `problems`."""
     config = typed(composed, Config)
     if config.run.init_from is not None:
         from train.init_from import adopt  # imports Transformers
 
-        adopt(config)
+        adopt(config, given)
     return config
 
 
 def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a run left in its config.yaml, with changes by dotted name and KEY=VALUE on top.
+
+    Without a change it is not checked again: what an earlier version allowed can still be read, and gone on from.
 
     Raises:
         ConfigError: no such file, one of another version, or a change that cannot be.
@@ -315,12 +367,14 @@ def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[
         saved = DictConfig(OmegaConf.load(path))
         for name, value in (changed or {}).items():
             OmegaConf.update(saved, name, value, merge=False)
-        config = typed(DictConfig(OmegaConf.merge(saved, OmegaConf.from_dotlist(list(overrides)))), Config)
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+        given = OmegaConf.from_dotlist([as_typed(override) for override in overrides])
+        config = typed(DictConfig(OmegaConf.merge(saved, given)), Config)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}, or a change to it, cannot be read: {str(error).partition(chr(10))[0]}") from error
-    check(config)
+    if changed or overrides:
+        check(config)
     return config
 
 
@@ -344,6 +398,10 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
             )
         # As plain values first: a key added with + becomes part of the typed configuration.
         plain = OmegaConf.to_container(composed, resolve=True)
+        for name, value in setting_values(plain):
+            hint, each = type_of(name, kind), value if isinstance(value, list) else [value]
+            if hint in (str, str | None, list[str]) and not all(isinstance(text, str | None) for text in each):
+                raise ConfigError(f"{name} is a text, and YAML reads {value!r} here: put what is meant into quotes.")
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
     except ConfigKeyError as error:
         hint = " An experiment is chosen with a plus: +experiment=NAME." if error.full_key == "experiment" else ""
@@ -366,6 +424,10 @@ def problems(config: Config) -> Iterator[str]:
     """All that `check` would raise, a paragraph each. Where values are out of their range, what follows from them is
     not looked at."""
     model, batch, length = config.model, config.batch, config.data.sequence_length
+    for name, value in setting_values(config):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            yield f"{name} is {value}; it has to fit 64 bits."
+            return
     yield from _unless_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
     yield from _unless_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
     yield from _unless_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
@@ -380,6 +442,11 @@ def problems(config: Config) -> Iterator[str]:
         yield from _unless_one_of("engine.expect", config.engine.expect, ENGINES)
     for tracker in config.tracker.log_with:
         yield from _unless_one_of("tracker.log_with", tracker, TRACKERS)
+    if Path(config.tracker.project).name != config.tracker.project or config.tracker.project in ("", ".", ".."):
+        yield (
+            f"tracker.project is '{config.tracker.project}'; it names one folder inside the run's, so it cannot be "
+            "empty, '.' or '..' or hold a path separator."
+        )
     for tracker in config.tracker.init_kwargs:
         yield from _unless_one_of("A name in tracker.init_kwargs", tracker, config.tracker.log_with)
     for name, value in (
@@ -403,6 +470,8 @@ def problems(config: Config) -> Iterator[str]:
             if name.endswith("_multiplier") and value is not None
         ),
         *((("model.logits_scaling", model.logits_scaling),) if model.logits_scaling is not None else ()),
+        *((("model.num_key_value_heads", model.num_key_value_heads),) if model.num_key_value_heads is not None else ()),
+        ("data.tokenizer.vocab_size", config.data.tokenizer.vocab_size),
         ("optimizer.eps", config.optimizer.eps),
         *((("threads", config.threads),) if config.threads is not None else ()),
         ("evaluation.sequences", config.evaluation.sequences),
@@ -413,10 +482,17 @@ def problems(config: Config) -> Iterator[str]:
     ):
         if not value > 0:
             yield f"{name} is {value}; it has to be greater than zero."
+    for name, value in (
+        ("model.num_local_experts", model.num_local_experts),
+        ("model.num_experts_per_tok", model.num_experts_per_tok),
+        ("optimizer.weight_decay", config.optimizer.weight_decay),
+        ("balance.router_aux_loss_coef", config.balance.router_aux_loss_coef),
+        ("balance.router_z_loss_coef", config.balance.router_z_loss_coef),
+    ):
+        if not value >= 0:
+            yield f"{name} is {value}; it has to be 0 or greater."
     if not 0 <= model.attention_dropout < 1:
         yield f"model.attention_dropout is {model.attention_dropout}; it is a share from 0 to below 1."
-    if not -(2**63) <= config.run.seed < 2**63:
-        yield f"run.seed is {config.run.seed}; it has to fit 64 bits."
     for name, value in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
         if value < 0:
             yield f"{name} is {value}; it is a number of steps, or 0 for the end only."
@@ -457,6 +533,7 @@ def problems(config: Config) -> Iterator[str]:
         )
 
     yield from _schedule_problems(config)
+    yield from _decay_problems(config)
     for name, phases in (("batch.ramp", batch.ramp), ("data.stages", config.data.stages)):
         starts = [phase.from_tokens for phase in phases]
         if any(later <= earlier for earlier, later in zip([0, *starts], starts, strict=False)):
@@ -488,6 +565,31 @@ def _schedule_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _decay_problems(config: Config) -> Iterator[str]:
+    """A decay in which no step begins: a step's rate is that at the tokens before it, and full at a decay's start."""
+    ramp = config.batch.ramp
+    if min(config.data.sequence_length, config.batch.sequences, *(phase.sequences for phase in ramp)) <= 0:
+        return
+    try:
+        schedule: Any = config.make_schedule()
+    except ConfigError:
+        return  # said above
+    schedule = getattr(schedule, "schedule", schedule)  # of a second warmup
+    start, what = schedule.warmup_tokens, "fall of the cosine"
+    end = min(getattr(schedule, "total_tokens", math.inf), config.end_tokens)
+    if (decay := getattr(schedule, "decay", None)) is not None:
+        start, end, what = decay.start, decay.start + decay.tokens, "decay"
+    elif not isinstance(schedule, schedulers.Cosine):
+        return
+    if start >= config.run.tokens_seen and config.step_after(start) >= end:
+        step = config.batch_at(start - config.run.tokens_seen) * config.data.sequence_length
+        yield (
+            f"The {what} from {start:,} to {end:,} tokens would never be seen: no step begins inside it, where a step "
+            f"is {step:,} tokens and its rate that at the tokens before it. Make it longer than a step"
+            + (", or set schedule.decay.tokens to 0 for no decay." if decay is not None else ".")
+        )
+
+
 def _data_problems(data: DataConfig) -> Iterator[str]:
     corpora = data.corpora
     if data.workers is not None and data.workers < 1:
@@ -496,14 +598,33 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         ("data.mixture", data.mixture),
         *((f"data.stages from {s.from_tokens:,}", s.mixture) for s in data.stages),
     ):
-        for name, weight in mixture.items():
+        for name in mixture:
             if name not in corpora:
                 yield (
                     f"{where} names the corpus '{name}', which data.corpora does not define "
                     f"(it has: {', '.join(corpora) or 'none'})."
                 )
-            if not weight >= 0 or math.isinf(weight):
-                yield f"{where} gives '{name}' the weight {weight}; weights are finite, 0 or more."
+        if mixture or where != "data.mixture":
+            try:
+                mixture_of(mixture)
+            except DataError as error:
+                yield f"{where}: {error}"
+
+
+def doubts(config: Config) -> Iterator[str]:
+    """What is allowed and seldom meant, a paragraph each."""
+    decay = getattr(config.make_schedule(), "decay", None)
+    if decay is not None and not decay.floor and decay.start + decay.tokens < config.end_tokens:
+        yield (
+            f"The decay ends at {decay.start + decay.tokens:,} tokens and the run at {config.end_tokens:,}: in between "
+            "the rate is 0. Leave schedule.decay.start out, and the decay ends with the run."
+        )
+    if config.model.model_type == "granitemoe" and config.model.num_experts_per_tok == 1:
+        yield (
+            "model.num_experts_per_tok is 1: GraniteMoe weighs the chosen experts by a softmax over their logits, "
+            "which for a single one is 1 whatever the router says. The router then learns from the balance and z "
+            "losses alone, and from no token which expert suits it. Take 2 or more (docs/balance.md)."
+        )
 
 
 def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:
@@ -551,8 +672,34 @@ def setting_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in entries.items():
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
             yield from setting_values(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(
+            dataclasses.is_dataclass(each) or isinstance(each, dict) for each in value
+        ):
+            yield from setting_values({f"{name}[{i}]": each for i, each in enumerate(value)}, prefix)
         else:
             yield prefix + str(name), value
+
+
+def type_of(name: str, kind: Any = Config) -> Any:
+    """The type of a setting, by dotted name, or None where there is none of that name."""
+    for part in name.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(part)
+        else:  # a corpus, by its name
+            kind = get_args(kind)[1] if get_origin(kind) is dict else None
+    return kind
+
+
+def as_typed(override: str, texts: Sequence[str] = ()) -> str:
+    """KEY=VALUE with its value in quotes, where KEY is a text or one of `texts`: 123e456 is a name, and not infinity.
+
+    `null` stays what it is where a text can be absent.
+    """
+    key, _, value = override.partition("=")
+    name = key.lstrip("+")
+    hint = str | None if name in texts else type_of(name)
+    text = hint is str or (hint == str | None and value != "null")
+    return f"{key}='{value}'" if text and re.fullmatch(r"[\w.:+/~-]+", value) else override
 
 
 def setting_names(node: Any = Config, prefix: str = "") -> list[str]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # the preparation of data does without the seconds that these
     from train.state import State
 
 LINE_SHARE, LINE_SECONDS = 0.05, 600.0
+# Of steps in a row: in the quickstart's warmup routers lean on one expert for up to seven, and find back by themselves.
+COLLAPSE_STEPS = 20
+NOTED_EXCESS = 0.1  # nats above a uniform guess that a person may wonder about
 
 
 class _Console(Console):
@@ -37,6 +40,8 @@ class Progressing:
         self.config = config
         self.cap: float | None = config.schedule.get("max_lr")
         self.smooth = 0.0
+        self.steps = self.collapsed_steps = 0  # of this start
+        self.collapsed, self.in_a_row, self.warned = False, 0, False
         done = state.tokens - config.run.tokens_seen
         self.told, self.told_tokens = -math.inf, done  # when the last line was written to a file
         self.progress = Progress(
@@ -60,6 +65,11 @@ class Progressing:
     ) -> None:
         with contextlib.suppress(OSError):
             self.live.stop()
+        if kind is None and 10 * self.collapsed_steps > self.steps:
+            self.say(
+                f"Warning: in {self.collapsed_steps:,} of {self.steps:,} steps a layer did not route its tokens: see "
+                "expert_load in metrics.jsonl, and docs/balance.md."
+            )
 
     def step(self, record: dict[str, Any], state: State) -> None:
         """Show one step's metrics: a line of them every LINE_SHARE of the run or LINE_SECONDS in a file."""
@@ -88,12 +98,48 @@ class Progressing:
                 left=left,
             )
             self.facts.plain = "  ".join(facts)
+        else:
+            now = time.monotonic()
+            if now - self.told >= LINE_SECONDS or done - self.told_tokens >= LINE_SHARE * end or done >= end:
+                self.told, self.told_tokens = now, done
+                tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
+                self.say("  ".join([f"step {state.step:>7,}", tokens, *facts]))
+        if state.step == 1 and self.config.run.init_from is None and record["lm_loss"] is not None:
+            self._explain_first(record["lm_loss"])
+        if "expert_load" in record:
+            self._watch_routing(record["expert_load"], state)
+
+    def _explain_first(self, loss: float) -> None:
+        """Why a loss begins above that of a uniform guess, which looks like a mistake and is none."""
+        from train.model.mup import first_logits_std
+
+        uniform, std = math.log(self.config.model.vocab_size), first_logits_std(self.config)
+        if loss > uniform + NOTED_EXCESS:
+            tied = " and, with tied embeddings, a token is guessed to follow itself"
+            self.say(
+                f"The loss begins at {loss:.2f}, above the {uniform:.2f} = ln {self.config.model.vocab_size} of a "
+                f"uniform guess, as it should: the first logits are not all alike. Their standard deviation of "
+                f"{std:.2f} costs {std**2 / 2:.2f} nats{tied * self.config.model.tie_word_embeddings} (docs/mup.md)."
+            )
+
+    def _watch_routing(self, load: dict[str, Any], state: State) -> None:
+        """Say when layers have not routed for COLLAPSE_STEPS steps, and when all have again for as many."""
+        collapsed = bool(load.get("collapsed"))
+        self.steps, self.collapsed_steps = self.steps + 1, self.collapsed_steps + collapsed
+        self.in_a_row = self.in_a_row + 1 if collapsed == self.collapsed else 1
+        self.collapsed = collapsed
+        if self.in_a_row < COLLAPSE_STEPS or collapsed == self.warned:
             return
-        now = time.monotonic()
-        if now - self.told >= LINE_SECONDS or done - self.told_tokens >= LINE_SHARE * end or done >= end:
-            self.told, self.told_tokens = now, done
-            tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
-            self.say("  ".join([f"step {state.step:>7,}", tokens, *facts]))
+        self.warned = collapsed
+        if collapsed:
+            self.say(
+                f"Warning: routing has collapsed, at step {state.step:,} in {load['collapsed']} of "
+                f"{self.config.model.num_hidden_layers} layers: one expert gets nearly all tokens (the busiest "
+                f"{load['max_over_mean']:.2f} × mean), or half of them get none. If it stays so, raise "
+                "balance.router_aux_loss_coef or lower the rate (docs/balance.md)."
+            )
+        else:
+            self.say(f"Every layer routes its tokens again, at step {state.step:,}.")
 
     def _rate(self, record: dict[str, Any]) -> str:
         """The rate, the schedule's phase, and how far the cap of a Power schedule is away."""

@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from data import DataError
 from train import environment, optim
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, RunFailed
 from train.loss import LanguageModelLoss, Outputs, logits_of
 from train.model import granite, mup
 
@@ -71,21 +71,23 @@ class Engine:
         if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            # Ranks may wait for hours while the first one prepares a large corpus; train.watchdog sees to hanging ones.
-            backend, timeout = ("gloo" if on_cpu else None), datetime.timedelta(days=1)
+        ranks = _launched()
+        if ranks > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            backend, timeout = ("gloo" if on_cpu else None), datetime.timedelta(seconds=config.engine.timeout)
             handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-        self.accelerator = Accelerator(
-            mixed_precision="no",  # precision is ours: see optim.BFloat16Weights
-            log_with=config.tracker.log_with or None,
-            project_dir=str(config.run_folder),
-            kwargs_handlers=handlers,
-        )
+        with _joining(ranks, config.engine.timeout):
+            self.accelerator = Accelerator(
+                mixed_precision="no",  # precision is ours: see optim.BFloat16Weights
+                log_with=config.tracker.log_with or None,
+                project_dir=str(config.run_folder),
+                kwargs_handlers=handlers,
+            )
         if unknown := set(config.tracker.log_with) - {str(tracker) for tracker in self.accelerator.log_with}:
             raise ConfigError(
                 f"tracker.log_with names {', '.join(sorted(unknown))}, which is not installed: "
                 f"pip install {' '.join(sorted(unknown))}. Or choose tracker=jsonl."
             )
+        self.error_of_first: Exception | None = None  # which it tells itself
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
@@ -123,7 +125,7 @@ class Engine:
 
     def _check_launch(self) -> None:
         """What was asked for is what runs."""
-        expected = int(os.environ.get("WORLD_SIZE", 1))
+        expected = _launched()
         if self.world_size != expected or (expected > 1 and self.kind == "plain"):
             raise ConfigError(
                 f"The launcher started {expected} processes but accelerate, on {self.device.type}, did not join them: "
@@ -144,7 +146,8 @@ class Engine:
         if wanted is not None and wanted != self.kind:
             raise ConfigError(
                 f"engine.expect is {wanted}, but {self.kind} was started, on {self.world_size} rank(s). Launch with "
-                f"`accelerate launch --config_file launch/accelerate/{wanted}.yaml train.py …`, or change the setting."
+                f"`accelerate launch --config_file $(powertrain path {wanted}) $(which powertrain) train …`, or change "
+                "the setting."
             )
 
     def _configure_deepspeed(self) -> None:
@@ -285,6 +288,7 @@ class Engine:
         if self.world_size > 1:
             broadcast_object_list(decision)
         if decision[1] is not None:
+            self.error_of_first = decision[1]
             raise decision[1]
         return decision[0]
 
@@ -373,6 +377,49 @@ class Engine:
                 yield name, safe_get_full_fp32_param(parameter).view(self.shapes[name])
             else:
                 yield name, parameter.detach()
+
+
+def _launched() -> int:
+    """How many processes a launcher has started to train together.
+
+    Raises:
+        ConfigError: the environment says that there are several, and not how they find each other.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if size == "1" or (size.isdecimal() and not missing):
+        return int(size)
+    raise ConfigError(
+        f"WORLD_SIZE is '{size}' in the environment{f', and {chr(44).join(missing)} not set' * bool(missing)}: it is a "
+        "launcher's to set, with all that processes need to find each other. Unset it for a single process, or start "
+        "several with `accelerate launch --num_processes N $(which powertrain) train …`."
+    )
+
+
+@contextlib.contextmanager
+def _joining(ranks: int, timeout: float) -> Iterator[None]:
+    """Around what joins the ranks: for `timeout` seconds they wait for each other, and from then on for a day.
+
+    They may have to while the first one prepares a large corpus; train.watchdog sees to one that hangs.
+
+    Raises:
+        RunFailed: they did not come together.
+    """
+    try:
+        yield
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # NCCL connects only when something is sent
+            torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
+    except (RuntimeError, ValueError) as error:
+        if ranks == 1:
+            raise
+        raise RunFailed(
+            f"The {ranks} ranks did not come together within {timeout:g} s (engine.timeout): "
+            f"{str(error).partition(chr(10))[0].rstrip('.')}. One that could not start says why in its own lines. If "
+            "all did, they do not reach each other: where a host's name means 127.0.0.1 to itself, or there are "
+            "several networks, name the interface in GLOO_SOCKET_IFNAME (CPUs) or NCCL_SOCKET_IFNAME (GPUs)."
+        ) from error
 
 
 def _keep_freed_memory() -> None:

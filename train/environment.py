@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from data import DataError
-from train.config import Config, ConfigError, as_dict
+from train.config import Config, ConfigError, as_dict, load
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
     import torch
@@ -31,9 +33,20 @@ if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports t
 HIDDEN = "(hidden)"
 _UMASK = os.umask(0)  # which can only be read by setting it: here, before there are threads
 os.umask(_UMASK)
-_SECRET = re.compile(r"(?:api|access|private)_?key|token(?!iz)|passw(?:or)?d|secret|credential", re.I)
+# Names of what nobody should read. What may go on with another word, such as KEY_SIZE, is none at the end of a word
+# only; of those in _PERHAPS a plain word is no secret: AUTH=disabled.
+_ENDS = r"(?![_-]?[a-z])"
+_PERHAPS = re.compile(rf"(?:key|auth|cookies?){_ENDS}", re.I)
+_SECRET = re.compile(
+    r"(?:api|access|private|ssh|sign(?:ing)?|encryption|deploy|account|master)[_-]?key|token(?!iz)|secret|credential"
+    r"|passw(?:or)?d|pass(?:phrase|code)|bearer|webhook|authoriz|connection[_-]?string"
+    rf"|(?:(?<!com)(?<!by)pass|pwd|(?<![a-z])pat|(?<![a-z])jwt|dsn|creds?){_ENDS}",
+    re.I,
+)
+_NO_SECRETS = ("PWD", "OLDPWD")  # the shell's folders
+_given: set[str] = set()  # what `tracker.init_kwargs` gives to such names, which a tracker may repeat in an error
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
-_SETTING = re.compile(rf"((?:{_SECRET.pattern})\w*['\"]?\s*[:=]\s*).*", re.I)
+_SETTING = re.compile(rf"((?:{_SECRET.pattern}|{_PERHAPS.pattern})[\w-]*['\"]?\s*[:=]\s*).*", re.I)
 
 
 def write(
@@ -43,18 +56,22 @@ def write(
     start_from: Path | None,
     changes: dict[str, list[Any]],
     parameters: dict[str, int],
+    data: dict[str, Any],
+    say: Callable[[str], None],
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
+    `data` is of each corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
     `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
     """
-    record: dict[str, Any] = {"id": secrets.token_hex(4), "parent": None, "starts": []}
-    try:
-        record |= json.loads(path.read_text())
-    except FileNotFoundError:
-        pass
-    except ValueError:  # a power cut can leave it so
+    came_from, there = parent(path), read_record(path)
+    starts = there.get("starts")
+    whole = isinstance(there.get("id"), str) and isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
+    if not whole and path.exists():  # a power cut or an editor can leave it so
         os.replace(path, path.with_name("run.json.unreadable"))
+        say(f"Warning: {path} was not a run's record. It is kept as run.json.unreadable, and a new one begins.")
+    record: dict[str, Any] = {"id": secrets.token_hex(4), "starts": [], **(there if whole else {})}
+    record["parent"] = None if came_from is None else str(came_from)
     record["parameters"] = parameters
     if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
         record["parent"] = str(start_from.resolve())
@@ -62,13 +79,14 @@ def write(
         {
             "from": None if start_from is None else str(start_from),
             "changed_settings": changes,
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
             "commit": _commit(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": {name: version(name) for name in _PACKAGES},
             "engine": engine.kind,
             "hardware": hardware(engine),
+            "data": data,
         }
     )
     replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
@@ -77,31 +95,58 @@ def write(
 def without_secrets(value: Any, named: bool = False) -> Any:
     """The same containers and texts, with what nobody should read replaced by HIDDEN.
 
-    These are the values of environment variables that are named as secrets are, wherever they stand, user and password
-    in an address, and what `tracker.init_kwargs` gives to such a name (`named`: value lies inside it).
+    These are the values of environment variables that are named as secrets are, and what `tracker.init_kwargs` gives to
+    such a name (`named`: value lies inside it), wherever they stand, and user and password in an address.
     """
     if isinstance(value, dict):
         return {
             key: HIDDEN
-            if named and entry and _SECRET.search(str(key))
+            if named and entry and _names_a_secret(str(key))
             else without_secrets(entry, named or key == "init_kwargs")
             for key, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
         return [without_secrets(entry, named) for entry in value]
     if isinstance(value, str):
-        for name, secret in os.environ.items():
-            if len(secret) >= 8 and not secret.startswith("/") and _SECRET.search(name):
-                value = value.replace(secret, HIDDEN)
-        value = re.sub(r"://[^/\s:@]+:[^/\s@]+@", f"://{HIDDEN}@", value)
-        if "init_kwargs" in value:  # an argument of the command line
+        for secret in sorted({*_of_environment(), *_given}, key=len, reverse=True):
+            value = value.replace(secret, HIDDEN)
+        value = re.sub(r"://[^/\s:@]*:[^/\s@]+@", f"://{HIDDEN}@", value)
+        if named or "init_kwargs" in value:  # an argument of the command line
             value = _SETTING.sub(rf"\1{HIDDEN}", value)
     return value
+
+
+@functools.cache
+def _names_a_secret(name: str) -> bool:
+    return bool(_SECRET.search(name) or _PERHAPS.search(name))
+
+
+def _of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        secret = value.strip()
+        if len(secret) < 8 or name in _NO_SECRETS or not _names_a_secret(name):
+            continue
+        is_path = "/" in secret and os.path.exists(os.path.expanduser(secret))
+        is_word = secret.isalpha() and len(secret) <= 12 and not _SECRET.search(name)
+        if not is_path and not is_word:
+            yield secret
+
+
+def _of_settings(node: Any, secret: bool = False) -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _of_settings(value, secret or _names_a_secret(str(name)))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _of_settings(value, secret)
+    elif secret and isinstance(node, str) and len(node) >= 8:
+        yield node
 
 
 def check_no_secrets(config: Config) -> None:
     """Raises ConfigError when a setting that a later start has to read would be written as HIDDEN."""
     settings = as_dict(config)
+    _given.update(_of_settings(settings["tracker"]["init_kwargs"]))
     settings["tracker"] = {**settings["tracker"], "init_kwargs": {}}
     for name, value in _texts(settings):
         if without_secrets(value) != value:
@@ -124,9 +169,11 @@ def _texts(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke."""
+    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke, 130 for Ctrl-C."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, OSError):
         return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else 2
     return 2 if isinstance(error, (ConfigError, DataError)) else 1
@@ -137,18 +184,39 @@ def settings_text(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(as_dict(config))))
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none, or something else: a record is no reason to lose a run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
+    """Add values to those of this name in run.json's newest start."""
+    record = read_record(path)
+    record["starts"][-1].setdefault(name, {}).update(values)
+    replace_text(path, json.dumps(record, indent=1) + "\n")
+
+
 def parent(path: Path) -> Path | None:
     """The checkpoint of another run that this one branched off, from its run.json."""
-    try:
-        recorded = json.loads(path.read_text())["parent"]
-    except (FileNotFoundError, ValueError):
-        recorded = None
-    return None if recorded is None else Path(recorded)
+    recorded = read_record(path).get("parent", "")
+    if isinstance(recorded, str) and recorded:
+        return Path(recorded)
+    if recorded is not None:  # that record is lost, and the settings of a branch tell, too
+        with contextlib.suppress(ConfigError):
+            resume = load(path.with_name("config.yaml")).run.resume
+            began = Path(resume).resolve()
+            if resume not in ("auto", "never") and began.parent.parent != path.resolve().parent:
+                return began
+    return None
 
 
 def lock(path: Path) -> IO[str] | None:
     """The file, locked until it is closed or its process and what inherited it have died; None when others have it."""
-    file = open(path, "a")  # noqa: SIM115
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -160,8 +228,11 @@ def lock(path: Path) -> IO[str] | None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, engine: Engine) -> Iterator[None]:
+def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
     """Make the run's folder, and keep others from training in it. A process that dies gives it up by dying.
+
+    Yields:
+        What raises ConfigError on the first rank once the folder is another one: nothing may be written there then.
 
     Raises:
         ConfigError: another process has it, or it is a link.
@@ -183,10 +254,23 @@ def claimed(folder: Path, engine: Engine) -> Iterator[None]:
         held.append(file)
         (folder / "stop").unlink(missing_ok=True)  # from before; one that comes from now on is meant for this start
 
+    def check_ours() -> None:
+        for file in held:
+            try:
+                ours = os.path.samestat(os.stat(folder / ".lock"), os.fstat(file.fileno()))
+            except OSError as error:  # a server that does not answer has not taken the folder away
+                ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+            if not ours:
+                raise ConfigError(
+                    f"{folder} is not the folder any more that this run began in: it, or its file .lock, was moved, "
+                    "removed or replaced meanwhile. The run ends here and makes nothing anew; what it had written lies "
+                    "where that folder is now. Put it back, and the same command goes on from its newest checkpoint."
+                )
+
     engine.first_rank_decides(claim)
     try:
         engine.check_shared(folder / ".lock")
-        yield
+        yield check_ours
     finally:
         for file in held:
             file.close()
@@ -220,11 +304,11 @@ def check_output(path: Path) -> None:
         raise ConfigError(f"The result cannot be written to '{path}'; name another file with --out.")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is at every moment whole: the old one or the new one."""
+def replace_text(path: Path, text: str | bytes) -> None:
+    """Write a file, in UTF-8, that is at every moment whole: the old one or the new one."""
     beside = path.with_name(f".{path.name}.partial")
-    with open(beside, "w") as file:
-        file.write(text)
+    with open(beside, "wb") as file:
+        file.write(text.encode("utf-8", errors="backslashreplace") if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -259,7 +343,10 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or device.type
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of a package. One that is imported knows its build, too (+cu130), where its wheel's name does not."""
+    if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
+        return str(loaded)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -267,10 +354,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file runs from, with + when it has been changed since."""
-    here = Path(__file__).parent
+    """The commit of the checkout that this file is tracked in, with + when it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook, say
     try:
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        # Of an installed package: there may be somebody's repository around its virtual environment.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True, env=own)
+        describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, encoding="utf-8", check=True, env=own).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data.loader import IGNORE_INDEX, window
+from data.prepare import Prepared, bytes_of_tokens
 from data.tokens import TokenFile
 from train import faults
 from train.config import Config
@@ -18,40 +19,77 @@ from train.state import State
 
 
 class Validation:
-    """The windows that are evaluated, evenly spread over each validation file and always the same."""
+    """The windows that are evaluated, evenly spread over each validation file and always the same.
 
-    def __init__(self, config: Config, files: dict[str, TokenFile], tokenizer: Any) -> None:
+    Attributes:
+        bytes: of text that a corpus's targets stand for; None where that is not known.
+        problems: what is not evaluated, and why, by corpus.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, tokenizer: Any) -> None:
         self.config = config
         self.corpora: dict[str, dict[str, torch.Tensor]] = {}
-        self.bytes: dict[str, int] = {}
+        self.bytes: dict[str, int | None] = {}
+        self.problems: dict[str, str] = {}
         length = config.data.sequence_length
-        for name, file in sorted(files.items()):
+        by_token = bytes_of_tokens(tokenizer.backend_tokenizer.to_str())
+        for name in sorted(config.data.corpora):
+            if (file := prepared.validation.get(name)) is None:
+                self.problems[name] = "no validation split"
+                continue
             total = (file.num_tokens - 1) // length
             if total < 1:
-                continue  # less text than one window: nothing to measure on
+                self.problems[name] = (
+                    f"its validation split has {file.num_tokens:,} tokens, and a window takes {length + 1:,} "
+                    "(data.sequence_length and one): give it more, or a shorter sequence_length"
+                )
+                continue
             chosen = np.unique(np.linspace(0, total - 1, min(total, config.evaluation.sequences)).round().astype(int))
             windows = [window(file, int(index), length) for index in chosen]
             batch = [torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True)]
             self.corpora[name] = dict(zip(("input_ids", "labels", "position_ids"), batch, strict=True))
             # The bytes that the targets stand for: a loss in nats a token means nothing across tokenizers.
-            labels = [w[1][w[1] != IGNORE_INDEX] for w in windows]
-            self.bytes[name] = sum(
-                len(text.encode()) for text in tokenizer.batch_decode(labels, skip_special_tokens=True)
-            )
+            labels = np.stack([w[1] for w in windows])
+            targets = labels != IGNORE_INDEX
+            counted = prepared.token_bytes.get(name)
+            if counted is not None:
+                places = chosen[:, None] * length + np.arange(1, length + 1)
+                self.bytes[name] = int(counted[places][targets].sum())
+            elif by_token is not None:
+                # Ids beyond the tokenizer's, as a foreign token file may have them, stand for none.
+                sizes = np.zeros(config.model.vocab_size, np.int64)
+                sizes[: len(by_token)] = by_token[: len(sizes)]
+                self.bytes[name] = int(sizes[labels[targets]].sum())
+            else:
+                self.bytes[name] = None
+                self.problems[name] = (
+                    "no bits per byte: its tokenizer does not keep all of a text, so that tokens do not say how many "
+                    "bytes they stand for, and its "
+                    + (
+                        f"validation split was prepared before they were counted; delete {prepared.folders[name]} to "
+                        "have it prepared anew"
+                        if name in prepared.folders
+                        else "token file does not say, either"
+                    )
+                )
 
     def evaluate(self, engine: Engine, state: State) -> list[dict[str, Any]]:
         """Lines for evals.jsonl: each corpus, then `overall`. Collective; touches nothing that is trained."""
         engine.module.eval()
         faults.at("evaluate", engine.rank, state.step)
-        lines, sums = [], np.zeros(3)
+        lines, all_nats, all_targets = [], 0.0, 0
         for name, batch in self.corpora.items():
             nats, targets = self._sum(engine, batch)
             lines.append(_line(state, name, nats, targets, self.bytes[name]))
-            sums += (nats, targets, self.bytes[name])
+            all_nats, all_targets = all_nats + nats, all_targets + targets
         if lines:
-            lines.append(_line(state, "overall", *sums))
+            lines.append(_line(state, "overall", all_nats, all_targets, self._all_bytes()))
         engine.module.train()
         return lines
+
+    def _all_bytes(self) -> int | None:
+        known = [size for size in self.bytes.values() if size is not None]
+        return sum(known) if len(known) == len(self.bytes) else None
 
     @torch.no_grad()
     def _sum(self, engine: Engine, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
@@ -68,7 +106,7 @@ class Validation:
         nats, targets = engine.reduce(sums).tolist()
         return nats, int(targets)
 
-    def unigram(self, train: dict[str, TokenFile]) -> dict[str, float]:
+    def unigram(self, train: dict[str, TokenFile]) -> dict[str, float | None]:
         """What token frequencies alone reach on the same targets: loss (nats) and bits a byte, add-one smoothed."""
         counts = np.ones(self.config.model.vocab_size)
         for name, file in train.items():
@@ -82,16 +120,20 @@ class Validation:
         nats = -log_probability[labels].sum()
         return {
             "loss": float(nats / len(labels)),
-            "bits_per_byte": float(nats / math.log(2) / max(1, sum(self.bytes.values()))),
+            "bits_per_byte": _bits_per_byte(float(nats), self._all_bytes()),
         }
 
 
-def _line(state: State, corpus: str, nats: float, targets: float, text_bytes: float) -> dict[str, Any]:
+def _bits_per_byte(nats: float, text_bytes: int | None) -> float | None:
+    return None if text_bytes is None else nats / math.log(2) / max(1, text_bytes)
+
+
+def _line(state: State, corpus: str, nats: float, targets: float, text_bytes: int | None) -> dict[str, Any]:
     return {
         "step": state.step,
         "tokens": state.tokens,
         "corpus": corpus,
         "loss": nats / max(1, targets),
-        "bits_per_byte": nats / math.log(2) / max(1, text_bytes),
+        "bits_per_byte": _bits_per_byte(nats, text_bytes),
         "targets": int(targets),
     }

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
 from train.config import Config, ConfigError, RunFailed
 from train.environment import replace_folder
 from train.metrics import parameters_of
 from train.model import granite
+from train.state import State
 
 _MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32
@@ -36,7 +41,10 @@ def export(
     folder: Path,
     facts: dict[str, Any],
 ) -> float:
-    """Write a model to `folder`, load it again with Transformers alone, and compare logits. In one process.
+    """Write a model to `folder`, load it again with Transformers alone, compare tokens and logits. In one process.
+
+    Transformers 4 and 5 load it alike. Its tokenizer pads, on the left and with the end of text where it has no token
+    for that, and knows the model's number of positions.
 
     Args:
         weights: by parameter name, in working precision.
@@ -48,17 +56,23 @@ def export(
         The largest difference of a logit.
 
     Raises:
-        RunFailed: it is above TOLERANCE; the folder is not put in place.
+        RunFailed: it is above TOLERANCE, or a text has other tokens; the folder is not put in place.
         ConfigError: `folder` holds anything that an export does not write.
     """
     check_target(folder)
     model = granite.build(config, "meta")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
     hf_config = type(model.config).from_dict(model.config.to_dict())
     hf_config.dtype = next(iter(weights.values())).dtype
     hf_config.architectures = [type(model).__name__]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(hf_config, name, getattr(tokenizer, name))
+    hf_config.rope_theta = config.model.rope_theta  # where Transformers 4 looks for it
+    hf_config.bos_token_id, hf_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # Not in the model's configuration, or whoever trains it on would have no gradient for the end of text.
+        tokenizer.pad_token = tokenizer.eos_token
+    else:
+        hf_config.pad_token_id = tokenizer.pad_token_id
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     difference = math.nan
 
     def write(partial: Path) -> None:
@@ -69,10 +83,18 @@ def export(
             shutil.rmtree(partial, ignore_errors=True)
             raise RunFailed(f"The model could not be written to {folder}: {error}. Checkpoints are intact.") from error
         hf_config.save_pretrained(partial)
-        GenerationConfig.from_model_config(hf_config).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_model_card(config, facts))
+        GenerationConfig(**ids).save_pretrained(partial)
+        save_tokenizer(tokenizer, partial, padding_side="left", model_max_length=hf_config.max_position_embeddings)
+        (partial / "README.md").write_text(_model_card(config, facts, tokenizer), encoding="utf-8")
         (partial / _MARK).touch()
+        texts = [SAMPLE, *tokenizer.batch_decode(probe)]
+        loaded = AutoTokenizer.from_pretrained(partial)(texts, verbose=False)["input_ids"]
+        if loaded != tokenizer(texts)["input_ids"]:
+            raise RunFailed(
+                f"The exported tokenizer gives other tokens than the one in {tokenizer_folder}: for {SAMPLE!r} "
+                f"{loaded[0]}, not {tokenizer(SAMPLE)['input_ids']}. It was left in {partial}; the checkpoint is not "
+                "affected."
+            )
         difference = _largest_logit_difference(config, partial, probe, logits)
         if not difference <= TOLERANCE:
             raise RunFailed(
@@ -96,23 +118,43 @@ def check_target(folder: Path) -> None:
 def _largest_logit_difference(config: Config, folder: Path, probe: Tensor, logits: Tensor) -> float:
     device = logits.device
     kernels = granite.implementations(config, device)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=device, **kernels).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map=device, use_safetensors=True, trust_remote_code=False, **kernels
+    ).eval()
     ids = probe.to(device)
     positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
     exported = loaded(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
     return (logits - exported).abs().max().item()
 
 
+def config_in(folder: str | Path) -> Any:
+    """The Transformers configuration in `folder` (or of that name), which brings no code with it.
+
+    Raises:
+        ValueError: it does, as a class of its own or as an attention kernel that is fetched from the hub.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if "/" in str(config._attn_implementation):
+        raise ValueError(f"its config.json names the attention {config._attn_implementation}, which would be run")
+    return config
+
+
 def load(folder: str | Path) -> tuple[Any, Any]:
     """The tokenizer and the model in `folder`, by Transformers alone, in the precision that it was saved in.
+
+    The tokenizer is what its tokenizer.json says; see data.tokenizer.
 
     Raises:
         ConfigError: a file of it is missing or damaged.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto").eval()
-    except (OSError, ValueError, SafetensorError) as error:
+        config_in(folder)
+        tokenizer = load_tokenizer(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map="auto", use_safetensors=True, trust_remote_code=False
+        )
+        return tokenizer, model.eval()
+    except Exception as error:  # whatever is wrong with a file
         said = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"{folder} cannot be loaded: {said}. If a file of it is missing or damaged, export it again."
@@ -135,7 +177,41 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | N
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def _model_card(config: Config, facts: dict[str, Any]) -> str:
+def facts_of(state: State, evaluations: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Rows of the model card: how far training went, and the losses in lines of evals.jsonl."""
+    facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
+    for line in sorted(evaluations, key=lambda line: line.get("corpus") == "overall"):
+        if line.keys() >= {"corpus", "loss", "bits_per_byte", "targets"}:  # and not a benchmark, or edited
+            facts[f"validation loss, {line['corpus']}"] = loss_text(line)
+    return facts
+
+
+def loss_text(line: dict[str, Any]) -> str:
+    """The loss in a line of evals.jsonl, as a person reads it."""
+    return f"{in_units(line)} ({line['targets']:,} targets)"
+
+
+def in_units(line: dict[str, Any]) -> str:
+    """A loss in nats a token and, where the bytes are known, bits a byte."""
+    bits = "" if line["bits_per_byte"] is None else f", {line['bits_per_byte']:.4f} bits a byte"
+    return f"{line['loss']:.4f} nats a token{bits}"
+
+
+def _of_the_hub(path: str | None) -> str | None:
+    """The name of something on the hub; None for a path, which is nobody's business."""
+    return path if path and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path) else None
+
+
+def _mixtures(config: Config) -> str:
+    """The shares of samples that each corpus has, and from which of the run's tokens on."""
+    parts = []
+    for start, (_, mixture) in zip([0, *(s.from_tokens for s in config.data.stages)], config.stages(), strict=True):
+        shares = ", ".join(f"{name} {weight / sum(mixture.values()):.3g}" for name, weight in mixture.items())
+        parts.append(f"from {start:,} tokens: {shares}" if start else shares)
+    return "; ".join(parts)
+
+
+def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
     counts = parameters_of(config)
     moe = config.model.model_type == "granitemoe"
     shape = (
@@ -149,6 +225,23 @@ def _model_card(config: Config, facts: dict[str, Any]) -> str:
         )
     schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    corpora = ", ".join(
+        f"{name} ({_of_the_hub(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()
+    )
+    tokens = [
+        f"{type(tokenizer.backend_tokenizer.model).__name__} of {len(tokenizer):,} tokens",
+        "`{}` ends a text".format(tokenizer.eos_token.replace("|", r"\|")),
+        _of_the_hub(config.data.tokenizer.path),
+    ]
+    balance = ""
+    if moe:
+        own = config.balance.router_aux_loss_coef
+        exported = granite.transformers_config(config).router_aux_loss_coef
+        balance = (
+            f"\n| load balancing | {own:g} for each layer, whose loss is 1 when balanced; `router_aux_loss_coef` is "
+            f"{exported:g} = {own:g} · layers / top-k, as Transformers' loss pools all layers and is top-k when "
+            "balanced |"
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -174,12 +267,15 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 | | |
 |---|---|
 {rows}
+| data | {corpora} |
+| mixture | {_mixtures(config)} |
+| tokenizer | {", ".join(filter(None, tokens))} |
 | schedule | {config.schedule.get("name")}: {schedule} |
 | batch | {config.batch.sequences} sequences of {config.data.sequence_length} tokens |
 | muP | d_base {config.mup.base_hidden_size}, init std {config.model.initializer_range}, rule {config.mup.rule} |
 | optimizer | AdamW {json.dumps(list(config.optimizer.betas))}, weight decay {config.optimizer.weight_decay} \
 ({config.optimizer.weight_decay_mode}) |
-| precision | {config.precision} |
+| precision | {config.precision} |{balance}
 
 It is a base model: it continues text. It was not aligned, filtered or tested for any use.
 """

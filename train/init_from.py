@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
-from train.config import Config, ConfigError
+from data import expand
+from train import checkpoint
+from train.config import Config, ConfigError, ModelConfig, load
+from train.export import config_in
 
 _SAME = (
     "model_type",
@@ -27,59 +34,162 @@ _SAME = (
     "attention_multiplier",
     "logits_scaling",
 )
+_ADOPTED = (*_SAME, "rope_theta", "num_local_experts", "num_experts_per_tok")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def adopt(config: Config) -> None:
+def adopt(config: Config, given: Collection[str] = ()) -> None:
     """Make `config.model` describe the model in `run.init_from`, and take its tokenizer when none is named.
 
-    muP's m_width stays hidden_size / mup.base_hidden_size, which the folder does not tell: it is the rate's.
+    A run that has begun is described by its checkpoint, and needs the folder no more. muP's m_width stays
+    hidden_size / mup.base_hidden_size, which the folder does not tell: it is the rate's.
+
+    Args:
+        given: settings of the model that somebody has asked for by name; what they say has to be so.
 
     Raises:
-        ConfigError: it cannot be read, is of another family, or has a part that is not trained here.
+        ConfigError: it cannot be read, is of another family, has a part that is not trained here, or is not what was
+            asked for.
     """
-    folder = config.run.init_from
-    assert folder is not None
-    try:
-        theirs = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run.init_from={folder} cannot be read: {error}") from error
-    if theirs.model_type not in ("granitemoe", "granite"):
+    assert config.run.init_from is not None
+    model = _begun(config)
+    if model is None:
+        folder = model_folder(config.run.init_from)
+        model = _described(config.run.init_from, folder)
+        if config.data.tokenizer.path is None and (Path(folder) / "tokenizer_config.json").is_file():
+            config.data.tokenizer.path = folder
+    asked = {name: getattr(config.model, name) for name in _ADOPTED if name in given}
+    if differing := [
+        f"model.{name} {getattr(model, name)}, not {value}"
+        for name, value in asked.items()
+        if value is not None and value != getattr(model, name)
+    ]:
         raise ConfigError(
-            f"run.init_from={folder} holds a '{theirs.model_type}' model; only 'granitemoe' and 'granite' are trained."
+            f"run.init_from={config.run.init_from} has {'; '.join(differing)}. A model's sizes and multipliers come "
+            "with its weights: leave these settings (or model=…) out, or leave out run.init_from."
         )
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    rope = theirs.rope_parameters
-    for what, found, supported in (
-        ("attention_bias", theirs.attention_bias, False),
-        ("mlp_bias", getattr(theirs, "mlp_bias", False), False),
-        ("hidden_act", theirs.hidden_act, "silu"),
-        ("rope_type", rope["rope_type"], "default"),
-        ("head_dim", head_dim, theirs.hidden_size // theirs.num_attention_heads),
-    ):
-        if found != supported:
-            raise ConfigError(f"run.init_from={folder} has {what} {found}; only {supported} can be trained here.")
-    for name in _SAME:
-        setattr(config.model, name, getattr(theirs, name))
-    config.model.rope_theta = float(rope["rope_theta"])
-    config.model.num_local_experts = getattr(theirs, "num_local_experts", 0)
-    config.model.num_experts_per_tok = getattr(theirs, "num_experts_per_tok", 0)
-    if config.data.tokenizer.path is None and (Path(folder) / "tokenizer_config.json").is_file():
-        config.data.tokenizer.path = folder
+    for name in _ADOPTED:
+        setattr(config.model, name, getattr(model, name))
 
 
-def reader(folder: str, shapes: Mapping[str, torch.Size]) -> Callable[[str, int, int], torch.Tensor]:
-    """Reads the elements [start, stop) of a flattened parameter in `folder`, in float32.
+def _begun(config: Config) -> ModelConfig | None:
+    """The model of the checkpoint that the run will go on from, or None at its first beginning."""
+    wanted = config.run.resume
+    found = [] if wanted == "never" else checkpoint.available(config.run_folder / "checkpoints")
+    if not found and wanted not in ("auto", "never"):
+        found = [Path(wanted)]
+    for path in reversed(found):
+        with contextlib.suppress(ConfigError):  # damaged: another one, or none, will be gone on from
+            then = load(path / "config.yaml")
+            return then.model if then.run.init_from == config.run.init_from else None
+    return None
+
+
+def model_folder(init_from: str) -> str:
+    """The Hugging Face folder (or name) that `run.init_from` means: of a run's folder, its model.
 
     Raises:
-        ConfigError: a tensor is missing or of another shape.
+        ConfigError: there is no such folder, or it is that of a run without a model.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    folder = Path(expand(init_from))
+    if not folder.is_dir():
+        if folder.is_absolute() or init_from.startswith(".") or init_from.count("/") > 1:
+            raise ConfigError(f"run.init_from={init_from} is no folder.")
+        return init_from  # a name that the hub knows
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return str(folder)
+    if not (folder / "model/config.json").is_file():
+        raise ConfigError(
+            f"run.init_from={init_from} is the folder of a run that has no model yet: let it finish, or export a "
+            f"checkpoint of it (python -m launch.export {init_from})."
+        )
+    return str(folder / "model")
+
+
+def _described(init_from: str, folder: str) -> ModelConfig:
+    try:
+        theirs = config_in(folder)
+        if theirs.model_type not in ("granitemoe", "granite"):
+            raise ConfigError(
+                f"run.init_from={init_from} holds a '{theirs.model_type}' model; only 'granitemoe' and 'granite' are "
+                "trained."
+            )
+        head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        rope = theirs.rope_parameters
+        for what, found, supported in (
+            ("attention_bias", theirs.attention_bias, False),
+            ("mlp_bias", getattr(theirs, "mlp_bias", False), False),
+            ("hidden_act", theirs.hidden_act, "silu"),
+            ("rope_type", rope["rope_type"], "default"),
+            ("head_dim", head_dim, theirs.hidden_size // theirs.num_attention_heads),
+            ("quantization_config", getattr(theirs, "quantization_config", None), None),
+        ):
+            if found != supported:
+                raise ConfigError(
+                    f"run.init_from={init_from} has {what} {found}; only {supported} can be trained here."
+                )
+        values = {name: getattr(theirs, name) for name in _SAME}
+        values["rope_theta"] = float(rope["rope_theta"])
+        values["num_local_experts"] = getattr(theirs, "num_local_experts", 0)
+        values["num_experts_per_tok"] = getattr(theirs, "num_experts_per_tok", 0)
+        if Path(folder).is_dir():
+            _check_files(Path(folder))
+        model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever is wrong with a file, a value in it or the network
+        raise ConfigError(_cannot_be_read(init_from, error)) from error
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def _check_files(folder: Path) -> None:
+    """Raises what is wrong with the weights' files, before anything else takes its time."""
+    index = folder / "model.safetensors.index.json"
+    names = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"there is no {name} in {folder}, and no other format is read")
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if (dtype := file.get_slice(key).get_dtype()) not in _FLOATS:
+                    raise TypeError(f"{key} in {name} is {dtype}, not one of {', '.join(_FLOATS)}")
+
+
+def reader(init_from: str, shapes: Mapping[str, torch.Size]) -> Callable[[str, int, int], torch.Tensor]:
+    """Reads the elements [start, stop) of a flattened parameter in `run.init_from`, in float32.
+
+    Raises:
+        ConfigError: a file cannot be read, or a tensor is missing, has no place in the model, or is of another shape.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder(init_from),
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever is wrong with a file or the network
+        raise ConfigError(_cannot_be_read(init_from, error)) from error
     theirs, report = loaded
-    if report["missing_keys"]:
-        raise ConfigError(f"run.init_from={folder} lacks the tensors {sorted(report['missing_keys'])}.")
+    for keys, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, beside those of its model,")):
+        if report[keys]:
+            raise ConfigError(f"run.init_from={init_from} {what} the tensors {sorted(report[keys])}.")
     weights = dict(theirs.named_parameters())
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             found = f"{tuple(weights[name].shape)}, not {tuple(shape)}"
-            raise ConfigError(f"run.init_from={folder}: {name} has the shape {found}.")
+            raise ConfigError(f"run.init_from={init_from}: {name} has the shape {found}.")
     return lambda name, start, stop: weights[name].detach().view(-1)[start:stop]
+
+
+def _cannot_be_read(init_from: str, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"run.init_from={init_from} cannot be read: {type(error).__name__}: {said[:1000]}"

@@ -16,7 +16,7 @@ from data.loader import IGNORE_INDEX, Batches
 from schedulers import Power, Rewarmup
 from train import faults, metrics
 from train.balance import Balance
-from train.config import BalanceConfig, Config, Diverged
+from train.config import BalanceConfig, Config, ConfigError, Diverged
 from train.engine import Engine
 from train.loss import Outputs
 from train.state import State
@@ -104,6 +104,7 @@ def train_step(
     }
     if balance.num_experts:
         record["expert_load"] = metrics.expert_load(assignments)
+        record["expert_load"]["collapsed"] = metrics.collapsed_layers(assignments, config.model.num_experts_per_tok)
     state.advance(sequences, length, skipped)
     seconds = time.perf_counter() - start
     record["tokens_per_second"] = batch_tokens / seconds
@@ -120,9 +121,10 @@ class Stop:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     early = 0  # one that came before
 
-    def __init__(self, folder: Path, engine: Engine) -> None:
+    def __init__(self, folder: Path, engine: Engine, check_ours: Callable[[], None]) -> None:
         self.file = folder / "stop"
         self.engine = engine
+        self.check_ours = check_ours
         self._signal = self.early
         self._previous: dict[int, Any] = {}
 
@@ -141,9 +143,19 @@ class Stop:
         self._signal = number
 
     def reason(self) -> str | None:
-        """Why to stop, the same on all ranks, or None. Collective."""
-        wanted = torch.tensor([self._signal, int(self.engine.is_main and self.file.exists())])
+        """Why to stop, the same on all ranks, or None. Collective.
+
+        Raises:
+            ConfigError: on all ranks, when the run's folder is another one now.
+        """
+        wanted = torch.tensor([self._signal, int(self.engine.is_main and self.file.exists()), 0])
+        try:
+            self.check_ours()
+        except ConfigError:
+            wanted[2] = 1
         seen = self.engine.reduce(wanted)
+        if seen[2]:
+            self.engine.first_rank_decides(self.check_ours)
         if seen[1]:
             return "the file 'stop' in the run folder"
         if seen[0]:

@@ -68,8 +68,8 @@ def peak_flops(device: torch.device) -> float | None:
 def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
     """Summary of (layers, experts) assignments, of the worst layer each.
 
-    `max_over_mean` is 1 when balanced, `entropy` is relative to uniform (1 when balanced), `layer_entropy` is that of
-    each layer, `idle` counts experts of all layers that received nothing.
+    `max_over_mean` is 1 when balanced and experts / top_k at most, `entropy` is relative to uniform (1 when balanced),
+    `layer_entropy` is that of each layer, `idle` counts experts of all layers that received nothing.
     """
     load = assignments.double()
     share = load / load.sum(dim=-1, keepdim=True)
@@ -81,3 +81,12 @@ def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
         "layer_entropy": [round(value, 4) for value in entropy],  # of many layers and steps: files stay small
         "idle": int((load == 0).sum()),
     }
+
+
+def collapsed_layers(assignments: torch.Tensor, top_k: int) -> int:
+    """How many rows of (layers, experts) assignments no longer route: an expert gets so many of the tokens that fewer
+    than a tenth of those that pass it by in a balanced layer still do, or half of the experts or more get none."""
+    load, experts = assignments.double(), assignments.shape[-1]
+    passing = 1 - top_k * load.amax(dim=-1) / load.sum(dim=-1)  # of the tokens, by the busiest expert
+    half_idle = (load == 0).sum(dim=-1) * 2 >= experts
+    return int(((passing < 0.1 * (1 - top_k / experts)) | half_idle).sum())

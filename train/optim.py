@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from train.config import OptimizerConfig
+from train.config import Config, ModelConfig, MupConfig, OptimizerConfig
 from train.loss import LanguageModelLoss
-from train.model.mup import Row, role_of
+from train.model.granite import CausalLM
+from train.model.mup import Row, role_of, table
 
 
 def parameter_groups(
@@ -42,6 +43,29 @@ def parameter_groups(
                 }
             )
     return groups
+
+
+def mup_groups(
+    model: CausalLM, mup: MupConfig | None = None, optimizer: OptimizerConfig | None = None
+) -> list[dict[str, Any]]:
+    """muP's groups of a Transformers GraniteMoe or Granite model, for an optimizer and a loop of your own.
+
+    They are those that a run trains with (see `parameter_groups`), and `lr` in each is its multiplier of the rate: a
+    scheduler of `schedulers.adapters` takes it so, and a loop of its own multiplies its rate with `lr_multiplier`.
+    Sizes and σ come from `model.config`; weights are initialised by `train.model.mup.initialize`.
+
+    Args:
+        mup: base width and rule; default: those of a run.
+        optimizer: weight decay and its mode; default: those of a run.
+
+    Raises:
+        ValueError: a parameter that the muP table has no role for.
+    """
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
+    fields: dict[str, Any] = {name: getattr(model.config, name) for name in sizes}
+    rows = table(Config(model=ModelConfig(**fields), mup=mup or MupConfig()))
+    groups = parameter_groups(model.named_parameters(), rows, optimizer or OptimizerConfig())
+    return [{**group, "lr": group["lr_multiplier"]} for group in groups]
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:

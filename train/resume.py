@@ -7,11 +7,14 @@ the steps already taken, not by their spelling.
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.checkpoint import load_state
+from data.tokens import TokenFile
+from schedulers import Cosine, Power, Rewarmup, Schedule
+from train.checkpoint import load_state, read_state, trained_by
 from train.config import Config, ConfigError, as_dict, load
 from train.state import State
 
@@ -34,12 +37,13 @@ _FREE = (
     "threads",
     "sample_prompt",
 )
+COMPARED = 16  # steps of a stretch whose batch is constant and whose rate is one formula
 TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
 
-def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
-    """What differs from the configuration that the checkpoint was trained with: setting → [then, now].
+def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]]:
+    """What differs from what the checkpoint was trained with: setting, or `ranks` → [then, now].
 
     Raises:
         ConfigError: a difference that affects steps already taken.
@@ -58,42 +62,116 @@ def changes(checkpoint: Path, config: Config) -> dict[str, list[Any]]:
             f"The run cannot go on from step {state.step:,} with settings that it was not trained with:\n"
             f"{_diff(refused)}\nPut them back, or begin another run (run.name=…)."
         )
+    decay = getattr(config.make_schedule(), "decay", None)
+    if "run.tokens" in differences and decay is not None and not decay.floor:
+        ends = decay.start + decay.tokens
+        if config.end_tokens > max(ends, then.end_tokens):
+            parent = then.run.resume if then.run.resume not in ("auto", "never") else None
+            longer = "" if parent is None else f", or branch a longer decay off {parent} (launch.decay)"
+            raise ConfigError(
+                f"The decay ends at {ends:,} tokens, and from there to the end of run.tokens={config.run.tokens} the "
+                "rate would be 0. Say that it is to be warmed up again from here, with a decay at the new end: "
+                f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=… schedule.decay.start=null{longer}."
+            )
     effects = {name: pair for name, pair in differences.items() if _under(name, _BY_EFFECT)}
     if effects:
-        _check_steps_taken(then, config, state, effects)
+        check_steps_taken(then, config, state, effects)
         _check_samples_taken(then, config, state, effects)
-    return differences
+    trained_on = trained_by(checkpoint)[1]
+    return differences | ({"ranks": [trained_on, ranks]} if trained_on != ranks else {})
 
 
-def _check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
-    """Batch and rate of every step already taken are the same under both configurations."""
+def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
+    """Why the losses will be others than those of the undisturbed run, by more than rounding: a batch is split into
+    other forward passes, and something is counted or drawn in each. None when they will not."""
+    then, state = load(checkpoint / "config.yaml"), load_state(checkpoint)
+    micro = then.batch.micro_sequences, config.batch.micro_sequences
+    on = trained_by(checkpoint)[1], ranks
+    kernels = then.model.attn_implementation, config.model.attn_implementation
+    changed = [
+        f"{name} {pair[0]} → {pair[1]}"
+        for name, pair in (("batch.micro_sequences", micro), ("ranks", on), ("model.attn_implementation", kernels))
+        if pair[0] != pair[1]
+    ]
+    split = micro[0] != micro[1] or on[0] != on[1]
+    begun = state.tokens - config.run.tokens_seen
+    batches = [config.batch_at(begun), *(phase.sequences for phase in config.batch.ramp if phase.from_tokens > begun)]
+    whole = all(sequences <= m * n for sequences in batches for m, n in zip(micro, on, strict=True))
+    scope = config.balance.scope
+    balanced = config.model.model_type == "granitemoe" and config.balance.router_aux_loss_coef != 0
+    why = []
+    # `micro` sees the same slices of a batch on any number of ranks, the others one slice of each rank at a time.
+    if balanced and (
+        (scope in ("accumulated", "dp") and split and not whole) or (scope == "micro" and micro[0] != micro[1])
+    ):
+        why.append(f"balance.scope={scope} counts the experts' tokens by them (lagged does not)")
+    if config.model.attention_dropout and changed:
+        why.append("attention dropout is drawn anew in each of them")
+    if not why:
+        return None
+    return (
+        f"{', '.join(changed)}: a batch goes forward in other parts than before, and {' and '.join(why)}. From step "
+        f"{state.step + 1:,} on the losses are others than they would have been."
+    )
+
+
+def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
+    """Batch and rate of every step already taken are the same under both configurations.
+
+    Between two of their edges the batches are constant and each rate is one formula. Two of these that are not the same
+    agree at a step or two at most, so a few steps of each stretch stand for all, however many there are.
+    """
     old, new = then.make_schedule(), now.make_schedule()
     rewarmed = now.rewarmup_start != then.rewarmup_start and now.rewarmup_start == state.tokens
     n, length, step = then.run.tokens_seen, then.data.sequence_length, 0
-    while n < state.tokens:
-        step += 1
-        sequences, other = (config.batch_at(n - config.run.tokens_seen) for config in (then, now))
-        if sequences != other:
-            raise ConfigError(
-                f"Step {step:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
-                f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
-                f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
-            )
-        beta = then.beta(sequences)
-        rates = old(tokens=n, batch=beta), new(tokens=n, batch=beta)
-        if rates[0] != rates[1] and not rewarmed:
-            advice = "Put them back, or begin another run (run.name=…)."
-            if old.phase(n) == "decay":
-                advice = (
-                    "The decay had begun. Branch off a checkpoint before it (run.resume=PATH run.name=ANOTHER), or say "
-                    "that the rate is to be warmed up again from here: "
-                    f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
+    edges = {math.ceil(edge) for edge in (*_edges(then, old), *_edges(now, new)) if n < edge < state.tokens}
+    for edge in (*sorted(edges), state.tokens):
+        sequences = then.batch_at(n - then.run.tokens_seen)
+        size, beta = sequences * length, then.beta(sequences)
+        steps = -((n - edge) // size)  # that begin before the edge
+        spread = {(steps - 1) * i // COMPARED for i in range(COMPARED + 1)}
+        for taken in sorted({*spread, 1, 2, steps - 3, steps - 2}):
+            if not 0 <= taken < steps:
+                continue
+            number, at = step + taken + 1, n + taken * size
+            other = now.batch_at(at - now.run.tokens_seen)
+            if sequences != other:
+                raise ConfigError(
+                    f"Step {number:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
+                    f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
+                    f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
                 )
-            raise ConfigError(
-                f"Step {step:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
-                f"{_diff(effects)}\n{advice}"
-            )
-        n += sequences * length
+            rates = old(tokens=at, batch=beta), new(tokens=at, batch=beta)
+            if rates[0] != rates[1] and not rewarmed:
+                advice = "Put them back, or begin another run (run.name=…)."
+                if old.phase(at) == "decay":
+                    advice = (
+                        "The decay had begun. Branch off a checkpoint before it (run.resume=PATH run.name=ANOTHER), or "
+                        "say that the rate is to be warmed up again from here: "
+                        f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
+                    )
+                raise ConfigError(
+                    f"Step {number:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
+                    f"{_diff(effects)}\n{advice}"
+                )
+        step += max(0, steps)
+        n += max(0, steps) * size
+
+
+def _edges(config: Config, schedule: Schedule) -> Iterator[float]:
+    """Tokens at which the batch changes, or the rate begins to follow another formula."""
+    yield from (config.run.tokens_seen + phase.from_tokens for phase in config.batch.ramp)
+    if isinstance(schedule, Rewarmup):
+        yield from (schedule.start, schedule.start + schedule.tokens)
+        schedule = schedule.schedule
+    yield schedule.warmup_tokens
+    if decay := getattr(schedule, "decay", None):
+        yield from (decay.start, decay.start + decay.tokens)
+    if isinstance(schedule, Cosine):
+        yield schedule.total_tokens
+    if isinstance(schedule, Power):
+        batches = (config.batch.sequences, *(phase.sequences for phase in config.batch.ramp))
+        yield from (schedule.cap_release(config.beta(sequences)) for sequences in batches)
 
 
 def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
@@ -114,15 +192,17 @@ def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[
             )
 
 
-def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str]) -> None:
+def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str], files: Mapping[str, TokenFile]) -> None:
     """The bytes that samples are drawn from are those of before.
 
     Raises:
         ConfigError: naming the corpus.
     """
-    trained_on = json.loads((checkpoint / "state.json").read_text())["data_fingerprint"]
+    trained_on = read_state(checkpoint)["data_fingerprint"]
     for name, fingerprint in trained_on.items():
         if data_fingerprint.get(name, fingerprint) != fingerprint:
+            if name in files and files[name].sampled_fingerprint() == fingerprint:
+                continue  # the checkpoint was written when that was the fingerprint
             if name == TOKENIZER:
                 raise ConfigError(
                     f"The tokenizer is not the one that {checkpoint} was trained with. Name that one in "

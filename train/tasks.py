@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from datasets import DatasetDict, load_from_disk
 
+from data import expand
 from train.config import ConfigError
 
 try:
@@ -81,7 +82,7 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
             raise ConfigError(
                 f"lm-eval has no task '{name}'." + (f" Did you mean {' or '.join(near)}?" if near else "")
             )
-    data = data and data.expanduser()
+    data = data and Path(expand(data))
     if data is not None and not data.is_dir():
         raise ConfigError(f"The folder of datasets, {data}, does not exist.")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -177,7 +178,7 @@ class Scorer(HFLM):
         # Contexts that requests share would make the number of batches differ between ranks.
         super().__init__(
             model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=_as_text(tokenizer),
             batch_size=batch_size,
             softmax_dtype="float32",
             logits_cache=engine is None,
@@ -215,6 +216,13 @@ class Scorer(HFLM):
             total, all_likeliest = answers[owner]
             answers[owner] = (total + log_probability, all_likeliest and bool(likeliest))
         return answers
+
+
+def _as_text(tokenizer: Any) -> Any:
+    """A copy for which a special token that is written in a text is text, as it is for whoever trains on it."""
+    copied = copy.deepcopy(tokenizer)
+    copied.split_special_tokens = True
+    return copied
 
 
 def score(

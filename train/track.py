@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from train.config import Config, as_dict, setting_values
-from train.environment import replace_text, without_secrets
+from train.environment import add_to_start, read_record, without_secrets
 
 if TYPE_CHECKING:
     from train.engine import Engine
@@ -22,27 +24,36 @@ if TYPE_CHECKING:
 
 FILES = ("metrics.jsonl", "evals.jsonl")
 MOST_SECONDS = 5.0
+MOST_WAITING = 10_000  # lines for a tracker that does not take them, some 20 MB
+PLACES, PLACE_BYTES = 1000, 8192  # of a large file, what a report reads: a run of a million steps has some 700 MB
+BLOCK = 1 << 16
+LONGEST_LINE = 1 << 17
 
 
 class Tracker:
     """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing.
 
-    accelerate's trackers get theirs in a thread: one that is slow, hangs or fails costs the run nothing but what the
-    trackers would have shown, and MOST_SECONDS at the end.
+    Each of accelerate's trackers gets its numbers in a thread of its own: one that is slow, hangs or fails costs the
+    run and the other trackers nothing, and MOST_SECONDS at the end. That it ended is said, and recorded in run.json.
     """
 
     def __init__(self, folder: Path, config: Config, engine: Engine, state: State, say: Callable[[str], None]) -> None:
         self.active = engine.is_main
         self.folder = folder
         self.say = say
-        self._queue: queue.Queue[Callable[[], None] | None] | None = None
+        self._trackers: list[_Passing] = []
+        self._recording = threading.Lock()
         if self.active:
             for name in FILES:
-                _cut_after(folder / name, state.step)
-            self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
+                if unreadable := cut_after(folder / name, state.step):
+                    say(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
+            mode = "ab" if state.step else "wb"  # what begins anew, with other settings perhaps, has no past
+            self._files = {name: open(folder / name, mode, buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
-            run_id = json.loads((folder / "run.json").read_text())["id"]
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            run_id = read_record(folder / "run.json").get("id")
             # A run that goes on is the same run there, too.
             own: dict[str, dict[str, Any]] = {
                 "wandb": {
@@ -54,14 +65,20 @@ class Tracker:
                 "trackio": {"name": f"{config.run.name}-{run_id}", "resume": "allow"},  # which knows names alone
                 "tensorboard": {"purge_step": state.step + 1},
             }
-            given = config.tracker.init_kwargs
-            init_kwargs = {name: own.get(name, {}) | given.get(name, {}) for name in config.tracker.log_with}
             settings = dict(setting_values(without_secrets(as_dict(config))))  # flat: TensorBoard takes no other
             settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
-            self.accelerator, self._queue = engine.accelerator, queue.Queue()
-            self._thread = threading.Thread(target=self._pass_on, args=(self._queue,), daemon=True)
-            self._thread.start()
-            self._queue.put(lambda: self.accelerator.init_trackers(config.tracker.project, settings, init_kwargs))
+            for name in dict.fromkeys(config.tracker.log_with):
+                kind: Any = LOGGER_TYPE_TO_CLASS[name]
+                place = [engine.accelerator.logging_dir] if kind.requires_logging_directory else []
+                keywords = own.get(name, {}) | config.tracker.init_kwargs.get(name, {})
+
+                def begin(kind: Any = kind, place: list[Any] = place, keywords: dict[str, Any] = keywords) -> Any:
+                    tracker = kind(config.tracker.project, *place, **keywords)
+                    tracker.start()
+                    tracker.store_init_configuration(settings)
+                    return tracker
+
+                self._trackers.append(_Passing(name, begin, self._has_ended))
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step done again after a resume is written again; the last line counts."""
@@ -74,23 +91,29 @@ class Tracker:
         prefix = f"evaluation/{metrics['corpus']}/"
         self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
-    def has_evaluated(self, step: int) -> bool:
-        """Whether evals.jsonl has a line of this step. On the first rank."""
-        return any(line["step"] == step for line in read_lines(self.folder / "evals.jsonl"))
+    def evaluations(self, step: int) -> list[dict[str, Any]]:
+        """The lines of this step in evals.jsonl, `overall` last. On the first rank."""
+        newest = itertools.takewhile(lambda line: line["step"] == step, read_back(self.folder / "evals.jsonl"))
+        by_corpus = {line.get("corpus", ""): line for line in [*newest][::-1]}  # of one evaluated again the last
+        return sorted(by_corpus.values(), key=lambda line: line.get("corpus") == "overall")
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""
         if self.active:
             for name, file in self._files.items():
                 self._write(name)
-                os.fsync(file.fileno())
-                file.close()
-        if waiting := self._queue:  # which the thread may drop at any moment
-            waiting.put(self.accelerator.end_training)
-            waiting.put(None)
-            self._thread.join(MOST_SECONDS)
-            if self._thread.is_alive():
-                self.say(f"Warning: a tracker did not end in {MOST_SECONDS:g} s and is left behind.")
+                try:
+                    os.fsync(file.fileno())
+                    file.close()
+                except OSError as error:  # the model is still to come
+                    self.say(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
+        for tracker in self._trackers:
+            tracker.put(None)
+        until = time.monotonic() + MOST_SECONDS
+        for tracker in self._trackers:
+            tracker.join(max(0.0, until - time.monotonic()))
+            if tracker.is_alive():
+                tracker.leave(f"it did not end in {MOST_SECONDS:g} s and is left behind")
 
     def _append(self, name: str, metrics: dict[str, Any]) -> None:
         if self.active:
@@ -110,33 +133,157 @@ class Tracker:
             self._unwritten[name] = self._unwritten[name][written:]
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
-        if waiting := self._queue:
-            waiting.put(lambda: self.accelerator.log(numbers, step=step))
+        for tracker in self._trackers:
+            tracker.put((numbers, step))
 
-    def _pass_on(self, waiting: queue.Queue[Callable[[], None] | None]) -> None:
-        while (call := waiting.get()) is not None:
+    def _has_ended(self, tracker: str, why: str) -> None:
+        why = without_secrets(why)
+        self.say(f"Warning: the tracker {tracker} has ended: {why}. What it misses is in metrics.jsonl.")
+        with self._recording, contextlib.suppress(OSError):
+            add_to_start(self.folder / "run.json", "trackers_ended", {tracker: why})
+
+
+class _Passing(threading.Thread):
+    """Passes lines on to one tracker, in their order, until None is put or the tracker fails."""
+
+    def __init__(self, tracker: str, begin: Callable[[], Any], has_ended: Callable[[str, str], None]) -> None:
+        super().__init__(daemon=True)
+        self._tracker, self._begin, self._has_ended = tracker, begin, has_ended
+        self._lines: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(MOST_WAITING)
+        self._left = False
+        self.start()
+
+    def put(self, line: tuple[dict[str, float], int] | None) -> None:
+        """One line, or None behind the last one."""
+        if not self._left:
             try:
-                call()
-            except (Exception, SystemExit) as error:  # whatever a tracker raises, it must not stop a run
-                self.say(f"Warning: tracking has ended: {type(error).__name__}: {without_secrets(str(error))}")
-                self._queue = None
-                return
+                self._lines.put_nowait(line)
+            except queue.Full:
+                self.leave(f"{MOST_WAITING:,} lines wait for it, and it is left behind")
+
+    def leave(self, why: str) -> None:
+        """Give it nothing more."""
+        if not self._left:
+            self._left = True
+            self._has_ended(self._tracker, why)
+
+    def run(self) -> None:
+        try:
+            tracker = self._begin()
+            while not self._left and (line := self._lines.get()) is not None:
+                numbers, step = line
+                tracker.log(numbers, step=step)
+            tracker.finish()
+        except (Exception, SystemExit) as error:  # whatever a tracker raises, it must not stop a run
+            self.leave(f"{type(error).__name__}: {error}")
+
+
+# --------------------------------------------------------------------------------------------------- reading them again
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, one a step in order: a step trained again replaces its earlier line.
+    """The objects of metrics.jsonl or evals.jsonl in the order of their steps; of a step trained again the last one.
 
-    A last line cut short by a killed process is left out.
+    A line that cannot be read is left out: cut short by a killed process, or edited. All have a whole number `step`.
     """
-    by_step: dict[Any, dict[str, Any]] = {}
+    by_step: dict[tuple[int, str], dict[str, Any]] = {}
     if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                by_step[(entry["step"], entry.get("corpus"))] = entry
-            except (ValueError, TypeError, KeyError):
+        with open(path, "rb") as file:
+            _take(file, by_step)
+    return [by_step[key] for key in sorted(by_step)]
+
+
+def read_back(path: Path) -> Iterator[dict[str, Any]]:
+    """The same objects from the last line to the first, as they stand; what is not asked for is not read."""
+    return (entry for _, text in _backwards(path) if (entry := _entry(text)) is not None)
+
+
+def read_spread(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """As `read_lines`; of a file above PLACES · PLACE_BYTES the lines at PLACES places of it, first and last included.
+
+    Half of the places are as far from each other, half lie in a geometric series: a logarithmic axis begins early.
+
+    Returns:
+        the objects, and in a sentence what is not among them.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    by_step: dict[tuple[int, str], dict[str, Any]] = {}
+    unreadable = 0
+    if not size:
+        return [], ""
+    with open(path, "rb") as file:
+        if size <= PLACES * PLACE_BYTES:
+            unreadable = _take(file, by_step)
+        else:
+            last, half = size - PLACE_BYTES, PLACES // 2
+            even = [round(last * i / (half - 1)) for i in range(half)]
+            early = [round(PLACE_BYTES * (last / PLACE_BYTES) ** (i / half)) for i in range(half)]
+            for place in sorted({*even, *early}):
+                file.seek(max(place - 1, 0))
+                if not place or file.readline(LONGEST_LINE).endswith(b"\n"):  # the rest of a line
+                    unreadable += _take(iter(lambda: _before(file, place + PLACE_BYTES), b""), by_step)  # noqa: B023
+    said = []
+    if size > PLACES * PLACE_BYTES:
+        said.append(
+            f"{path.name} has {size / 1e6:,.0f} MB: what follows is from {len(by_step):,} of its lines, those at "
+            f"{PLACES:,} places spread over it."
+        )
+    if unreadable:
+        said.append(f"{unreadable:,} line(s) of {path.name} cannot be read and are left out.")
+    return [by_step[key] for key in sorted(by_step)], " ".join(said)
+
+
+def _take(lines: Iterable[bytes], by_step: dict[tuple[int, str], dict[str, Any]]) -> int:
+    """Put what can be read into `by_step`; how many lines cannot."""
+    unreadable = 0
+    for text in lines:
+        if (entry := _entry(text)) is None:
+            unreadable += bool(text.strip())
+        else:
+            by_step[entry["step"], entry.get("corpus", "")] = entry
+    return unreadable
+
+
+def _before(file: IO[bytes], end: int) -> bytes:
+    """The next line, when it begins before `end`."""
+    return file.readline(LONGEST_LINE) if file.tell() < end else b""
+
+
+def _entry(text: bytes) -> dict[str, Any] | None:
+    """The object of a line; None for what a run does not write, which somebody or a power cut has left there."""
+    try:
+        entry = json.loads(text.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not isinstance(entry.get("corpus", ""), str):
+        return None
+    step = entry.get("step")
+    return entry if type(step) is int and 0 <= step < 2**63 else None
+
+
+def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank, from the last one on, with the offset behind it."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return
+    with file:
+        start = behind = file.seek(0, os.SEEK_END)
+        rest, block = b"", BLOCK  # rest: what of [start, behind) is still to be given
+        while start:
+            size = min(block, start)
+            start -= size
+            file.seek(start)
+            rest = file.read(size) + rest
+            first = rest.find(b"\n") + 1 if start else 0
+            block = BLOCK if 0 < first < len(rest) else 2 * block  # or a line of many blocks would be copied for each
+            if start and not first:
                 continue
-    return [by_step[key] for key in sorted(by_step, key=lambda key: (key[0], str(key[1])))]
+            for text in reversed(rest[first:].splitlines(keepends=True)):
+                if text.strip():
+                    yield behind, text
+                behind -= len(text)
+            rest = rest[:first]
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -149,8 +296,27 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop what lies after the checkpoint that the run goes on from: those steps are taken again, or never."""
-    if path.exists():
-        kept = [json.dumps(entry) + "\n" for entry in read_lines(path) if entry["step"] <= step]
-        replace_text(path, "".join(kept))
+def cut_after(path: Path, step: int) -> int:
+    """Drop what lies after the checkpoint that the run goes on from: those steps are taken again, or never.
+
+    In place and from the end, so that it costs what is dropped and not what is kept. Returns how many whole lines among
+    the dropped ones could not be read.
+    """
+    if not path.exists():
+        return 0
+    unreadable = 0
+    for behind, text in _backwards(path):  # noqa: B007
+        entry = _entry(text)
+        if entry is None:
+            unreadable += text.endswith(b"\n")  # else it was cut short by a kill
+        elif entry["step"] <= step:
+            break
+    else:
+        behind, text = 0, b"\n"
+    with open(path, "rb+") as file:
+        file.truncate(behind)
+        if not text.endswith(b"\n"):  # as an editor may leave it
+            file.seek(behind)
+            file.write(b"\n")
+        os.fsync(file.fileno())
+    return unreadable

@@ -97,7 +97,7 @@ class Watchdog:
         found = {}
         for rank in range(self.engine.world_size):
             try:
-                found[rank] = json.loads(self._file(rank).read_text())
+                found[rank] = json.loads(self._file(rank).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 found[rank] = {"count": 0, "step": 0}
         return found

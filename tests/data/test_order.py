@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from data.order import Order, Stage, permute
+from data.order import Order, Stage, epochs, permute
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 127, 128, 255, 256, 257, 1000, 4096, 4097, 10_007])
@@ -94,6 +94,12 @@ def test_shares_hold_far_out():
     counts = ORDER.counts(10**12)
     assert abs(counts["c"] - (10**12 - 1000) / 2) < 1
     assert sum(counts.values()) == 10**12
+
+
+def test_epochs_are_passes_through_a_corpus():
+    stages = [Stage(0, {"a": 3, "b": 1}), Stage(400, {"c": 1})]
+    assert epochs(stages, {"a": 100, "b": 200, "d": 5}, 500) == {"a": 3.0, "b": 0.5, "d": 0.0}
+    assert epochs(stages, {"a": 100, "c": 50}, 500) == {"a": 3.0, "c": 2.0}
 
 
 @pytest.mark.parametrize("starts", [[], [1], [0, 0], [0, 5, 4]])

@@ -18,6 +18,7 @@ import pytest
 
 import data.prepare
 import data.sources
+import data.tokens
 from data import DataError
 from data.prepare import TokenizerSpec, prepare
 from data.sources import Corpus
@@ -199,6 +200,56 @@ def test_bytes_changed_after_preparation(texts, tokenizer, tmp_path):
     (folder / "train.bin").write_bytes(raw)
     with pytest.raises(DataError, match=r"train\.bin.*changed.*Delete"):
         prepare({"a": corpus_of(texts[0])}, specification, tmp_path)
+
+
+def test_fault_18_any_changed_byte_is_noticed_and_files_are_read_once(texts, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tokens, "BLOCK", 64)  # a large file, of which a sample was looked at once
+    monkeypatch.setattr(data.tokens, "SAMPLED_BLOCKS", 4)
+    corpora = {"a": corpus_of(texts[0], 0)}
+    specification = TokenizerSpec(str(tokenizer))
+    first = prepare(corpora, specification, tmp_path)
+    path = first.folders["a"] / "train.bin"
+    assert first.fingerprints["a"] == first.train["a"].fingerprint() != first.train["a"].sampled_fingerprint()
+    (tmp_path / "theirs.bin").write_bytes(path.read_bytes())
+    (tmp_path / "theirs.idx").write_bytes(path.with_suffix(".idx").read_bytes())
+    corpora["theirs"] = Corpus("tokens", str(tmp_path / "theirs"))
+
+    reads = []
+    real = data.tokens.TokenFile._digest
+    monkeypatch.setattr(data.tokens.TokenFile, "_digest", lambda *a: reads.append(a[0].prefix) or real(*a))
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + 9)  # as if some seconds had passed since
+    for expected in (2, 0):
+        reads.clear()
+        again = prepare(corpora, specification, tmp_path)
+        assert again.fingerprints == {"a": first.fingerprints["a"], "theirs": first.fingerprints["a"]}
+        assert len(reads) == expected
+    for changed in (tmp_path / "theirs.bin", path):
+        times = os.stat(changed)
+        with open(changed, "r+b") as file:
+            file.seek(200)
+            byte = file.read(1)
+            file.seek(200)
+            file.write(bytes([byte[0] ^ 1]))
+        os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))  # which nobody is taken in by
+        if changed == path:
+            with pytest.raises(DataError, match=r"train\.bin.*changed.*Delete"):
+                prepare(corpora, specification, tmp_path)
+        else:
+            now = prepare(corpora, specification, tmp_path)
+            assert now.fingerprints["theirs"] != now.fingerprints["a"] == first.fingerprints["a"]
+            sampled = {file.sampled_fingerprint() for file in now.train.values()}
+            assert len(sampled) == 1  # so this is what the sample did not see
+
+
+def test_a_corpus_with_the_fingerprint_of_an_earlier_version(texts, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.tokens, "BLOCK", 64)
+    monkeypatch.setattr(data.tokens, "SAMPLED_BLOCKS", 4)
+    corpora, specification = {"a": corpus_of(texts[0], 0)}, TokenizerSpec(str(tokenizer))
+    first = prepare(corpora, specification, tmp_path)
+    described = first.folders["a"] / "corpus.json"
+    described.write_text(described.read_text().replace(first.fingerprints["a"], first.train["a"].sampled_fingerprint()))
+    again = prepare(corpora, specification, tmp_path)
+    assert again.folders == first.folders and again.fingerprints == first.fingerprints
 
 
 def test_a_killed_preparation_is_not_believed(texts, tokenizer, tmp_path):
@@ -503,6 +554,15 @@ def test_splits_without_a_document(tokenizer, tmp_path):
         "train": 1,
         "validation": 1,
     }
+
+
+def test_documents_that_are_all_too_long(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.sources, "LONGEST", 3)
+    (tmp_path / "a.txt").write_text("abcd")
+    with pytest.raises(
+        DataError, match=r"left out: 1 too_long\)\. Longer than 134,217,728 bytes is too long: cut such"
+    ):
+        prepare({"a": corpus_of(tmp_path, 0)}, TokenizerSpec(str(tokenizer)), tmp_path / "cache")
 
 
 def test_nothing_to_train_a_tokenizer_on(tmp_path):

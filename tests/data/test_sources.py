@@ -1,6 +1,11 @@
+import contextlib
 import gzip
 import json
+import os
+import shutil
 import struct
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -256,3 +261,120 @@ def test_no_file_matches(tmp_path):
 def test_corpora_that_mean_nothing(corpus, words):
     with pytest.raises(DataError, match=words):
         Corpus(**corpus)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_fault_19_lines_that_are_too_long_are_counted(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(data.sources, "BLOCK", 64)
+    monkeypatch.setattr(data.sources, "LONGEST", 1000)
+    fits = 1000 - len('{"text": ""}\n')  # a line of 1000 bytes
+    lengths = [5, fits, fits + 1, 20, 5000, 100_000, 30, fits + 1, 7, 2000]
+    lines = [json.dumps({"text": str(number % 10) * length}) for number, length in enumerate(lengths)]
+    path = tmp_path / f"a.{suffix}"
+    raw = "\n".join(lines).encode()  # none behind the last
+    path.write_bytes({"gz": gzip.compress, "zst": zstandard.compress}.get(suffix[6:], bytes)(raw))
+    texts, skipped = read(Corpus("jsonl", str(path)))
+    short = [number for number, length in enumerate(lengths) if length <= fits]
+    assert texts == [str(number) * lengths[number] for number in short]
+    assert skipped.counts == {"too_long": 5}
+    assert skipped.first["too_long"] == [f"{path}:{number + 1}" for number in (2, 4, 5, 7, 9)]
+    every = list(blocks(Corpus("jsonl", str(path))))
+    for number, block in enumerate(every):
+        assert list(blocks(Corpus("jsonl", str(path)), block.end)) == every[number + 1 :]
+        assert len(block.content) <= 64 + 1001
+
+
+def test_fault_19_no_document_is_held_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.sources, "BLOCK", 1 << 16)
+    monkeypatch.setattr(data.sources, "LONGEST", 1 << 20)
+    line = b'{"text": "one"}\n{"text": "' + b"a" * 50_000_000 + b'"}\n{"text": "two"}\n'
+    for number, text in enumerate((b"a" * (1 << 20), b"a" * 50_000_000)):
+        (tmp_path / f"{number}.txt.gz").write_bytes(gzip.compress(text, 1))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line, 1))
+    table = pyarrow.table({"text": ["one", "a" * ((1 << 20) + 1), "two"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    del line, table
+    read(Corpus("jsonl", str(tmp_path / "a.jsonl.gz")))  # whatever is imported
+    for source, path, expected, most in (
+        ("jsonl", "a.jsonl.gz", ["one", "two"], 6),
+        ("text", "*.txt.gz", ["a" * (1 << 20)], 6),
+        ("parquet", "a.parquet", ["one", "two"], 12),
+    ):
+        tracemalloc.start()
+        texts, skipped = read(Corpus(source, str(tmp_path / path)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (texts, skipped.counts) == (expected, {"too_long": 1})
+        assert peak < most << 20, source
+
+
+def test_a_small_zst_file_of_much_text(tmp_path):
+    """It takes 4 bytes for 128 KiB of one character."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    text = b"".join(compressor.compress(b"a" * 1_000_000) for _ in range(400)) + compressor.flush()
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(text)
+    tracemalloc.start()
+    with open(path, "rb") as raw, data.sources.decompressed(path, raw) as file:
+        size = sum(len(part) for part in iter(lambda: file.read(1 << 20), b""))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == 400_000_000 and peak < 100_000_000
+
+
+@pytest.fixture
+def folder_for_all():
+    """Not in `tmp_path`, which is for its owner alone."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def without_rights():
+    """Root may read everything."""
+    os.seteuid(65534 if os.getuid() == 0 else os.getuid())
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+
+
+def test_folders_that_cannot_be_read_are_named(folder_for_all):
+    root = folder_for_all
+    for name in ("a", "a/b", "a/b/.hidden", "lost+found"):
+        (root / name).mkdir()
+        (root / name / "x.txt").write_text(name)
+    for name in ("a/b/.hidden", "lost+found"):  # where no pattern looks that does not name them
+        (root / name).chmod(0)
+    with without_rights():
+        for pattern in ("**/*.txt", "a/*/x.txt", "a/b/*", "*/*.txt"):
+            assert files(Corpus("text", f"{root}/{pattern}")), pattern
+    for mode in (0, 0o444, 0o111):  # 0o444: names, but no files; 0o111: files, but no names
+        (root / "a/b").chmod(mode)
+        with without_rights():
+            for pattern in ("**/*.txt", "a/b/*.txt", "a/*/x.txt", "a/**"):
+                if (mode, pattern) == (0o111, "a/*/x.txt"):
+                    assert files(Corpus("text", f"{root}/{pattern}")) == [root / "a/b/x.txt"]
+                    continue
+                with pytest.raises(
+                    DataError, match=r"a/b.* cannot be looked into: Permission denied\. Make it readable"
+                ):
+                    files(Corpus("text", f"{root}/{pattern}"))
+    (root / "a/b").chmod(0)
+    with without_rights(), pytest.raises(DataError, match=r"a/b cannot be looked into"):
+        files(Corpus("huggingface", str(root / "a")))
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"b\.txt is a link to nothing"):
+        files(Corpus("text", f"{tmp_path}/**/*.txt"))
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    assert files(Corpus("text", f"{tmp_path}/**/*.txt")) == [tmp_path / "a.txt"]

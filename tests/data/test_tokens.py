@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import pickle
 import struct
@@ -167,13 +168,20 @@ def test_fingerprint_follows_content_not_name(tmp_path, monkeypatch):
     other = write(tmp_path / "b", [*DOCUMENTS[:-1], [1, 2, 3, 4, 6, 0]]).fingerprint()
     split_elsewhere = write(tmp_path / "c", [TOKENS]).fingerprint()
     assert len({first, other, split_elsewhere}) == 3
+    raw = [Path(f"{tmp_path}/a.{suffix}").read_bytes() for suffix in ("idx", "bin")]
+    assert first == hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in raw)).hexdigest()
+    assert write(tmp_path / "a").sampled_fingerprint() == first  # of a file that is not large
 
-    monkeypatch.setattr(data.tokens, "BLOCK", 16)  # the file now is too long to be read whole
+    monkeypatch.setattr(data.tokens, "BLOCK", 16)
     monkeypatch.setattr(data.tokens, "SAMPLED_BLOCKS", 4)
     long = [[7] * 1000]
-    sampled = write(tmp_path / "d", long).fingerprint()
-    for place in (0, 335, 999):  # in the first, an inner and the last block
+    file = write(tmp_path / "d", long)
+    whole, sampled = file.fingerprint(), file.sampled_fingerprint()
+    # In the first, an inner and the last block of those that were sampled, and in none of them.
+    for place, in_sample in ((0, True), (335, True), (999, True), (500, False), (20, False)):
         changed = [list(long[0])]
         changed[0][place] = 8
-        assert write(tmp_path / "e", changed).fingerprint() != sampled
-    assert write(tmp_path / "e", [[7] * 1001]).fingerprint() != sampled
+        file = write(tmp_path / "e", changed)
+        assert file.fingerprint() != whole
+        assert (file.sampled_fingerprint() != sampled) == in_sample
+    assert write(tmp_path / "e", [[7] * 1001]).fingerprint() != whole

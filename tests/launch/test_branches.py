@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import without_timing
+from conftest import tiny_overrides, train_here, without_timing
+from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from schedulers import Decay, Power
 from train import checkpoint
-from train.cli import composed
+from train.cli import composed, of_a_run
 from train.config import ConfigError
 from train.run import train
 from train.track import read_lines
@@ -77,7 +79,82 @@ def test_a_branch_needs_a_rate_that_is_held(
 ) -> None:
     folder = run("checkpoint.every=1", "checkpoint.keep=20")
     assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
-    assert reason in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert reason in told
+    if at == 11:
+        assert "Its other checkpoints are of steps [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]." in told
+        for path in (folder / "checkpoints").iterdir():
+            if path.name != "step-00000011":
+                shutil.rmtree(path)
+        assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
+        assert "and held. It has no other checkpoint." in capsys.readouterr().err
+
+
+def by_name(*overrides: str) -> Path:
+    """As `train.py run.name=… KEY=VALUE` does, without the rest of what describes the run."""
+    config = of_a_run(list(overrides))
+    assert config is not None
+    train(config, ["test"])
+    return config.run_folder
+
+
+def test_a_run_is_extended_by_its_name_and_a_larger_budget(run: Callable[..., Path], tmp_path: Path) -> None:
+    settings = ("schedule.decay.tokens=0", "model.rope_theta=500", "optimizer.weight_decay=0.3")
+    once = run("run.name=once", *settings, "run.tokens=4_096")
+    run("run.name=twice", *settings)
+    twice = by_name("run.name=twice", f"run.folder={tmp_path}", "run.tokens=4_096")
+    lines = without_timing(read_lines(twice / "metrics.jsonl"))
+    assert lines == without_timing(read_lines(once / "metrics.jsonl")) and len(lines) == 16
+
+
+def test_a_branch_is_extended_by_its_name_and_a_larger_budget(run: Callable[..., Path], tmp_path: Path) -> None:
+    trunk = run("run.name=trunk", "schedule.decay.tokens=0", "checkpoint.every=6")
+    place = f"run.folder={tmp_path}"
+    for name, floor in (("half", "0.5"), ("zero", "0")):
+        assert decay(str(trunk), "--at", "6", "--tokens", "512", "--floor", floor, "--name", name) == 0
+    # Half of the rate at the decay's start stays, times nothing for the tokens since.
+    lines = read_lines(by_name("run.name=half", place, "run.tokens=2_560") / "metrics.jsonl")
+    start = Power(max_lr=0.01, warmup_tokens=700)(tokens=1536, batch=0.0625)
+    assert [line["lr"] for line in lines[2:]] == [start / 2] * 2 and lines[-1]["step"] == 10
+    # Of one that has decayed to nothing the rate has to be warmed up again.
+    with pytest.raises(
+        ConfigError, match=r"ends at 2,048 .* would be 0.* schedule.rewarmup.start=2048 .*step-00000006"
+    ):
+        by_name("run.name=zero", place, "run.tokens=3_072")
+    rewarmed = ("schedule.rewarmup.start=2048", "schedule.rewarmup.tokens=256", "schedule.decay.start=null")
+    lines = read_lines(by_name("run.name=zero", place, "run.tokens=3_072", *rewarmed) / "metrics.jsonl")
+    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3072 - 512, tokens=512))
+    expected = [power(tokens=n, batch=0.0625) * (n > 2048) for n in range(2048, 3072, 256)]
+    assert [line["lr"] for line in lines[2:]] == expected
+
+
+def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path], tmp_path: Path) -> None:
+    from train.cli import run_training
+
+    folder = run()
+    settings = folder / "config.yaml"
+    key = "  log_with: [wandb]\n  init_kwargs: {wandb: {api_key: (hidden)}}"
+    settings.write_text(settings.read_text().replace("  log_with: []", key).replace("  init_kwargs: {}\n", ""))
+    config = of_a_run(["run.name=tiny", f"run.folder={tmp_path}", "run.tokens=4096"])
+    assert config is not None
+    with pytest.raises(ConfigError, match=r"tracker\.init_kwargs\.wandb\.api_key is a secret"):
+        run_training(config, [])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+experiment=tiny", "run.name=there"],
+        ["data=stdlib", "run.name=there"],
+        ["--config-dir=conf", "run.name=there"],
+        ["run.name=another"],
+        ["run.tokens=5"],
+    ],
+)
+def test_what_is_described_is_not_taken_from_a_folder(tmp_path: Path, overrides: list[str]) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.yaml").write_text("run: {tokens: 1}")
+    assert of_a_run([*overrides, f"run.folder={tmp_path}"]) is None
 
 
 # ---------------------------------------------------------------------------------------------- mixtures and stages
@@ -118,11 +195,11 @@ def test_a_branch_can_have_a_mixture_of_its_own(run: Callable[..., Path], words:
 
 def test_a_growing_batch_takes_rate_clock_and_samples_along(run: Callable[..., Path]) -> None:
     ramp = "batch.ramp=[{from_tokens: 1024, sequences: 16}, {from_tokens: 2048, sequences: 24}]"
-    lines = read_lines(run(ramp, "run.tokens=3584") / "metrics.jsonl")
+    lines = read_lines(run(ramp, "run.tokens=3584", "schedule.decay.tokens=1024") / "metrics.jsonl")
     assert [line["tokens"] for line in lines] == [0, 256, 512, 768, 1024, 1536, 2048, 2816]
     assert [line["samples"] for line in lines] == [0, 8, 16, 24, 32, 48, 64, 88]
     assert [line["batch"] * 128 for line in lines] == [8, 8, 8, 8, 16, 16, 24, 24]
-    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3584 - 768, tokens=768))
+    power = Power(max_lr=0.01, warmup_tokens=700, decay=Decay(start=3584 - 1024, tokens=1024))
     for line in lines:
         assert line["lr"] == power(tokens=line["tokens"], batch=line["batch"])
 
@@ -135,6 +212,14 @@ def test_a_phase_that_does_not_divide_is_refused_before_the_start(run: Callable[
 # -------------------------------------------------------------------------------------------- continued pretraining
 
 
+@pytest.fixture(scope="module")
+def sound(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a model to begin from."""
+    folder = tmp_path_factory.mktemp("sound")
+    settings = ("run.tokens=256", "schedule.decay.tokens=0", "schedule.warmup_tokens=0")
+    return train_here(tiny_overrides(words, cache, folder, *settings))
+
+
 def test_going_on_from_an_exported_model(run: Callable[..., Path], tmp_path: Path) -> None:
     first = run("run.name=first", "evaluation.every=100")
     last = read_lines(first / "evals.jsonl")[-1]
@@ -143,7 +228,7 @@ def test_going_on_from_an_exported_model(run: Callable[..., Path], tmp_path: Pat
         f"run.init_from={first}/model",
         "run.tokens_seen=3072",
         "run.tokens=1024",
-        "schedule.decay.tokens=256",
+        "schedule.decay.tokens=0",
         "schedule.rewarmup.tokens=512",
     )
     lines = read_lines(folder / "metrics.jsonl")
@@ -194,6 +279,120 @@ def test_a_model_that_cannot_be_trained_is_refused(
     (folder / "model/config.json").write_text(json.dumps(config | change))
     with pytest.raises(ConfigError, match=reason):
         composed(tiny(f"run.init_from={folder}/model"))
+
+
+CONTINUED = ("run.name=more", "run.tokens_seen=3072", "run.tokens=1024", "schedule.decay.tokens=0")
+
+
+def test_a_run_folder_stands_for_its_model_and_is_needed_only_to_begin(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wide = ("model.hidden_size=64", "model.num_hidden_layers=1", "model.num_key_value_heads=1")
+    first = run("run.name=first", *wide, "run.tokens=512", "schedule.decay.tokens=0", "schedule.warmup_tokens=0")
+    settings = (*CONTINUED, f"run.init_from={first}", "checkpoint.every=2", "checkpoint.keep=9")
+    whole = run(*settings)
+    assert json.loads((whole / "model/config.json").read_text())["hidden_size"] == 64
+    lines = without_timing(read_lines(whole / "metrics.jsonl"))
+    shutil.rmtree(whole / "checkpoints/step-00000004")
+    first.rename(tmp_path / "away")
+    monkeypatch.setattr("train.init_from.config_in", None)  # nothing of it is looked at
+    again = run(*settings)
+    assert without_timing(read_lines(again / "metrics.jsonl")) == lines
+    branch = run(*settings, "run.name=branch", f"run.resume={whole}/checkpoints/step-00000002")
+    assert without_timing(read_lines(branch / "metrics.jsonl")) == lines[2:]
+    with pytest.raises(ConfigError, match=r"model\.hidden_size 64, not 32"):
+        run(*settings, "model.hidden_size=32")
+
+
+def test_what_the_command_line_says_of_an_adopted_model_has_to_be_so(
+    run: Callable[..., Path], tiny: Callable[..., list[str]]
+) -> None:
+    init_from = f"run.init_from={run()}"
+    agreeing = (
+        "model.hidden_size=32",
+        "model.num_local_experts=4",
+        "model.logits_scaling=2",
+        "model.rope_theta=10_000",
+    )
+    assert composed(tiny(init_from, *agreeing, "model.attention_dropout=0.5")).model.attention_dropout == 0.5
+    for setting, said in (
+        ("model.hidden_size=256", "model.hidden_size 32, not 256"),
+        ("++model.num_hidden_layers=3", "model.num_hidden_layers 2, not 3"),
+        ("model.rope_theta=500", "model.rope_theta 10000.0, not 500.0"),
+        ("model.num_experts_per_tok=1", "model.num_experts_per_tok 2, not 1"),
+        ("model.residual_multiplier=1", "model.residual_multiplier 0.9"),
+        ("model.tie_word_embeddings=false", "model.tie_word_embeddings True, not False"),
+        ("model=proxy_12m", "model.model_type granitemoe, not granite"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+            composed(tiny(init_from, setting))
+        assert "leave these settings" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("a run without a model", "the folder of a run that has no model yet"),
+        ("no folder", "is no folder"),
+        ("no weights", "there is no model.safetensors"),
+        ("a pickle", "there is no model.safetensors"),
+        ("cut weights", "cannot be read: SafetensorError"),
+        ("whole numbers", "is I64, not one of"),
+        ("another shape", "cannot be read"),
+        ("a tensor too few", "lacks the tensors ['model.norm.weight']"),
+        ("a tensor too many", "the tensors ['model.layers.0.self_attn.q_proj.bias']"),
+        ("a word for a size", "cannot be read"),
+        ("no json", "cannot be read"),
+        ("code", "cannot be read"),
+        ("code of the hub", "names the attention somebody/kernel"),
+        ("quantised", "quantization_config"),
+    ],
+)
+def test_weights_of_others_that_cannot_be_read_are_a_paragraph(
+    sound: Path, tiny: Callable[..., list[str]], tmp_path: Path, damage: str, said: str
+) -> None:
+    shutil.copytree(sound / "model", tmp_path / "theirs")
+    folder = tmp_path / "theirs"
+    config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    tensors = load_file(path)
+    if damage == "a run without a model":
+        shutil.move(folder, tmp_path / "elsewhere")
+        folder.mkdir()
+        (folder / "config.yaml").touch()
+    elif damage == "no folder":
+        shutil.rmtree(folder)
+    elif damage in ("no weights", "a pickle"):
+        path.unlink()
+        if damage == "a pickle":
+            torch.save(tensors, folder / "pytorch_model.bin")
+    elif damage == "cut weights":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage in ("a word for a size", "code", "code of the hub", "quantised"):
+        config |= {
+            "a word for a size": {"hidden_size": "wide"},
+            "code": {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}},
+            "code of the hub": {"_attn_implementation": "somebody/kernel"},
+            "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        }[damage]
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "theirs.py").write_text(f"import pathlib; pathlib.Path('{tmp_path}/mark').touch()")
+    elif damage == "no json":
+        (folder / "config.json").write_text("{")
+    else:
+        norm = tensors["model.norm.weight"]
+        tensors |= {
+            "whole numbers": {"model.norm.weight": norm.long()},
+            "another shape": {"model.norm.weight": norm[:-1].clone()},
+            "a tensor too few": {},
+            "a tensor too many": {"model.layers.0.self_attn.q_proj.bias": norm.clone()},
+        }[damage]
+        if damage == "a tensor too few":
+            del tensors["model.norm.weight"]
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ConfigError) as refused:
+        train(composed(tiny(*CONTINUED, f"run.init_from={folder}")), ["test"])
+    assert said in str(refused.value) and f"run.init_from={folder}" in str(refused.value)
+    assert "\n" not in str(refused.value) and not (tmp_path / "mark").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- replay

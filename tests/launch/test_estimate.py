@@ -65,6 +65,12 @@ def test_data_is_looked_at_and_not_made(capsys: pytest.CaptureFixture[str], tmp_
     assert code == 1 and "name the tokenizer" in said
     code, said = ran(capsys, *run, "data.tokenizer.path=someone/on-the-hub")
     assert code == 0 and "a has 6.4k tokens, and the run sees them 10.0 times" in said
+    assert "epochs a 10.00 of 6.4k tokens" in said
+    (tmp_path / "b.txt").write_text("b" * 6400)
+    two = f"data.corpora={{a:{{source:tokens,path:{tmp_path}/corpus}},b:{{source:text,path:{tmp_path}/b.txt}}}}"
+    half = ("data.tokenizer.path=someone/on-the-hub", two, "data.mixture={a:3,b:1}", "run.tokens=3_200")
+    code, said = ran(capsys, *run, *half, "schedule.warmup_tokens=64")
+    assert code == 0 and "epochs a 0.38 of 6.4k tokens; b at least 0.12 of at most 6.4k tokens" in said
 
 
 def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -75,8 +81,12 @@ def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture
         "data.tokenizer.vocab_size=600",
         "cluster.gpus=3",
         "batch.ramp=[{from_tokens:300_000,sequences:24}]",
+        "model.model_type=granitemoe",
+        "model.num_local_experts=4",
+        "model.num_experts_per_tok=1",
     )
     assert code == 1
+    assert "Warning: model.num_experts_per_tok is 1" in said
     assert "has 600 tokens, and model.vocab_size is 512" in said
     assert "does not split into micro-batches of 8 on 3 rank(s)" in said
     assert "batch.ramp has a part from 300,000 tokens on" in said

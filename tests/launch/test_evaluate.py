@@ -14,6 +14,7 @@ from conftest import tiny_overrides, train_here
 
 import train
 from launch import evaluate
+from train.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,43 @@ def test_bits_per_byte(exported: Path, tmp_path: Path, words: Path) -> None:
     assert (got["bytes"], got["tokens"]) == (len(text.encode()), len(ids) - 1)
     assert {k: v for k, v in again.items() if k != "file"} == {k: v for k, v in got.items() if k != "file"}
     assert (one["bytes"], one["tokens"]) == (1, 1)
+
+
+def test_a_text_is_encoded_as_it_is_for_training(exported: Path, words: Path, tmp_path: Path) -> None:
+    """Against the tokens of a corpus of the same texts: with special tokens written in them, and unknown words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    from data.prepare import TokenizerSpec, prepare
+    from data.sources import Corpus
+
+    model = AutoModelForCausalLM.from_pretrained(exported / "model")
+    tokenizer = AutoTokenizer.from_pretrained(exported / "model")
+    text = "ab <|endoftext|> cd<|endoftext|>" + "ab " * 200
+    (tmp_path / "text.txt").write_text(text)
+    corpus = Corpus("text", str(tmp_path / "text.txt"))
+    trained_on = prepare({"a": corpus}, TokenizerSpec(str(exported / "model")), tmp_path / "cache").train["a"].tokens
+    seen: list[int] = []
+
+    def forward(input_ids: torch.Tensor, **options: Any) -> Any:
+        seen.extend(input_ids[0].tolist())
+        return model(input_ids=input_ids, **options)
+
+    forward.config, forward.device = model.config, model.device  # type: ignore[attr-defined]
+    got = evaluate.text_loss(forward, tokenizer, text.encode())
+    assert got["tokens"] == len(trained_on) - 1
+    assert seen[:20] == [tokenizer.eos_token_id, *trained_on[:19].tolist()]
+    # lm-eval's side of it.
+    from train.tasks import Scorer
+
+    assert Scorer(model, tokenizer, 1).tok_encode(text, add_special_tokens=False) == trained_on[:-1].tolist()
+    assert tokenizer.eos_token_id in tokenizer.encode(text)  # the given one is as it was
+
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "ab": 1, "cd": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    unknown = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[UNK]")
+    with pytest.raises(ConfigError, match="this text's 3 tokens 1 are unknown"):
+        evaluate.text_loss(model, unknown, b"ab cd ef")
 
 
 @pytest.mark.usefixtures("few_tasks")
@@ -127,7 +165,19 @@ def test_what_cannot_be_judged(
     (cut / "model.safetensors").write_bytes((exported / "model" / "model.safetensors").read_bytes()[:-9])
     for file in bare.glob("tokenizer*"):
         file.unlink()
+    pickled, foreign, kernel = (
+        Path(shutil.copytree(exported / "model", tmp_path / name)) for name in ("pickled", "foreign", "kernel")
+    )
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    description = json.loads((foreign / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (foreign / "config.json").write_text(json.dumps(description | own))
+    (foreign / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    (kernel / "config.json").write_text(json.dumps(description | {"_attn_implementation": "somebody/kernel"}))
     for arguments, named in (
+        ([pickled, "--text", text], "pickled cannot be loaded"),
+        ([foreign, "--text", text], "foreign cannot be loaded"),
+        ([kernel, "--text", text], "names the attention somebody/kernel"),
         ([cut, "--text", text], "cut cannot be loaded"),
         ([bare, "--text", text], "bare cannot be loaded"),
         ([exported], "--tasks or --text"),
@@ -142,7 +192,7 @@ def test_what_cannot_be_judged(
         assert judge(*arguments) == 2
         said = capsys.readouterr().err.strip()
         assert named in said and "\n" not in said, said
-    assert not (exported / "model-evaluation.json").exists()
+    assert not (exported / "model-evaluation.json").exists() and not (tmp_path / "mark").exists()
 
 
 def test_without_lm_eval(

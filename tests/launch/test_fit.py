@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent / "schedulers"))
 from test_law import BATCHES, RATES, TOKENS, around, planted
 
 from launch import fit, report
-from schedulers import Power
+from schedulers import Power, law
 from train.cli import composed
 from train.model.mup import unlike_the_law
 
@@ -117,6 +117,23 @@ def test_a_prediction_has_an_interval_the_release_of_the_cap_and_a_warning(
     assert 1024 * a * release**b == pytest.approx(cap, rel=0.02)
 
 
+def test_a_prediction_takes_the_batch_in_sequences(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """64 sequences of 256 are 4 × 4096 tokens."""
+    tokens = f"tokens={TOKENS[3]}"
+    call(fit.main, str(ledger), "--predict", "batch=4", tokens)
+    expected = capsys.readouterr().out
+    call(fit.main, str(ledger), "--predict", "sequences=64", tokens, code=2)
+    assert "add sequence_length=" in capsys.readouterr().err  # somebody else's ledger
+    call(fit.main, str(ledger), "--predict", "sequences=64", "sequence_length=256", tokens)
+    assert capsys.readouterr().out == expected
+    lines = [{**json.loads(line), "config": {"sequence_length": 256}} for line in ledger.read_text().splitlines()]
+    call(fit.main, str(write(ledger, lines)), "--predict", tokens, "sequences=64")
+    assert capsys.readouterr().out == expected
+    lines[0]["config"] = {"sequence_length": 512}
+    call(fit.main, str(write(ledger, lines)), "--predict", tokens, "sequences=64", code=2)
+    assert "holds 256 and 512" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "said"),
     [
@@ -125,6 +142,8 @@ def test_a_prediction_has_an_interval_the_release_of_the_cap_and_a_warning(
         ('{"lr": 1', [], "line 1, is not JSON"),
         ("[1]\n", [], "not a JSON object"),
         ("", ["--predict", "batch=1", "T=2"], "--predict batch=1024 tokens=1e12"),
+        ("", ["--predict", "batch=1", "tokens=2", "sequences=3"], "--predict batch=1024 tokens=1e12"),
+        ("", ["--predict", "batch=1", "tokens=2", "lr=3"], "--predict batch=1024 tokens=1e12"),
     ],
 )
 def test_mistakes_are_one_paragraph(
@@ -199,6 +218,42 @@ def test_the_page_of_a_sweep_shows_every_loss(tmp_path: Path) -> None:
     call(report.main, str(tmp_path))
     text = (tmp_path / "report.html").read_text()
     assert all(f"{line['loss']:.4f}" in text for line in compare_ledger())
+
+
+def test_the_page_of_one_schedule_has_its_law(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    monkeypatch.setattr(fit, "fit", lambda lines: law.fit(lines, replicates=20))
+    call(report.main, str(ledger.parent))
+    text = (ledger.parent / "report.html").read_text()
+    assert text.count("<svg") == len(list(fit.pictures(law.fit(lines, replicates=20)))) == 3
+    assert "held-out regret in nats" in text.lower()
+    write(ledger, lines[:3])
+    call(report.main, str(ledger.parent))
+    text = (ledger.parent / "report.html").read_text()
+    assert "There is none yet" in text and "<svg" not in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 3, "tokens": 1%s}' % ("0" * 400),
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 1%s, "tokens": 10}' % ("0" * 400),
+        '{"hidden_size": 32, "batch": true, "lr": 0.1, "loss": 3, "tokens": 10}',
+        '{"hidden_size": 32, "batch": 1, "lr": [0.1], "loss": "low", "tokens": 10}',
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 3, "tokens": -5}',
+        "[" * 100_000,
+        '{"batch": ' * 100_000,
+    ],
+)
+def test_a_line_that_no_ledger_could_have_is_one_paragraph(
+    ledger: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    ledger.write_text(ledger.read_text() + line + "\n")
+    number = len(ledger.read_text().splitlines())
+    for main, path in ((fit.main, ledger), (report.main, ledger.parent)):
+        call(main, str(path), code=2)
+        said = capsys.readouterr().err
+        assert f"ine {number}" in said and len(said) < 400
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

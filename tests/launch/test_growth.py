@@ -35,13 +35,19 @@ def test_the_median_of_all_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_everything_is_measured_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiny = (*growth.SMALL, "data.sequence_length=16", "batch.sequences=4", "batch.micro_sequences=4")
-    sizes = {"CORPORA": (10**7, 10**8), "SEEN": (0, 10**6), "EXPERTS": (8, 16), "LAYERS": (1, 2)}
+    sizes = {
+        "CORPORA": (10**7, 10**8),
+        "SEEN": (0, 10**6),
+        "EXPERTS": (8, 16),
+        "LAYERS": (1, 2),
+        "RECORDED": (200, 400),
+    }
     for name, value in {**sizes, "BASE": tiny, "SMALL": tiny, "ROUNDS": 1, "STEPS": 1}.items():
         monkeypatch.setattr(growth, name, value)
     monkeypatch.setattr("sys.argv", ["growth", str(tmp_path / "out")])
     growth.main()
     found = json.loads((tmp_path / "out/growth.json").read_text())
     assert found.pop("hardware")["cores"] >= 1
-    assert [len(values) for values in found.values()] == [2] * 6
+    assert [len(values) for values in found.values()] == [2] * 9
     assert all(seconds > 0 for values in found.values() for seconds in values.values())
     assert (tmp_path / "out/growth.png").stat().st_size > 10_000

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from launch import growth
 from launch.report import main
 from train import report
 from train.report import runs_page  # here, for the `run` fixture replaces it
+from train.track import read_lines
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 
@@ -84,6 +91,135 @@ def test_the_phases_of_a_run_are_where_the_schedule_has_them(run: Callable[..., 
     # 12 steps of 256 tokens: 700 of warmup, a decay over the last 768
     # and at 2304 tokens, where it starts, the factor is still 1.
     assert spans == {"warmup": (256, 512), "trunk": (768, 1792), "decay": (2560, 512)}
+
+
+# ------------------------------------------------------------------------------------ pages of runs that nobody trained
+
+
+def recorded(folder: Path, steps: int = 200, **settings: Any) -> Path:
+    """A run's folder with records of so many steps of 4096 tokens, an evaluation after each 100, and these settings."""
+    growth.recorded(folder, steps)
+    config = OmegaConf.load(folder / "config.yaml")
+    for name, value in settings.items():
+        OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The pictures of a page, not drawn."""
+    from matplotlib import pyplot
+
+    found: list[Any] = []
+    monkeypatch.setattr(report, "picture", lambda figure: found.append(figure) or "(a picture)")
+    yield found
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 60])
+def test_no_two_of_many_lines_look_alike(count: int) -> None:
+    looks = report.looks(count)
+    assert len({look["color"] for look in looks}) == count
+    assert all(one["linestyle"] != other["linestyle"] for one, other in pairwise(looks) if count > 10)
+
+
+def test_every_run_is_in_the_pictures_and_in_the_legends_below(tmp_path: Path, figures: list[Any]) -> None:
+    short, long = recorded(tmp_path / "short", 100), recorded(tmp_path / "long", 300)
+    runs = [report.Run(long if n else short, f"run-$x$-{n}") for n in range(12)]
+    for line in (line for run in runs for line in run.evaluations):
+        line["corpus"] = "web"
+    parts = "".join(report.overlays(runs) + report.evaluations(runs))
+    loss, below, courses = figures
+    drawn = [line for line in loss.axes[0].lines if len(line.get_xdata()) > 50]
+    assert [line.get_color() for line in drawn] == [look["color"] for look in report.looks(12)]
+    assert loss.axes[0].get_legend() is None and courses.axes[0].get_legend() is None
+    assert parts.count("run-$x$-7</span>") == 3
+    assert [len(line.get_xdata()) for line in below.axes[0].lines][:2] == [100, 300]
+
+
+def test_a_run_with_one_evaluation_is_in_the_chart(tmp_path: Path, figures: list[Any]) -> None:
+    runs = [report.Run(recorded(tmp_path / f"run-{n}", 100 if n else 300)) for n in range(2)]
+    for run in runs:
+        for line in run.evaluations:
+            line["corpus"] = "web"
+    (*_, chart) = report.evaluations(runs)
+    assert [len(line.get_xdata()) for line in figures[0].axes[0].lines] == [3, 1]
+    assert "web, run-1" in chart
+
+
+def test_a_change_of_the_mixture_is_marked_and_told(tmp_path: Path, figures: list[Any]) -> None:
+    stages = [{"from_tokens": 409_600, "mixture": {"web": 0.25, "code": 0.75}}, {"from_tokens": 10**12, "mixture": {}}]
+    run = report.Run(recorded(tmp_path / "run", data__stages=stages))
+    loss, _ = report.overlays([run])
+    assert "run: another mixture from 409,600 tokens on, web 0.25, code 0.75." in loss
+    assert "1,000,000,000,000" not in loss
+    for figure in figures:
+        for axis in figure.axes:
+            assert [line.get_xdata() for line in axis.lines if line.get_linestyle() == "-."] == [[409_600, 409_600]]
+
+
+def test_settings_that_differ_can_be_read(tmp_path: Path) -> None:
+    ramp = [{"from_tokens": 5, "sequences": 16}]
+    runs = [report.Run(recorded(tmp_path / "one", batch__ramp=ramp)), report.Run(recorded(tmp_path / "two"))]
+    (_, table) = report.differences(runs)
+    cells = re.findall(r"<t[dh]>(.*?)</t[dh]>", table)
+    assert cells == ["setting", "one", "two", "batch.ramp[0].from_tokens", "5", "", "batch.ramp[0].sequences", "16", ""]
+    many = [report.Run(tmp_path / "two", f"run-{n}") for n in range(3)]
+    for seed, run in enumerate(many):
+        run.config.run.seed = seed
+    (_, table) = report.differences(many)
+    assert re.findall(r"<t[dh]>(.*?)</t[dh]>", table) == ["run", "run.seed", "run-0", "0", "run-1", "1", "run-2", "2"]
+
+
+def test_no_record_stops_a_page(tmp_path: Path, figures: list[Any]) -> None:
+    """Numbers, texts and whole parts of all records, replaced by what no run writes."""
+    from matplotlib import pyplot
+
+    values = [
+        None,
+        True,
+        -1,
+        1.5,
+        math.nan,
+        math.inf,
+        10**400,
+        1e300,
+        "",
+        "$\\bad$",
+        [],
+        [1],
+        ["a"],
+        {},
+        {"a": 1},
+        2**63,
+    ]
+    folder, draw = recorded(tmp_path / "run", 100), random.Random(0)
+    hardware = {"kernels": ["sdpa"], "device": "cpu", "ranks": 1}
+    begun = {"from": None, "changed_settings": {"a": [1, 2]}, "time": "2026", "hardware": hardware, "versions": {}}
+    kept = {"starts": [begun, {**begun, "from": "step-00000050"}], "parameters": {"total": 5}}
+    lines = {name: read_lines(folder / name) for name in ("metrics.jsonl", "evals.jsonl")}
+    state = folder / "checkpoints/step-00000100/state.json"
+    state.parent.mkdir(parents=True)
+
+    def spoiled(node: Any) -> Any:
+        if draw.random() < 0.1:
+            return draw.choice(values)
+        if isinstance(node, dict):
+            return {name: spoiled(value) for name, value in node.items() if draw.random() > 0.05}
+        return [spoiled(value) for value in node] if isinstance(node, list) else node
+
+    for _ in range(6):
+        for name, entries in lines.items():
+            (folder / name).write_text("".join(json.dumps(spoiled(entry)) + "\n" for entry in entries))
+        (folder / "run.json").write_text(json.dumps(spoiled(kept)))
+        (folder / "exit.json").write_text(json.dumps(spoiled({"reason": "SIGTERM"})))
+        state.write_text(json.dumps(spoiled({"assignments": [[1, 2], [3, 4]]})))
+        text = runs_page([folder])
+        for figure in figures:
+            figure.clear()
+        pyplot.close("all")
+        assert "cannot be read and are left out" in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser")

@@ -29,9 +29,10 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "srun": 'export SLURM_NODEID=0; shift; exec "$@"',
         "python": f'exec {sys.executable} "$@"',
         "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
+        "powertrain": (ROOT / "powertrain_command.py").read_text(),
     }
     for name, body in stand_ins.items():
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).write_text(f"#!{sys.executable if name == 'powertrain' else '/bin/sh'}\n{body}\n")
         (folder / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
     return {**os.environ, **job, "PATH": f"{folder}:{os.environ['PATH']}"}
@@ -45,9 +46,11 @@ def test_a_dry_run_prints_the_command_of_each_node(cluster: dict[str, str]) -> N
         text=True,
         check=True,
     )
-    start = "accelerate launch --config_file launch/accelerate/multi_node.yaml --num_machines 2 --num_processes 4"
+    file = ROOT / "launch/accelerate/multi_node.yaml"
+    start = f"accelerate launch --config_file {file} --num_machines 2 --num_processes 4"
+    command = f"{cluster['PATH'].partition(':')[0]}/powertrain"
     standard = "--main_process_port 20017 --deepspeed_multinode_launcher standard"
-    rest = f"--main_process_ip 127.0.0.1 {standard} train.py +experiment=powermoe_3b run.name=a\\ b"
+    rest = f"--main_process_ip 127.0.0.1 {standard} {command} train +experiment=powermoe_3b run.name=a\\ b"
     assert [line.strip() for line in done.stdout.splitlines()] == [
         f"{start} --machine_rank {node} {rest}" for node in (0, 1)
     ]

@@ -67,6 +67,13 @@ def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.C
     assert "300 tokens: model.vocab_size=384, the next multiple of 128, has 84 rows of padding" in printed
     facts = json.loads(next(tmp_path.glob("files-*/corpus.json")).read_text())["splits"]["train"]
     assert f"train: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['bytes']:,} bytes" in printed
+    epoch = (facts["tokens"] - 1) // 64 * 64
+    assert verb("prepare", *arguments, "data.sequence_length=64") == 0
+    assert f"an epoch, in windows of data.sequence_length=64: files {epoch:,} tokens\n" in capsys.readouterr().out
+    assert verb("prepare", *arguments, "data.sequence_length=64", f"run.tokens={3 * epoch}") == 0
+    assert f"epochs in run.tokens={3 * epoch:,}: files 3.00\n" in capsys.readouterr().out
+    assert verb("prepare", *arguments, "data.sequence_length=99999") == 0
+    assert "Warning: files: fewer tokens than a window of 100,000 takes" in capsys.readouterr().out
     assert verb("prepare", "data=files") == 2
     assert verb("prepare", *arguments, "data.workers=0") == 2
     assert "data.workers is 0" in capsys.readouterr().err
@@ -154,10 +161,21 @@ def test_export_of_an_earlier_step_and_generation(
 
 
 def test_check_mup_prints_every_tensor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verb("check", "mup") == 0
+    assert verb("check", "mup", "model.num_experts_per_tok=1") == 0
     printed = capsys.readouterr().out
+    assert "Warning: model.num_experts_per_tok is 1" in printed
     assert "model.layers.3.block_sparse_moe.experts.down_proj" in printed
     assert "logits_scaling = 0.5" in printed
+
+
+def test_check_mup_prints_the_weight_decay_that_is_set(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rate × decay is the same for all roles: at m_width 2 the rate of inner matrices is halved."""
+    assert verb("check", "mup", "model.hidden_size=512", "optimizer.weight_decay_mode=independent") == 0
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = {row[0].strip(): (float(row[5]), float(row[6])) for row in rows}
+    assert cells["model.layers.0.self_attn.q_proj.weight"] == (0.5, 0.2)
+    assert cells["model.embed_tokens.weight"] == (1, 0.1)
+    assert cells["model.norm.weight"][1] == 0
 
 
 def test_check_batch_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,31 @@ def test_power_fields_reach_the_schedule_and_a_decay_may_be_a_mapping():
         PowerLR(make_optimizer(), batch_tokens=BATCH, max_rl=0.1)
 
 
+@pytest.mark.parametrize(
+    "adapter, fields, length",
+    [
+        (PowerLR, dict(warmup_tokens=0), "decay"),
+        (WSDLR, dict(lr=0.003, warmup_tokens=0), "decay"),
+        (CosineLR, dict(lr=0.003, warmup_tokens=10 * BATCH, floor=0.0), "total_tokens"),
+    ],
+)
+def test_a_decay_that_no_step_would_see_is_refused(adapter, fields, length):
+    def make(tokens, batch_tokens=BATCH, tokens_seen=0):
+        value = Decay(start=10 * BATCH, tokens=tokens) if length == "decay" else 10 * BATCH + tokens
+        fields_now = {**fields, length: value}
+        return adapter(make_optimizer(), batch_tokens=batch_tokens, tokens_seen=tokens_seen, **fields_now)
+
+    with pytest.raises(ValueError, match="from 81,920 tokens on takes 8,192, no more than a step of 8,192"):
+        make(BATCH)
+    scheduler = make(BATCH + 1)
+    with pytest.raises(ValueError, match="no more than a step of 16,384"):
+        scheduler.set_batch_tokens(2 * BATCH)
+    assert scheduler.batch_tokens == BATCH
+    rates = [advance(scheduler.optimizer, scheduler) for _ in range(12)]
+    assert 0 < rates[11] < 1e-3 * rates[10]  # one token before the end of it
+    make(BATCH, tokens_seen=11 * BATCH)  # it is over
+
+
 def test_a_groups_lr_multiplies_the_rate():
     optimizer = make_optimizer(1.0, 0.25)
     scheduler = PowerLR(optimizer, batch_tokens=BATCH, **POWER)

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.granitemoe.modeling_granitemoe import load_balancing_loss_func
 
@@ -102,6 +103,37 @@ def test_pool_all_of_a_micro_batch_is_transformers_loss(layers: int) -> None:
     if layers > 1:
         separate, _ = make("micro", "layer", layers=layers).losses(statistics(logits), TOKENS)
         assert abs(separate - ours) > 0.01
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dp_is_lm_engines_loss(ranks: int) -> None:
+    """Per layer and micro-batch, with frequencies over the ranks: E · Σ normalised P · normalised f + 0.1 · z, which
+    with our coefficients 0.01 and 0.001 is 0.01 of it; `lagged`, which takes f from the batch before, is not."""
+    logits = draw(2)
+    parts = [part.detach().requires_grad_() for part in logits.split(TOKENS // ranks, dim=1)]  # one a rank
+    chosen = [part.argsort(dim=-1, descending=True)[..., :TOP_K] for part in parts]
+    theirs = torch.zeros(())
+    for part in parts:
+        for layer in range(LAYERS):
+            frequency = sum(torch.bincount(c[layer].flatten(), minlength=EXPERTS) for c in chosen).float()
+            probabilities = torch.softmax(part[layer], dim=-1).sum(0)
+            switch = EXPERTS * (F.normalize(probabilities, p=1, dim=0) * F.normalize(frequency, p=1, dim=0)).sum()
+            theirs = theirs + (switch + 0.1 * torch.logsumexp(part[layer], dim=-1).square().mean()) / ranks
+
+    def ours(scope: str) -> Tensor:
+        total = torch.zeros(())
+        for part in parts:
+            others = sum(statistics(other).assignments for other in parts) - statistics(part).assignments
+            balance = make(scope, reduce=lambda tensor, others=others: tensor + others)
+            balance.previous = statistics(draw(3)).assignments
+            balance_loss, z_loss = balance.losses(statistics(part), TOKENS)
+            total = total + balance_loss + 0.1 * z_loss
+        return total
+
+    assert ours("dp").item() == pytest.approx(theirs.item(), rel=1e-7)
+    for mine, other in zip(*(torch.autograd.grad(loss, parts) for loss in (ours("dp"), theirs)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-8)
+    assert abs(ours("lagged").item() - theirs.item()) > 1e-3
 
 
 def test_layers_that_collapse_onto_complementary_experts_hide_in_a_pool() -> None:
@@ -281,3 +313,16 @@ def test_only_lagged_does_not_depend_on_how_a_batch_is_split(
             assert errors[worst] < 1e-5, (micro, worst, errors[worst])
         else:
             assert errors[worst] > 1e-3, (micro, worst, errors[worst])
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_expert_a_token_leaves_the_router_without_the_language_models_gradient(
+    small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss], top_k: int
+) -> None:
+    """A softmax over one logit is 1: what `config.doubts` says of num_experts_per_tok=1."""
+    loss = small_loss(small_config(f"model.num_experts_per_tok={top_k}"))
+    ids = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
+    loss(ids, ids.roll(-1, 1), torch.arange(16).expand(2, 16)).cross_entropy.backward()
+    routers = [p.grad.abs().max().item() for name, p in loss.named_parameters() if "router" in name]
+    assert len(routers) == 3
+    assert all((gradient == 0) == (top_k == 1) for gradient in routers), routers

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -102,6 +103,19 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"batch.micro_sequences": 0}, ["batch.micro_sequences is 0"]),
     ({"run.tokens": 0}, ["run.tokens is 0"]),
     ({"optimizer.max_grad_norm": 0.0}, ["optimizer.max_grad_norm is 0.0"]),
+    ({"optimizer.max_grad_norm": -1.0}, ["optimizer.max_grad_norm is -1.0"]),
+    ({"optimizer.max_grad_norm": math.inf}, ["optimizer.max_grad_norm is inf"]),
+    ({"optimizer.weight_decay": -0.1}, ["optimizer.weight_decay is -0.1", "0 or greater"]),
+    ({"optimizer.weight_decay": math.nan}, ["optimizer.weight_decay is nan"]),
+    ({"optimizer.weight_decay": math.inf}, ["optimizer.weight_decay is inf"]),
+    ({"optimizer.eps": -1e-8}, ["optimizer.eps is -1e-08"]),
+    ({"optimizer.betas": (0.9, math.nan)}, ["optimizer.betas", "nan"]),
+    ({"balance.router_aux_loss_coef": -0.01}, ["balance.router_aux_loss_coef is -0.01"]),
+    ({"balance.router_aux_loss_coef": math.nan}, ["balance.router_aux_loss_coef is nan"]),
+    ({"balance.router_z_loss_coef": -0.001}, ["balance.router_z_loss_coef is -0.001"]),
+    ({"data.tokenizer.vocab_size": -1}, ["data.tokenizer.vocab_size is -1"]),
+    ({"model.num_key_value_heads": 0}, ["model.num_key_value_heads is 0"]),
+    ({"model.model_type": "granite", "model.num_local_experts": -3}, ["model.num_local_experts is -3"]),
     ({"optimizer.max_grad_norm": math.nan}, ["optimizer.max_grad_norm is nan"]),
     ({"evaluation.sequences": 0}, ["evaluation.sequences is 0"]),
     ({"checkpoint.keep": 0}, ["checkpoint.keep is 0"]),
@@ -131,6 +145,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
         ["2,050,000", "run.tokens to 2,050,000"],
     ),
     ({"schedule.decay.tokens": 1_950_000}, ["schedule", "50,000", "warmup of 100,000"]),
+    # Steps of 4096 tokens: the last of 2,000,000 tokens begins at 488 × 4096 = 1,998,848.
+    ({"schedule.decay.tokens": 1}, ["1,999,999 to 2,000,000", "never be seen", "4,096 tokens"]),
+    ({"schedule.decay.tokens": 1_152}, ["1,998,848 to 2,000,000", "never be seen"]),
+    ({"schedule.decay.tokens": 4_096, "run.tokens": 4_096 * 400}, ["1,634,304 to 1,638,400"]),
+    ({"schedule.decay.start": 1_200_129, "schedule.decay.tokens": 4_095}, ["1,200,129 to 1,204,224"]),  # 293, 294 steps
+    ({"schedule.decay.tokens": True}, ["tokens must be", "True"]),
     ({"schedule.a": -1.0}, ["schedule", "a must be", "-1"]),
     ({"schedule.nope": 1}, ["schedule", "'nope'", "warmup_tokens"]),
     ({"schedule.name": "powre"}, ["schedule", "'powre'", "Did you mean 'power'"]),
@@ -143,6 +163,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"data.mixture": {"stdlib": -1.0}}, ["data.mixture", "'stdlib'", "-1.0"]),
     ({"data.mixture": {"stdlib": math.nan}}, ["data.mixture", "'stdlib'", "nan"]),
     ({"data.mixture": {"stdlib": math.inf}}, ["data.mixture", "'stdlib'", "inf"]),
+    ({"data.mixture": {"stdlib": 0.0}}, ["data.mixture", "'stdlib'", "0.0", "above 0"]),
+    ({"data.stages": stages((1_000_000, {}))}, ["data.stages from 1,000,000", "names no corpus"]),
     ({"data.stages": stages((1_000_000, {"wiki": 1.0}))}, ["data.stages from 1,000,000", "'wiki'"]),
     ({"data.corpora": {}, "data.mixture": {"wiki": 1.0}}, ["'wiki'", "it has: none"]),
 ]
@@ -163,6 +185,10 @@ def test_a_bad_setting_is_named_with_its_value(quickstart: Config, settings: dic
     "settings",
     [
         {"schedule.decay.start": 1_500_000},  # ends exactly with the run
+        {"schedule.decay.tokens": 1_153},  # the last step begins one token into it
+        {"schedule.decay.tokens": 4_097, "run.tokens": 4_096 * 400},
+        {"schedule.decay.start": 1_200_127, "schedule.decay.tokens": 2},  # step 294 begins at 1,200,128
+        {"schedule.decay.tokens": 4_097, "run.tokens_seen": 1_998_849, "run.tokens": 4_096 * 2},
         {"schedule.decay": None, "schedule.warmup_tokens": 1_999_999},
         {"model.num_experts_per_tok": 8},
         {"model.num_experts_per_tok": 1},
@@ -200,6 +226,11 @@ def test_a_setting_at_its_limit_is_accepted(quickstart: Config, settings: dict[s
         ([QUICK, "--sed=1"], ["'--sed=1'", "--help"]),
         ([QUICK, "--config-dir", "does/not/exist"], ["'does/not/exist'", "not a folder"]),
         ([QUICK, "just_a_word"], ["just_a_word"]),
+        *(
+            ([QUICK, f"{sign}{setting}"], [setting, "Hydra itself", "--config-dir"])
+            for sign in ("", "+", "++")
+            for setting in ("hydra.searchpath=[pkg://evil]", "hydra.run.dir=/x", "hydra/launcher=basic")
+        ),
     ],
     ids=str,
 )
@@ -208,6 +239,21 @@ def test_a_bad_command_line_is_explained(overrides: list[str], said: list[str]) 
         composed(overrides)
     message = paragraph(error.value)
     assert [part for part in said if part not in message] == [], message
+
+
+def test_a_file_cannot_have_code_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/__init__.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    (tmp_path / "experiment").mkdir()
+    call = {"_target_": "evil.call"}
+    for own in ({"searchpath": ["pkg://evil"]}, {"callbacks": {"x": call}, "launcher": call, "job_logging": call}):
+        experiment = {"defaults": ["/experiment/quickstart"], "hydra": own}
+        for path in (tmp_path / "train.yaml", tmp_path / "experiment/evil.yaml"):
+            path.write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(experiment)))
+        with contextlib.suppress(ConfigError):
+            composed(["--config-dir", str(tmp_path), "+experiment=evil"])
+        assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("prefix", ["", "+"])
@@ -296,6 +342,32 @@ def test_every_schedule_can_replace_the_experiments(name: str, kind: type) -> No
         assert schedule.total_tokens == 2_000_000
 
 
+@pytest.mark.parametrize("seen", [0, 777])
+def test_the_step_after_a_token_count_is_that_of_the_loop(quickstart: Config, seen: int) -> None:
+    phases = ramp((5_000, 24), (5_001, 8), (40_000, 64))  # no step begins in the first, and they end between steps
+    config = change(quickstart, {"run.tokens_seen": seen, "batch.ramp": phases})
+    begins = [0]
+    while begins[-1] < 200_000:
+        begins.append(begins[-1] + config.batch_at(begins[-1]) * 256)
+    for tokens in (0, 1, 4_095, 4_096, 4_999, 5_000, 8_192, 9_999, 39_999, 40_960, 45_056, 57_344, 150_000):
+        assert config.step_after(seen + tokens) == seen + next(n for n in begins if n > tokens), tokens
+
+
+def test_a_cosine_that_no_step_sees_is_refused() -> None:
+    settings = [QUICK, "schedule=cosine", "run.tokens=819200"]  # 200 steps of 4096
+    check(composed([*settings, "schedule.warmup_tokens=815103"]))
+    with pytest.raises(ConfigError, match="The fall of the cosine from 815,104 to 819,200 tokens would never be seen"):
+        composed([*settings, "schedule.warmup_tokens=815104"])
+
+
+def test_a_run_that_began_with_a_decay_of_one_step_is_still_read(quickstart: Config, tmp_path: Path) -> None:
+    change(quickstart, {"schedule.decay.tokens": 1})
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_module.as_dict(quickstart))))
+    assert config_module.load(tmp_path / "config.yaml") == quickstart
+    with pytest.raises(ConfigError, match="never be seen"):
+        config_module.load(tmp_path / "config.yaml", {"run.name": "another"})
+
+
 # ------------------------------------------------------------------------------------------------- round trips
 
 
@@ -317,3 +389,13 @@ def test_setting_names_are_every_leaf() -> None:
         names
     )
     assert len(names) == len(set(names))
+
+
+def test_one_expert_a_token_is_doubted() -> None:
+    from train.config import doubts
+
+    make = ["+experiment=quickstart"]
+    assert list(doubts(composed(make))) == []
+    (doubt,) = doubts(composed([*make, "model.num_experts_per_tok=1"]))
+    assert doubt.startswith("model.num_experts_per_tok is 1")
+    assert list(doubts(composed([*make, "model.model_type=granite", "model.num_experts_per_tok=1"]))) == []

@@ -14,7 +14,9 @@ from train.console import Progressing, duration, human
 from train.state import State
 
 
-def watched(terminal: bool, steps: int, monkeypatch: pytest.MonkeyPatch, **metrics: Any) -> str:
+def watched(
+    terminal: bool, steps: int, monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...] = (), **metrics: Any
+) -> str:
     """What is shown of a run of `steps` steps of 4096 tokens at 2048 tokens a second."""
     out = io.StringIO()
     monkeypatch.setattr(
@@ -22,7 +24,7 @@ def watched(terminal: bool, steps: int, monkeypatch: pytest.MonkeyPatch, **metri
     )
     tokens = steps * 4096
     decay = "schedule.decay.tokens=0"
-    config = composed(["+experiment=quickstart", f"run.tokens={tokens}", decay, "schedule.warmup_tokens=0"])
+    config = composed(["+experiment=quickstart", f"run.tokens={tokens}", decay, "schedule.warmup_tokens=0", *change])
     state = State(tokens=0)
     with Progressing(config, SimpleNamespace(is_main=True), state) as progress:  # type: ignore[arg-type]
         for _ in range(steps):
@@ -58,6 +60,42 @@ def test_a_terminal_gets_a_bar_and_what_a_device_does(monkeypatch: pytest.Monkey
     assert "rate 1.00e-02 (at the cap)" in shown
     assert "step 3  12.3k of 12.3k tokens" in shown
     assert "expert" not in shown  # a dense model has none
+
+
+def test_collapsed_routing_is_said_once_and_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = 0
+
+    def load(self: Progressing, record: dict[str, Any], state: State) -> None:
+        nonlocal step
+        step += 1
+        # 8 in a row are a warmup's; 20 are told of, once, and 20 without end it.
+        collapsed = 3 * (step in range(5, 13) or step in range(20, 60))
+        original(self, {**record, "expert_load": {"max_over_mean": 4.0, "collapsed": collapsed}}, state)
+
+    original = Progressing.step
+    monkeypatch.setattr(Progressing, "step", load)
+    monkeypatch.setattr(console, "LINE_SHARE", 1.0)
+    said = watched(False, 100, monkeypatch).splitlines()
+    warnings = [line for line in said if "Warning" in line or "again" in line]
+    assert warnings[0].startswith("Warning: routing has collapsed, at step 39 in 3 of 4 layers")
+    assert "(the busiest 4.00 × mean)" in warnings[0]
+    assert warnings[1] == "Every layer routes its tokens again, at step 79."
+    assert warnings[2].startswith("Warning: in 48 of 100 steps a layer did not route its tokens")
+    assert len(warnings) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "costs"),
+    [((), "2.56 nats and, with tied"), (("model.tie_word_embeddings=false",), "2.56 nats (docs")],
+)
+def test_a_first_loss_above_a_uniform_guess_is_explained(
+    monkeypatch: pytest.MonkeyPatch, change: tuple[str, ...], costs: str
+) -> None:
+    """ln 4096 = 8.3178; σ√H/m = 0.1·√128/0.5 = 2.2627, and half its square 2.56."""
+    said = watched(False, 2, monkeypatch, change, lm_loss=11.38)
+    assert said.count("The loss begins at 11.38, above the 8.32 = ln 4096") == 1
+    assert f"standard deviation of 2.26 costs {costs}" in said
+    assert "begins" not in watched(False, 2, monkeypatch, change, lm_loss=8.4)
 
 
 @pytest.mark.parametrize(

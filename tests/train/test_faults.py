@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_run, cut_at, launch, launch_command, start, without_timing
+from conftest import assert_same_run, cut_at, launch, launch_command, start, train_here, without_timing
 from safetensors.torch import load_file
 
 import train.run
@@ -51,6 +52,8 @@ def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Te
 def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(tiny: Overrides, tmp_path: Path, engine: str) -> None:
     succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine=engine))
     folder = cut_at(tmp_path / "whole", 6, "cut")
+    first, second = (folder / f"checkpoints/step-00000006/rng/rank-0000{rank}.safetensors" for rank in (0, 1))
+    assert first.read_bytes() != second.read_bytes()  # each draws a dropout of its own
     # Of one rank's part the newest is gone: all ranks go back to the one before.
     part = "rng/rank-00001.safetensors" if engine == "ddp" else "weights-00002-of-00002.safetensors"
     (folder / f"checkpoints/step-00000006/{part}").unlink()
@@ -130,7 +133,9 @@ def test_fault_06_metrics_wait_for_a_disk_that_is_full(tiny: Overrides, tmp_path
         full = 2 <= step <= 3
         tracker._files["metrics.jsonl"] = open("/dev/full", "ab", buffering=0) if full else disk  # noqa: SIM115
         tracker.step({"step": step, "loss": float("nan")})
+    tracker._files["evals.jsonl"] = open("/dev/null", "ab", buffering=0)  # noqa: SIM115  # which takes no fsync
     tracker.close()
+    assert "evals.jsonl may be incomplete on the disk" in said.pop()
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": step, "loss": None} for step in range(1, 6)]
     assert len(said) == 1 and "metrics.jsonl cannot be written" in said[0]
 
@@ -182,6 +187,7 @@ def test_fault_07_a_signal_to_the_launcher(
 def test_fault_07_a_stop_while_the_run_is_starting(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    run("run.name=first")  # or the preparation might be slow enough to end there
     assemble = train.run.assemble
 
     def asked_meanwhile(*arguments: Any) -> Any:
@@ -351,6 +357,74 @@ def test_files_have_the_permissions_of_new_ones(run: Callable[..., Path], tmp_pa
     assert {path.stat().st_mode for path in files if path.is_file()} == {(tmp_path / "new").stat().st_mode}
 
 
+@pytest.mark.parametrize(("what", "step"), [("renamed", 5), ("replaced", 12), ("removed", 12), ("lock removed", 5)])
+def test_a_folder_that_is_gone_while_it_trains_is_not_made_anew(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, step: int
+) -> None:
+    folder, original = tmp_path / "tiny", Tracker.step
+
+    def take_away(self: Tracker, record: dict[str, Any]) -> None:
+        original(self, record)
+        if record["step"] == step:
+            while list(folder.glob("checkpoints/.step-*")):  # a save is still being written
+                time.sleep(0.01)
+            if what == "lock removed":
+                (folder / ".lock").unlink()
+            else:
+                folder.rename(tmp_path / "elsewhere")
+            if what == "removed":
+                shutil.rmtree(tmp_path / "elsewhere")
+            if what == "replaced":
+                folder.mkdir()
+                (folder / ".lock").touch()
+
+    monkeypatch.setattr(Tracker, "step", take_away)
+    with pytest.raises(ConfigError, match="tiny is not the folder any more that this run began in") as refused:
+        run("checkpoint.every=2")
+    assert "\n" not in str(refused.value)
+    if what == "lock removed":
+        assert not (folder / "exit.json").exists()
+    else:
+        assert [path.name for path in folder.glob("*")] == ([".lock"] if what == "replaced" else [])
+    if what == "renamed":
+        assert len(read_lines(tmp_path / "elsewhere/metrics.jsonl")) == step
+        assert not (tmp_path / "elsewhere/model").exists()
+        (tmp_path / "elsewhere").rename(folder)
+        monkeypatch.setattr(Tracker, "step", original)
+        assert len(read_lines(run("checkpoint.every=2") / "metrics.jsonl")) == 12
+
+
+@pytest.mark.parametrize("after", ["train.run.assemble", "train.run.Tracker.close"])
+def test_a_folder_that_is_gone_before_records_or_the_export(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: str
+) -> None:
+    original = train.run.assemble if after.endswith("assemble") else Tracker.close
+
+    def then_gone(*arguments: Any) -> Any:
+        returned = original(*arguments)
+        shutil.rmtree(tmp_path / "tiny")
+        return returned
+
+    monkeypatch.setattr(after, then_gone)
+    with pytest.raises(ConfigError, match="makes nothing anew"):
+        run()
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_page_that_cannot_be_drawn_costs_no_model(
+    tiny: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(folders: list[Path]) -> str:
+        raise UnicodeEncodeError("latin-1", "−", 0, 1, "no such character")
+
+    monkeypatch.setattr("train.report.runs_page", fail)
+    folder = train_here(tiny())
+    assert (folder / "model/model.safetensors").exists()
+    assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Warning: " in said and "could not be drawn: UnicodeEncodeError" in said
+
+
 def test_fault_24_a_secret_where_it_would_be_needed_again(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -388,14 +462,17 @@ def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -
     assert found == []
 
 
-def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from train.environment import without_secrets
 
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
-    monkeypatch.setenv("SECRETS_DIR", "/workspace")
+    monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "perhaps-not")
     harmless = {
-        "data": {"corpora": {"secret_garden": {"path": "/workspace/secret: of"}}, "tokenizer": {"path": "perhaps-not"}},
+        "data": {
+            "corpora": {"secret_garden": {"path": f"{tmp_path}/secret: of"}},
+            "tokenizer": {"path": "perhaps-not"},
+        },
         "run": {"tokens": 5, "name": "passwords"},
     }
     assert without_secrets(harmless) == harmless
@@ -405,6 +482,78 @@ def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch
     assert without_secrets(given) == hidden
     assert without_secrets("tracker.init_kwargs.password='two words'") == "tracker.init_kwargs.password=(hidden)"
     assert without_secrets("https://me:pass@host/a:b@c") == "https://(hidden)@host/a:b@c"
+    assert without_secrets("redis://:pass@host/0") == "redis://(hidden)@host/0"
+    headers = {"init_kwargs": {"headers": {"Authorization": "Bearer x", "Accept": "text"}, "lines": ["X-Auth: y"]}}
+    assert without_secrets(headers) == {
+        "init_kwargs": {"headers": {"Authorization": "(hidden)", "Accept": "text"}, "lines": ["X-Auth: (hidden)"]}
+    }
+    line = "+tracker.init_kwargs.mlflow.headers={Authorization: Bearer x}"
+    assert without_secrets(line) == "+tracker.init_kwargs.mlflow.headers={Authorization: (hidden)"
+
+
+def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from train.environment import without_secrets
+
+    secrets = """DB_PASS PASS SSHPASS SMTP_PASS_1 MYSQL_PWD DBPWD PGPASSWORD PASSPHRASE SSH_KEY KEY SIGNING_KEY
+        SSH_KEY_B64 SERVICE_KEY2 AWS_ACCESS_KEY_ID GITHUB_PAT PAT AUTH NPM_CONFIG__AUTH PROXY_AUTHORIZATION
+        SLACK_WEBHOOK DISCORD_WEBHOOK_URL BEARER SENTRY_DSN SESSION_COOKIE HF_TOKEN DB_CREDS APP_JWT
+        AZURE_STORAGE_CONNECTION_STRING"""
+    others = """PATH PWD OLDPWD PATTERN COMPAT_MODE COMPASS BYPASS KEYBOARD_LAYOUT KEY_SIZE GIT_AUTHOR_NAME XAUTHORITY
+        TOKENIZERS_PARALLELISM PASSED MONKEYS COOKIECUTTER_CONFIG AUTH_METHOD DSNAME"""
+    for value in ("s3cret-canary", "/s3cret/canary/+=", " 8characters-with-space "):
+        for name in secrets.split():
+            with monkeypatch.context() as environment:
+                environment.setenv(name, value)
+                assert without_secrets(f"see {value.strip()}.") == "see (hidden).", name
+        for name in others.split():
+            with monkeypatch.context() as environment:
+                environment.setenv(name, value)
+                assert without_secrets(f"see {value}.") == f"see {value}.", name
+    for name, value in (
+        ("MY_AUTH", "disabled"),
+        ("SORT_KEY", "timestamp"),
+        ("SSH_KEY", str(tmp_path)),
+        ("A_PASS", "x"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert without_secrets(f"see {value}") == f"see {value}", name
+
+
+def test_fault_24_a_tracker_that_repeats_what_it_was_given(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accelerate import Accelerator
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("canary-of-init-kwargs is no key")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fail)
+    folder = run("tracker=wandb", "+tracker.init_kwargs.wandb.settings={auth: [me, canary-of-init-kwargs]}")
+    assert "tracking has ended: ValueError: (hidden) is no key" in " ".join(capsys.readouterr().out.split())
+    found = [path for path in folder.rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+    assert found == []
+
+
+@pytest.mark.parametrize("missing", ["exp_avg-00001-of-00002.safetensors", "rng/rank-00001.safetensors"])
+def test_every_ranks_files_are_required(tmp_path: Path, missing: str) -> None:
+    """Taken out of the manifest, too, it would be noticed by one rank alone, or by none."""
+    path = tmp_path / "step-00000003"
+    (path / "rng").mkdir(parents=True)
+    names = [f"{what}-{shard}-of-00002.safetensors" for what in ("weights", "exp_avg", "exp_avg_sq")
+             for shard in ("00001", "00002")]  # fmt: skip
+    for name in (*names, "rng/rank-00000.safetensors", "rng/rank-00001.safetensors"):
+        (path / name).write_bytes(b"")
+    (path / "state.json").write_text(json.dumps({"engine": {"kind": "zero3", "ranks": 2}}))
+    files = {
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+        for file in path.rglob("*.*")
+    }
+    (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
+    assert checkpoint.faults(path) == []
+    (path / missing).unlink()
+    del files[missing]
+    (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
+    assert checkpoint.faults(path) == [f"{missing} is missing, in manifest.json too"]
 
 
 class _Evil:
@@ -448,18 +597,19 @@ def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: s
 # ------------------------------------------------------------------------------------------------------- trackers
 
 
-@pytest.mark.parametrize("wrong", ["init raises", "log raises", "log exits", "init hangs", "log hangs"])
+@pytest.mark.parametrize("wrong", ["start raises", "log raises", "log exits", "start hangs", "log hangs"])
 def test_fault_27_a_tracker_that_fails_changes_nothing(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wrong: str
 ) -> None:
+    """Not the run, and not the tracker beside it."""
     import threading
 
-    from accelerate import Accelerator
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
     from train import track
 
     off = read_lines(run("run.name=off") / "metrics.jsonl")
-    never = threading.Event()
+    never, shown = threading.Event(), []
 
     def fail(*_: object, **__: object) -> None:
         if "hangs" in wrong:
@@ -467,12 +617,35 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
         raise SystemExit("unreachable") if "exits" in wrong else ConnectionError("unreachable")
 
     monkeypatch.setattr(track, "MOST_SECONDS", 0.5)
-    monkeypatch.setattr(Accelerator, "init_trackers", fail if "init" in wrong else lambda *a, **k: None)
-    monkeypatch.setattr(Accelerator, "log", fail)
+    for kind in (WandBTracker, TensorBoardTracker):
+        for method in ("start", "store_init_configuration", "log", "finish"):
+            monkeypatch.setattr(kind, method, lambda *_, **__: None)
+    monkeypatch.setattr(WandBTracker, wrong.partition(" ")[0], fail)
+    monkeypatch.setattr(
+        TensorBoardTracker, "log", lambda self, values, step: shown.append((step, values.get("lm_loss")))
+    )
     began = time.monotonic()
-    on = read_lines(run("run.name=on", "tracker=wandb") / "metrics.jsonl")
+    folder = run("run.name=on", "tracker.log_with=[wandb,tensorboard]")
     assert time.monotonic() - began < 30  # it would have been 60
     told = "is left behind" if "hangs" in wrong else ": unreachable"
     assert told in "".join(capfd.readouterr())
+    (ended,) = json.loads((folder / "run.json").read_text())["starts"][-1]["trackers_ended"].items()
+    assert ended[0] == "wandb" and told in ended[1]
     never.set()
+    on = read_lines(folder / "metrics.jsonl")
     assert without_timing(on) == without_timing(off)
+    assert shown[:12] == [(line["step"], line["lm_loss"]) for line in on]
+
+
+def test_fault_27_a_tracker_that_takes_nothing_fills_no_memory() -> None:
+    import threading
+
+    from train import track
+
+    never, ended = threading.Event(), []
+    passing = track._Passing("slow", lambda: never.wait(60), lambda name, why: ended.append((name, why)))
+    for step in range(track.MOST_WAITING + 10):
+        passing.put(({}, step))
+    assert ended == [("slow", "10,000 lines wait for it, and it is left behind")]
+    assert passing._lines.qsize() == track.MOST_WAITING
+    never.set()

@@ -323,6 +323,26 @@ def test_expert_load_of_hand_made_loads() -> None:
     assert alone == {"max_over_mean": 1.0, "entropy": 1.0, "layer_entropy": [1, 1], "idle": 0}
 
 
+@pytest.mark.parametrize(
+    ("assignments", "top_k", "collapsed"),
+    [
+        ([[32] * 8, [32] * 8], 2, 0),
+        ([[128, 128, 0, 0, 0, 0, 0, 0], [32] * 8], 2, 1),  # top-2 of 8 for 128 tokens, all to the same two
+        ([[128, 19, 19, 18, 18, 18, 18, 18]], 2, 1),  # 4.00 × mean: all to one, the second choice balanced
+        ([[119, 27, 22, 22, 22, 22, 22]], 2, 1),  # 9 of 128 go past it, where 91 would: 5/7 of them
+        ([[118, 28, 22, 22, 22, 22, 22]], 2, 0),  # 10
+        ([[64, 64, 64, 64, 0, 0, 0, 0]], 2, 1),  # half are idle, and the rest balanced
+        ([[52, 52, 52, 50, 50, 0, 0, 0]], 2, 0),
+        ([[7], [7]], 1, 0),  # a single expert, or as many as are chosen: nothing to route
+        ([[100_000_007] * 3], 3, 0),
+        ([[8, 0], [5, 3]], 1, 1),
+        ([[15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 15, 0]], 11, 1),  # every token to the same 11 of 12
+    ],
+)
+def test_layers_that_no_longer_route(assignments: list[list[int]], top_k: int, collapsed: int) -> None:
+    assert metrics.collapsed_layers(torch.tensor(assignments), top_k) == collapsed
+
+
 def test_default_balance_is_the_designs() -> None:
     assert BalanceConfig() == BalanceConfig("lagged", "layer", 0.01, 0.001)
 

@@ -179,6 +179,26 @@ def test_seeds_are_not_shifted_copies(small_config: Callable[..., Config]) -> No
                 drawn[key] = (seed, name)
 
 
+@pytest.mark.parametrize(("heads", "base"), [(2, 256), (8, 256), (4, 64)])
+def test_the_first_loss_is_what_the_page_says(small_config: Callable[..., Config], heads: int, base: int) -> None:
+    """ln V + std² / 2 without the logit of the token itself, which tied embeddings lift and untied ones do not."""
+    config = small_config(
+        "model.vocab_size=2048", f"model.hidden_size={64 * heads}", f"model.num_attention_heads={heads}",
+        f"mup.base_hidden_size={base}", "model.num_key_value_heads=null", "data.sequence_length=64",
+    )  # fmt: skip
+    model = granite.build(config)
+    mup.initialize(model.named_parameters(), mup.table(config), seed=0)
+    ids = torch.randint(2048, (4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    std = mup.first_logits_std(config)
+    own = logits.gather(-1, ids[..., None])
+    others = logits.scatter(-1, ids[..., None], -torch.inf).logsumexp(-1)
+    assert logits.scatter(-1, ids[..., None], 0.0).std(-1).mean().item() == pytest.approx(std, rel=0.03)
+    assert others.mean().item() == pytest.approx(math.log(2048) + std**2 / 2, abs=0.06)
+    assert own.mean().item() > 3 * std  # a token is guessed to follow itself
+
+
 def test_values_do_not_change_from_one_process_to_another() -> None:
     """A re-run, another rank or machine has to draw what this one drew: values written down once."""
     rows = {"embedding": mup.Row(2.0, 1.0, True)}

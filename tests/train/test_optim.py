@@ -5,11 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+from schedulers import Power
+from schedulers.adapters import PowerLR
 from train.config import Config, OptimizerConfig
+from train.engine import Engine
 from train.loss import LanguageModelLoss
 from train.model import granite, mup
-from train.optim import BFloat16Weights, adamw, parameter_groups
+from train.optim import BFloat16Weights, adamw, mup_groups, parameter_groups
 
 # m_width 4; fan-in of down 24/8 = 3.
 PAPER = {"embedding": 1, "head": 1, "attention": 1 / 4, "attention_out": 1 / 4, "router": 1 / 4, "gate_up": 1 / 4}
@@ -43,6 +47,49 @@ def test_every_parameter_is_in_the_group_of_its_role(
     rates = {role: rate for role, rate in RATES[rule].items() if role not in absent}
     assert {group["name"]: group["lr_multiplier"] for group in groups} == pytest.approx(rates)
     assert [group["name"] for group in groups] == list(rates), "the table's order"
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "rule", "mode"),
+    [
+        ("granitemoe", True, "paper", "coupled"),
+        ("granitemoe", False, "fan_in", "independent"),
+        ("granite", False, "paper", "independent"),
+        ("granite", True, "fan_in", "coupled"),
+    ],
+)
+def test_groups_for_another_loop_are_the_engines(
+    small_config: Callable[..., Config], kind: str, tied: bool, rule: str, mode: str
+) -> None:
+    """Of a model that Transformers alone has made: names, members, multipliers and decays, as of a run's optimizer."""
+    config = small_config(
+        f"model.model_type={kind}", f"model.tie_word_embeddings={tied}", f"mup.rule={rule}",
+        f"optimizer.weight_decay_mode={mode}", "optimizer.weight_decay=0.3",
+    )  # fmt: skip
+    engine = Engine(config)
+    engine.prepare(LanguageModelLoss(granite.build(config)), mup.table(config))
+    theirs = AutoModelForCausalLM.from_config(granite.transformers_config(config))
+    groups = mup_groups(theirs, config.mup, config.optimizer)
+    names = [{id(parameter): name for name, parameter in model.named_parameters()} for model in (theirs, engine.model)]
+    for mine, other in zip(groups, engine.optimizer.param_groups, strict=True):
+        assert [names[0][id(p)] for p in mine["params"]] == [names[1][id(p)] for p in other["params"]]
+        assert all(mine[key] == other[key] for key in ("name", "lr_multiplier", "weight_decay"))
+        assert mine["lr"] == pytest.approx(RATES[rule].get(mine["name"], 1))  # by hand
+        decay = {"coupled": 0.3, "independent": 0.3 / RATES[rule].get(mine["name"], 1)}[mode]
+        assert mine["weight_decay"] == pytest.approx(0 if mine["name"] == "norm" else decay)
+
+
+def test_groups_for_another_loop_carry_the_rates_of_the_schedule(small_config: Callable[..., Config]) -> None:
+    config = small_config()
+    groups = mup_groups(granite.build(config), config.mup)
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    scheduler = PowerLR(optimizer, batch_tokens=4096, warmup_tokens=0)
+    optimizer.step()
+    scheduler.step()
+    rate = Power(warmup_tokens=0)(tokens=4096, batch=1)
+    assert {g["name"]: g["lr"] for g in optimizer.param_groups} == pytest.approx(
+        {g["name"]: rate * RATES["paper"][g["name"]] for g in groups}
+    )
 
 
 def test_a_parameter_without_a_role_is_refused(small_config: Callable[..., Config]) -> None:

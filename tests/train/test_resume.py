@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import ctypes
+import errno
+import io
+import itertools
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_same_run, cut_at, tiny_overrides, train_here, without_timing
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from data.tokens import TokenFile
 from train import checkpoint
-from train.config import ConfigError
+from train.config import ConfigError, RampConfig
 from train.track import read_lines
 
 # attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
@@ -64,8 +73,6 @@ def test_the_cut_crosses_an_epoch(whole: Path) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    from omegaconf import OmegaConf
-
     return OmegaConf.load(folder / "config.yaml")
 
 
@@ -146,6 +153,72 @@ def test_fault_04_without_a_valid_checkpoint_nothing_begins_again(go_on: Callabl
         go_on(1, prepare=truncate)
 
 
+@pytest.fixture
+def as_a_user(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Permissions count, as they do not for root: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    effective = sets[0]
+    sets[0] &= ~0b110
+    libc.capset(header, sets)
+    yield
+    sets[0] = effective
+    libc.capset(header, sets)
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    [
+        "step-00000006/manifest.json",
+        "step-00000006/weights.safetensors",
+        "step-00000006/state.json",
+        "step-00000006/rng",
+        "step-00000006",
+        ".",
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_fault_04_what_may_not_be_read_is_not_what_is_damaged(
+    go_on: Callable[..., Path], tmp_path: Path, unreadable: str
+) -> None:
+    checkpoints = tmp_path / "cut/checkpoints"
+
+    def lock_away(folder: Path) -> None:
+        (checkpoints / unreadable).chmod(0)
+
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\)") as refused:
+        go_on(6, prepare=lock_away)
+    assert "\n" not in str(refused.value)
+    (checkpoints / unreadable).chmod(0o700)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-{step:08d}" for step in range(1, 7)]
+    assert not (tmp_path / "cut/checkpoints/step-00000006.invalid").exists()
+    assert json.loads((tmp_path / "cut/exit.json").read_text())["code"] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOENT, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("file", ["weights.safetensors", "manifest.json"])
+def test_fault_04_what_says_that_bytes_are_lost(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, number: int
+) -> None:
+    real = io.open
+
+    def broken(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if str(path).endswith(f"step-00000012/{file}"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr("io.open", broken)
+    monkeypatch.setattr("builtins.open", broken)
+    if number in (errno.EIO, errno.ESTALE, errno.ENOENT):
+        newest = checkpoint.newest_valid(whole / "checkpoints")
+        assert newest is not None and checkpoint.step_of(newest) == 11
+        said = "is missing" if number == errno.ENOENT else f"cannot be read: {os.strerror(number)}"
+        assert f"step-00000012 is not valid, trying the one before: {file} {said}." in capsys.readouterr().out
+    else:
+        with pytest.raises(ConfigError, match=re.escape(f"{file} cannot be read ({os.strerror(number)})")):
+            checkpoint.newest_valid(whole / "checkpoints")
+
+
 def test_fault_26_manifest_that_points_outside_is_refused(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "step-00000006"
     shutil.copytree(whole / "checkpoints/step-00000006", path)
@@ -153,6 +226,63 @@ def test_fault_26_manifest_that_points_outside_is_refused(whole: Path, tmp_path:
     manifest["files"]["../outside"] = {"size": 0, "sha256": ""}
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert checkpoint.faults(path) == ["../outside lies outside the checkpoint"]
+
+
+def test_fault_23_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        if checkpoint.step_of(path) == 3:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(checkpoint, "_remove", refuse)
+    folder = run("checkpoint.every=3", "checkpoint.keep=1")
+    assert [checkpoint.step_of(path) for path in checkpoint.available(folder / "checkpoints")] == [3, 12]
+    assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"
+    said = capsys.readouterr().out
+    assert said.count("step-00000003 cannot be removed, and takes space: Permission denied") == 1
+    assert "could not be written" not in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"state": {"step": "12"}}',
+        '{"state": {"step": 12, "samples": 1, "tokens": 1%s}, "optimizer_steps": 1, "assignments": [], '
+        '"data_fingerprint": {}}' % ("0" * 400),
+        '{"state": {"step": 12}, "optimizer_steps": 1, "assignments": [["a"]], "data_fingerprint": {}}',
+        '{"state": {"step": 12}, "optimizer_steps": 1, "assignments": [], "data_fingerprint": []}',
+        '{"state": {"step": 12}, "optimizer_steps": 1, "assignments": [], "data_fingerprint": {}, "engine": "ddp"}',
+    ],
+)
+def test_a_state_of_another_shape_is_one_paragraph(tmp_path: Path, text: str) -> None:
+    """As an edited checkpoint with an edited manifest has it."""
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ConfigError, match="has been changed"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_records_of_another_shape_stop_nothing(whole: Path, go_on: Callable[..., Path]) -> None:
+    huge = b'{"step": 12, "tokens": 1' + b"0" * 400 + b"}"
+
+    def edit(folder: Path) -> None:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        edited = [lines[0], b"{}", b'{"step": "2"}', *lines[1:], b'{"step": []}', huge]
+        (folder / "metrics.jsonl").write_bytes(b"\n".join(edited))
+        (folder / "evals.jsonl").write_bytes(b'{"step": 6, "corpus": ["overall"]}\n\xff\n{"step": 1e400}\n')
+        (folder / "run.json").write_text('{"id": 4, "parent": 5, "starts": {"a": 1}}')
+        (folder / "exit.json").write_text("[" * 100_000)
+        (folder / checkpoint.SAVED).write_bytes(b"\xff")
+
+    folder = go_on(6, prepare=edit)
+    assert without_timing(read_lines(folder / "metrics.jsonl")) == without_timing(read_lines(whole / "metrics.jsonl"))
+    assert "2 line(s) of metrics.jsonl cannot be read" in (folder / "report.html").read_text()
+    assert (folder / "run.json.unreadable").exists()
+    assert len(json.loads((folder / "run.json").read_text())["starts"]) == 1
 
 
 def test_fault_23_only_own_checkpoints_are_pruned_and_enough_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -202,14 +332,48 @@ def test_fault_17_a_change_to_what_is_trained_is_refused(go_on: Callable[..., Pa
         "data.stages=[{from_tokens: 1536, mixture: {words: 2}}]",
     ],
 )
-def test_fault_17_a_change_ahead_passes_and_is_recorded(go_on: Callable[..., Path], whole: Path, change: str) -> None:
+def test_fault_17_a_change_ahead_passes_and_is_recorded(
+    go_on: Callable[..., Path], whole: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = go_on(6, change)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("Warning: batch.micro_sequences 4 → 2: " in said) == (change == "batch.micro_sequences=2")  # with dropout
     start = json.loads((folder / "run.json").read_text())["starts"][-1]
     assert start["from"].endswith("step-00000006")
     name = change.partition("=")[0]
     assert any(setting.startswith(name) for setting in start["changed_settings"])
     before = without_timing(read_lines(whole / "metrics.jsonl"))[:6]
     assert without_timing(read_lines(folder / "metrics.jsonl"))[:6] == before
+
+
+def test_what_another_split_of_the_batch_changes_is_said(
+    whole: Path, tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train import resume
+    from train.cli import composed
+
+    path = whole / "checkpoints/step-00000006"
+    config = composed(tiny())
+
+    def said(scope: str, dropout: float, before: int, micro: int, ranks: int) -> str:
+        config.balance.scope, config.model.attention_dropout, config.batch.micro_sequences = scope, dropout, before
+        then = copy.deepcopy(config)
+        monkeypatch.setattr(resume, "load", lambda path: then)
+        config.batch.micro_sequences = micro
+        return resume.other_losses(path, config, ranks) or ""
+
+    for micro, ranks in itertools.product((2, 4), (1, 2)):  # 4 on one rank before, of batches of 8
+        split = (micro, ranks) != (4, 1)
+        for scope in ("lagged", "accumulated", "dp", "micro"):
+            counted = {"lagged": False, "micro": micro != 4}.get(scope, split)
+            assert (f"balance.scope={scope}" in said(scope, 0.0, 4, micro, ranks)) == counted
+            assert ("dropout" in said(scope, 0.1, 4, micro, ranks)) == split
+    assert "batch.micro_sequences 4 → 2, ranks 1 → 2: " in said("dp", 0.0, 4, 2, 2)
+    assert resume.changes(path, config, 2) == {"batch.micro_sequences": [4, 2], "ranks": [1, 2]}
+    # The whole batch in one forward pass is that on any number of ranks, as long as it does not grow.
+    assert said("dp", 0.0, 8, 4, 2) == ""
+    config.batch.ramp = [RampConfig(2048, 16)]
+    assert "dp" in said("dp", 0.0, 8, 4, 2)
 
 
 def test_fault_17_going_on_after_a_decay_began_needs_a_rewarmup(go_on: Callable[..., Path]) -> None:
@@ -255,6 +419,38 @@ def test_fault_18_changed_bytes_of_a_corpus_are_noticed(
         go_on(6, f"data.corpora.words.path={other}/*.txt", prepare=move_the_text)
 
 
+def test_fault_18_the_fingerprint_of_an_earlier_version(
+    go_on: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large corpus, of which a sample was hashed when the checkpoint was written."""
+    monkeypatch.setattr("data.tokens.BLOCK", 64)
+    monkeypatch.setattr("data.tokens.SAMPLED_BLOCKS", 4)
+
+    def written_then(value: Callable[[str], str]) -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            for path in (folder / "checkpoints").glob("step-*"):
+                state = json.loads((path / "state.json").read_text())
+                state["data_fingerprint"]["words"] = value(state["data_fingerprint"]["words"])
+                (path / "state.json").write_text(json.dumps(state))
+                manifest = json.loads((path / "manifest.json").read_text())
+                manifest["files"]["state.json"] = {
+                    "size": (path / "state.json").stat().st_size,
+                    "sha256": checkpoint._sha256(path / "state.json"),
+                }
+                (path / "manifest.json").write_text(json.dumps(manifest))
+
+        return change
+
+    def sampled(fingerprint: str) -> str:
+        cache = Path(load_config(whole)["data"]["cache_dir"])
+        files = [TokenFile(path.with_suffix("")) for path in cache.glob("words-*/train.bin")]
+        return next(file for file in files if file.fingerprint() == fingerprint).sampled_fingerprint()
+
+    shutil.rmtree(go_on(6, prepare=written_then(sampled)))
+    with pytest.raises(ConfigError, match="The tokens of the corpus 'words' are not those"):
+        go_on(6, prepare=written_then(lambda _: "0" * 64))
+
+
 # ------------------------------------------------------------------------------------------------------ stopping
 
 
@@ -295,13 +491,32 @@ def test_an_evaluation_that_a_stop_came_before_is_made_up_for(
         if record["step"] == 4:
             (tmp_path / "stopped/stop").touch()
 
-    whole = (run("run.name=whole", *settings) / "evals.jsonl").read_text()
-    assert [json.loads(line)["step"] for line in whole.splitlines()][::2] == [4, 8, 12]
+    whole = read_lines(run("run.name=whole", *settings) / "evals.jsonl")
+    assert [line["step"] for line in whole][::2] == [0, 4, 8, 12]
     monkeypatch.setattr(Tracker, "step", stop_at_4)
     run("run.name=stopped", *settings)
     monkeypatch.setattr(Tracker, "step", original)
     evaluations = run("run.name=stopped", *settings) / "evals.jsonl"
-    assert evaluations.read_text() == whole
+    assert read_lines(evaluations) == whole
+    assert len(evaluations.read_text().splitlines()) == 8  # none of them twice
+
+
+def test_a_finished_run_only_says_so(
+    go_on: Callable[..., Path], whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = go_on(12)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The run had finished" in said and "validation loss" in said and str(folder / "model") in said
+    assert read_lines(folder / "evals.jsonl") == read_lines(whole / "evals.jsonl")
+    assert len((folder / "evals.jsonl").read_text().splitlines()) == 2
+    assert (folder / "model/README.md").read_text().count("nats a token") == 1
+
+
+def test_a_finished_run_is_evaluated_again_when_that_is_asked_for(go_on: Callable[..., Path], whole: Path) -> None:
+    before = read_lines(whole / "evals.jsonl")
+    after = read_lines(go_on(12, "evaluation.sequences=2") / "evals.jsonl")
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    assert after[-1]["targets"] < before[-1]["targets"]
 
 
 # ------------------------------------------------------------------------------------- what a run must not lose

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import launch, without_timing
@@ -24,8 +26,8 @@ def test_a_run_leaves_everything_and_learns(run: Callable[..., Path]) -> None:
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 61))
     evals = [line["loss"] for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
-    assert len(evals) == 3
-    assert evals[-1] < evals[0] < 5.7  # log(300) at the start
+    assert len(evals) == 4  # before the first step, after 20 and 40, at the end
+    assert evals[-1] < evals[1] < 5.7 < evals[0]  # log(300): a uniform guess
     assert json.loads((folder / "run.json").read_text())["starts"][0]["versions"]["torch"] == torch.__version__
 
 
@@ -83,15 +85,74 @@ def test_bf16_follows_fp32(run: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("scope", ["accumulated", "dp", "micro"])
-def test_every_scope_trains(run: Callable[..., Path], scope: str) -> None:
+def test_every_scope_trains(run: Callable[..., Path], capsys: pytest.CaptureFixture[str], scope: str) -> None:
     lines = read_lines(run(f"balance.scope={scope}", "balance.pool=all") / "metrics.jsonl")
+    assert "Warning" not in capsys.readouterr().out
     assert all(1.5 < line["balance_loss"] < 6 for line in lines)  # 2 layers, each 1 when balanced
+
+
+def test_one_expert_a_token_is_warned_of_and_its_router_has_no_moments(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the losses of balance nothing reaches the router."""
+    folder = run("model.num_experts_per_tok=1", "balance.router_aux_loss_coef=0", "balance.router_z_loss_coef=0")
+    assert "Warning: model.num_experts_per_tok is 1" in capsys.readouterr().out
+    moments = load_file(folder / "checkpoints/step-00000012/exp_avg_sq.safetensors")
+    assert {bool(tensor.any()) for name, tensor in moments.items() if "router" not in name} == {True}
+    assert {bool(tensor.any()) for name, tensor in moments.items() if "router" in name} == {False}
 
 
 def test_evaluation_changes_nothing(run: Callable[..., Path]) -> None:
     without = read_lines(run("run.name=without") / "metrics.jsonl")
     often = read_lines(run("run.name=often", "evaluation.every=1") / "metrics.jsonl")
     assert without_timing(often) == without_timing(without)
+
+
+def test_an_evaluation_before_the_first_step_is_of_the_initial_weights(
+    run: Callable[..., Path], tiny: Callable[..., list[str]], cache: Path
+) -> None:
+    """By Transformers and cross-entropy alone, window by window."""
+    from data.loader import window
+    from data.prepare import prepare
+    from train.cli import composed
+    from train.model import granite, mup
+
+    first = read_lines(run("evaluation.every=100", "evaluation.sequences=100") / "evals.jsonl")[:2]
+    assert [(line["step"], line["tokens"], line["corpus"]) for line in first] == [(0, 0, "overall"), (0, 0, "words")]
+
+    config = composed(tiny())
+    model = granite.build(config)
+    mup.initialize(model.named_parameters(), mup.table(config), config.run.seed)
+    file = prepare(config.data.corpora, config.data.tokenizer, cache).validation["words"]
+    windows = [window(file, index, 32) for index in range((file.num_tokens - 1) // 32)]  # all there are
+    ids, labels, positions = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
+    with torch.no_grad():
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    assert [line["loss"] for line in first] == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_what_begins_anew_keeps_no_evaluation_of_the_start_before(run: Callable[..., Path], tmp_path: Path) -> None:
+    run("evaluation.every=100", "data.sequence_length=32")
+    shutil.rmtree(tmp_path / "tiny/checkpoints")  # as if it had been killed before the first
+    (tmp_path / "tiny/.saved").unlink()
+    folder = run("run.seed=1")
+    assert {line["step"] for line in read_lines(folder / "evals.jsonl")} == {12}
+
+
+def test_every_corpus_is_told_of(run: Callable[..., Path], words: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`overall` has every corpus's windows in it: of equally many, whatever the mixture."""
+    late = f"data.corpora.late={{source: text, path: {words}/1*.txt, validation_fraction: 0.2}}"
+    folder = run(late, "data.mixture={words: 9, late: 1}", "evaluation.sequences=1", "evaluation.every=100")
+    said = capsys.readouterr().out
+    lines = {(line["step"], line["corpus"]): line for line in read_lines(folder / "evals.jsonl")}
+    for step in (0, 12):
+        overall, one, other = (lines[step, name] for name in ("overall", "late", "words"))
+        nats = sum(line["loss"] * line["targets"] for line in (one, other))
+        assert overall["loss"] == pytest.approx(nats / (one["targets"] + other["targets"]))
+        each = f"{overall['loss']:.4f} overall (late {one['loss']:.4f}, words {other['loss']:.4f})"
+        assert f"step {step}: validation loss {each}" in said
+    assert f"of each corpus  {each}" in said
 
 
 def test_dense_model_trains(run: Callable[..., Path]) -> None:

@@ -27,7 +27,7 @@ def test_scores_touch_nothing(run: Callable[..., Path], benchmarks: Path) -> Non
 
     lines = read_lines(judged / "evals.jsonl")
     assert [(line["step"], line["corpus"]) for line in lines] == [
-        (step, corpus) for step in (5, 10, 12) for corpus in sorted((*TASKS, "overall", "words"))
+        (step, corpus) for step in (0, 5, 10, 12) for corpus in sorted((*TASKS, "overall", "words"))
     ]
     assert read_lines(without / "evals.jsonl") == [
         line for line in lines if line["step"] == 12 and line["corpus"] in ("overall", "words")

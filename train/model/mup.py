@@ -93,6 +93,13 @@ def multipliers(config: Config) -> dict[str, float]:
     }
 
 
+def first_logits_std(config: Config) -> float:
+    """Standard deviation of a token's logits before the first step: the head's times the root of the hidden size, since
+    the last norm leaves a hidden state of mean square 1. By it the first loss is about ln V + std² / 2, and more with
+    tied embeddings, where the logit of the token itself stands out."""
+    return config.model.initializer_range * math.sqrt(config.model.hidden_size) / multipliers(config)["logits_scaling"]
+
+
 def parametrisation(config: Config) -> dict[str, float | str | bool]:
     """What a law of the best rate belongs to: two runs that agree on it are comparable, whatever their size.
 

@@ -88,7 +88,7 @@ def documents(packages: Path) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Write the corpus and say how much each package gave."""
     totals: dict[str, int] = {}
-    with open(sys.argv[2], "w") as out:
+    with open(sys.argv[2], "w", encoding="utf-8") as out:
         for document in documents(Path(sys.argv[1])):
             totals[document["package"]] = totals.get(document["package"], 0) + len(document["text"])
             out.write(json.dumps(document) + "\n")

@@ -17,7 +17,9 @@ from schedulers.law import fit
 
 def main() -> None:
     """Compare the candidates."""
-    swept, there = ([json.loads(line) for line in Path(path).read_text().splitlines()] for path in sys.argv[1:3])
+    swept, there = (
+        [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] for path in sys.argv[1:3]
+    )
     batch, tokens = there[0]["batch"], there[0]["tokens"]
     law = fit(swept)
     foretold = law.chosen.lr(batch, tokens)

@@ -77,7 +77,7 @@ def main() -> None:
             label = f"{engine}, 2 GB buckets" if beside else engine
             numbers = f"{measured['peak'] / 1e6:,.1f} | {estimated / 1e6:,.1f} | {error:+.1%}"
             print(f"| {name} | {label} | {numbers} |", flush=True)
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def launched(engine: str, bucket: int, settings: list[str]) -> dict[str, Any]:
@@ -90,7 +90,11 @@ def launched(engine: str, bucket: int, settings: list[str]) -> dict[str, Any]:
     if engine == "ddp":
         environment["ACCELERATE_USE_CPU"] = "true"
     ended = subprocess.run(
-        [*command, __file__, str(bucket), *settings], env=environment, capture_output=True, text=True, check=False
+        [*command, __file__, str(bucket), *settings],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
     )
     printed = [line for line in ended.stdout.splitlines() if line.startswith("{")]
     if not printed:

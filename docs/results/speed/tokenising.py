@@ -53,7 +53,9 @@ def main() -> None:
         texts = [text for _, text in documents(Corpus("stdlib"))] * COPIES
         file = folder / "corpus.jsonl"
         # A number in front keeps the copies apart.
-        file.write_text("".join(json.dumps({"text": f"# {i}\n{text}"}) + "\n" for i, text in enumerate(texts)))
+        file.write_text(
+            "".join(json.dumps({"text": f"# {i}\n{text}"}) + "\n" for i, text in enumerate(texts)), encoding="utf-8"
+        )
         tokenizer = prepare({"stdlib": Corpus("stdlib")}, TokenizerSpec(vocab_size=8192), folder / "first")
         ways = {
             "data.prepare": (ours,),
