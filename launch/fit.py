@@ -11,8 +11,8 @@ examples:
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
 sweep of constant learning rates with a decay at the end will do. --predict takes the batch in the same units, or as
-batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given. Where the sizes of a ledger
-disagree (as they do without muP) it needs `parameters`, too, and --parameters says for how many.
+batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given. Where the sizes of a
+ledger disagree (as they do without muP) it needs `parameters`, too, and --parameters says for how many.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
 
 
 def pictures(law: Law) -> Iterator[tuple[str, Any]]:
-    """Losses over learning rates, the best of them over batch and tokens, and the law with what it is worth, by name."""
+    """By name: losses over learning rates, the best of them over batch and tokens, the law with what it is worth."""
     import matplotlib
 
     matplotlib.use("Agg")

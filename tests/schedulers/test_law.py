@@ -228,7 +228,7 @@ def test_intervals_of_two_hundred_sweeps_contain_the_truth_and_the_right_form_is
     hits: dict[str, list[bool]] = {}
     for number in range(200):
         truth, ledger = sweep(kind, number)
-        found = law.fit(ledger, replicates=100)
+        found = law.fit(ledger, replicates=40)
         form = found.forms[kind]
         assert found.worth is not None
         told = {"b": form.b.contains(truth["b"]), "a": form.a().contains(truth["a"])}
