@@ -1,4 +1,4 @@
-"""What the law is worth outside its sweep: the learning rate that each form predicts, and two others, against a sweep of rates there.
+"""What the law is worth outside its sweep: the learning rate of each form, and two others, against a sweep there.
 
     python transfer.py ledger.jsonl transfer.jsonl
 
