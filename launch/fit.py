@@ -10,8 +10,9 @@ examples:
   python -m train --config-dir mine +experiment=quickstart schedule=mine
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
-sweep of constant rates with a decay at the end will do. --predict takes the batch in the same units, or as
-batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given.
+sweep of constant learning rates with a decay at the end will do. --predict takes the batch in the same units, or as
+batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given. Where the sizes of a
+ledger disagree (as they do without muP) it needs `parameters`, too, and --parameters says for how many.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from schedulers import Power
-from schedulers.law import Cell, Law, Reading, fit, name_of
+from schedulers import Power, forms
+from schedulers.cells import Cell
+from schedulers.held_out import Worth, distance
+from schedulers.law import Law, fit, name_of
 from train.cli import guard
 from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
 from train.environment import replace_text
-from train.report import looks, plain
+from train.report import plain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,9 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("ledger", type=Path)
     parser.add_argument(
-        "--predict", nargs="+", metavar="KEY=VALUE", help="print the best rate at batch=β or sequences=N, and tokens=T"
+        "--predict",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="print the best learning rate at batch=β or sequences=N, and tokens=T",
     )
     parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
+    parser.add_argument("--parameters", type=float, help="of the model to write it for; default: the largest swept")
     parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
     sys.exit(guard(lambda: _fit(parser.parse_args(arguments))))
 
@@ -62,9 +69,10 @@ def _fit(options: argparse.Namespace) -> int:
         law = fit(ledger)
     except ValueError as error:
         raise ConfigError(f"{options.ledger}: {error}") from error
-    text = schedule(law, ledger, options.ledger) if options.name else ""
+    parameters = _parameters(law, options.parameters)
+    text = schedule(law, ledger, options.ledger, parameters) if options.name else ""
     if options.predict:
-        print(prediction(law, *_predict_arguments(options.predict, ledger)))
+        print(prediction(law, *_predict_arguments(options.predict, ledger), parameters))
         return 0
     out = options.out or options.ledger.parent
     print(report(law))
@@ -122,6 +130,15 @@ def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[
     return batch, tokens
 
 
+def _parameters(law: Law, given: float | None) -> float | None:
+    """The number of parameters to predict for; None where the law is one for all sizes."""
+    if given is not None and not 0 < given < math.inf:
+        raise ConfigError(f"--parameters is {given:g}; it is a number above 0.")
+    if law.chosen.central_parameters is None:
+        return None
+    return given or max(cell.parameters or 0 for cell in law.cells if cell.usable)
+
+
 def _sequence_length(ledger: list[dict[str, Any]]) -> int:
     """That of all lines."""
     configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
@@ -138,19 +155,33 @@ def _sequence_length(ledger: list[dict[str, Any]]) -> int:
 # ------------------------------------------------------------------------------------------------------- in words
 
 
-def prediction(law: Law, batch: float, tokens: float) -> str:
-    """The best rate for a batch and a horizon, its interval, what the Power schedule makes of it, and what to doubt."""
-    lr = law.chosen.lr(batch, tokens)
+def prediction(law: Law, batch: float, tokens: float, parameters: float | None = None) -> str:
+    """The best learning rate for a batch and a horizon with its interval, the critical batch, the regret to expect,
+    what the Power schedule makes of it, and what to doubt."""
+    lr = law.chosen.lr(batch, tokens, parameters)
     lines = [
         f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and "
-        f"{tokens:g} tokens",
+        f"{tokens:g} tokens" + (f", for {parameters:,.0f} parameters" if parameters else ""),
     ]
+    if law.chosen.name in forms.CAPPED:
+        critical = law.chosen.critical_batch(tokens)
+        lines.append(
+            f"cap {law.chosen.max_lr(parameters)}; critical batch {critical} there"
+            + (": this one is above it, and needs more tokens for the same loss" if batch > critical.value else "")
+        )
+    elif lr.value > law.highest:
+        lines.append(
+            f"That is above {law.highest:.4g}, the highest best learning rate of the sweep, where a cap may lie that "
+            "the sweep did not reach: a schedule stops there."
+        )
+    if law.worth is not None:
+        lines.append(_expected(law.worth, distance([c for c in law.cells if c.usable], batch, tokens)))
     if law.chosen.b.value < 0:
-        schedule = power(law)
+        schedule = power(law, parameters)
         release = schedule.cap_release(batch)
         lines.append(
-            f"Power: a {schedule.a:.4g}, b {schedule.b:.4g}, batch_exponent {schedule.batch_exponent:.4g}; the cap "
-            f"max_lr {schedule.max_lr:.4g} releases after {release:.3g} tokens"
+            f"Power: a {schedule.a:.4g}, b {schedule.b:.4g}, batch_exponent {schedule.batch_exponent:.4g}, cap "
+            f"{schedule.cap}; the cap max_lr {schedule.max_lr:.4g} releases after {release:.3g} tokens"
             + (": this run would be at the cap to its end" if release >= tokens else "")
         )
     if outside := law.outside(batch, tokens):
@@ -160,31 +191,67 @@ def prediction(law: Law, batch: float, tokens: float) -> str:
     return "\n".join([*lines, *law.notes])
 
 
+def _expected(worth: Worth, away: float) -> str:
+    """The held-out regret of cells as far out."""
+    factor = f"a factor of {math.exp(away):,.3g} outside the sweep" if away else "inside the sweep"
+    found = worth.expected(away)
+    if found is not None:
+        return f"regret to expect, {factor}: {found[0]:.4f} nats, at worst {found[1]:.4f} ({found[2]} held-out cells)"
+    farthest = max(max(split.distances) for split in worth.splits)
+    mean, worst, count = worth.expected(farthest) or (math.nan, math.nan, 0)
+    return (
+        f"regret to expect, {factor}: not known. The farthest cells held out lay a factor of {math.exp(farthest):,.3g} "
+        f"outside their fit, with {mean:.4f} nats, at worst {worst:.4f} ({count} cells)"
+    )
+
+
 def report(law: Law) -> str:
     """Everything that the fit found, as text."""
     usable = sum(cell.usable for cell in law.cells)
-
-    def paper(name: str, reading: Reading) -> str:
-        return f"  {name:<18} b {reading.b}   {at} {reading.gamma}   residual {reading.residual:.2f}"
-
-    at = f"γ at {law.paper.central_tokens:,.0f} tokens"
-    lines = [
-        f"{usable} of {len(law.cells)} (size, horizon, batch) have a best rate inside the grid",
-        "",
-        "The paper's reading, lr = a · batch · tokens^b: γ = lr / batch of the three best batches of each horizon",
-        *(paper(name_of(size), line) for size, line in law.sizes.items()),
-        paper("all", law.paper),
-        f"  {'':<18} a {law.paper.a}",
-        "",
-        "Every batch, lr = a · batch^c · tokens^b",
-        f"  {'all':<18} b {law.plane.b}   c {law.plane.c}   {at} {law.plane.gamma}   residual {law.plane.residual:.2f}",
-        "",
-        f"residual: standard deviation of the log rate around the law. Noise of a loss: {_noise(law)} nats, of whose "
-        f"variance the horizons of a trunk share {law.shared:.0%}.",
+    at = f"γ at {law.chosen.central_tokens:,.0f} tokens"
+    lines = [f"{usable} of {len(law.cells)} (size, horizon, batch) have a best learning rate inside the grid", ""]
+    for name, form in law.forms.items():
+        numbers = [f"b {form.b}", f"{at} {form.gamma}"]
+        if name in forms.CAPPED:
+            numbers.append(f"η_max {form.max_lr()}" if name in law.caps_seen else "η_max not seen")
+        if name == "plane":
+            numbers.append(f"c {form.c}")
+        if form.central_parameters is not None:
+            numbers.append(f"d {form.d}")
+        chosen = " ←" if form is law.chosen else ""
+        lines.append(f"  {name:<7} {FORMULAS[name]:<34} {'   '.join(numbers)}   residual {form.residual:.2f}{chosen}")
+    lines += ["", *held_out(law), ""]
+    lines += [
+        f"residual: standard deviation of the log learning rate around the form. Noise of a loss: {_noise(law)} nats, "
+        f"of whose variance the horizons of a trunk share {law.shared:.0%}.",
         *law.notes,
         *law.flags,
     ]
     return "\n".join(lines)
+
+
+FORMULAS = {
+    "power": "η = a·β·T^b",
+    "hard": "η = min(η_max, a·β·T^b)",
+    "smooth": "1/η = 1/η_max + 1/(a·β·T^b)",
+    "plane": "η = a·β^c·T^b",
+}
+
+
+def held_out(law: Law) -> list[str]:
+    """Mean and worst regret of every split, a line each."""
+    if law.worth is None:
+        return []
+    names = list(law.worth.mean)
+    lines = [
+        "Held-out regret in nats, mean / worst; nearest: the best learning rate of the nearest swept cell, unchanged",
+        f"  {'':<44}" + "".join(f"{name:>16}" for name in names),
+    ]
+    for split in law.worth.splits:
+        cells = [f"{split.regrets[name].mean():.4f} / {split.regrets[name].max():.3f}" for name in names]
+        lines.append(f"  {f'{split.name} ({len(split.held_out)})':<44}" + "".join(f"{cell:>16}" for cell in cells))
+    lines.append(f"  {'mean of these':<44}" + "".join(f"{f'{law.worth.mean[name]:.4f}':>16}" for name in names))
+    return lines
 
 
 def _noise(law: Law) -> str:
@@ -195,40 +262,40 @@ def _noise(law: Law) -> str:
 # --------------------------------------------------------------------------------------------------- the schedule
 
 
-def max_lr(law: Law) -> float:
-    """The cap: the highest best rate that the sweep saw."""
-    return max(cell.lr for cell in law.cells if cell.usable)
-
-
-def _exponent(law: Law) -> float:
-    return 1.0 if law.proportional else law.plane.c.value
-
-
-def power(law: Law) -> Power:
+def power(law: Law, parameters: float | None = None) -> Power:
     """The Power schedule of a law, without a warmup."""
     chosen = law.chosen
     if chosen.b.value >= 0:
         raise ConfigError(
-            f"The best rate does not fall with the horizon in this ledger (b = {chosen.b}): the Power schedule cannot "
-            "express that. Sweep longer horizons, or more seeds."
+            f"The best learning rate does not fall with the horizon in this ledger (b = {chosen.b}): the Power "
+            "schedule cannot express that. Sweep longer horizons, or more seeds."
         )
-    return Power(a=chosen.a.value, b=chosen.b.value, max_lr=max_lr(law), warmup_tokens=0, batch_exponent=_exponent(law))
+    return Power(
+        a=chosen.a(parameters).value,
+        b=chosen.b.value,
+        max_lr=law.max_lr(parameters),
+        warmup_tokens=0,
+        batch_exponent=chosen.c.value,
+        cap="smooth" if chosen.name == "smooth" else "hard",
+    )
 
 
-def schedule(law: Law, ledger: list[dict[str, Any]], source: Path) -> str:
+def schedule(law: Law, ledger: list[dict[str, Any]], source: Path, parameters: float | None = None) -> str:
     """A file for configs/schedule/: the law, and the parametrisation that it belongs to."""
-    found = power(law)
+    found = power(law, parameters)
     chosen = law.chosen
     batches, tokens = ([getattr(c, n) for c in law.cells if c.usable] for n in ("batch", "tokens"))
+    cap = str(chosen.max_lr(parameters)) if chosen.name in law.caps_seen else "the highest best one of the sweep"
     text = f"""\
-# lr = min(max_lr, a · batch^batch_exponent · n^b), fitted to {source.name}: {len(batches)} best rates
+# {FORMULAS[chosen.name].replace("T", "n")}, fitted to {source.name}: {len(batches)} best learning rates
 # at batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
-# b {chosen.b}, a {chosen.a}, c {law.plane.c}; 95% intervals.
+# b {chosen.b}, a {chosen.a(parameters)}; 95% intervals.{f" For {parameters:,.0f} parameters." if parameters else ""}
 {"".join(f"# {line}{chr(10)}" for note in law.notes for line in textwrap.wrap(note, 116))}\
 name: power
 a: {found.a:.6g}
 b: {found.b:.6g}
-max_lr: {found.max_lr:.4g}  # the highest best rate of the sweep
+max_lr: {found.max_lr:.4g}  # {cap}
+cap: {found.cap}
 batch_exponent: {found.batch_exponent:.6g}
 warmup_tokens: ???
 decay: {{start: null, tokens: 0, shape: exponential, floor: 0.0}}
@@ -276,7 +343,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
 
 
 def pictures(law: Law) -> Iterator[tuple[str, Any]]:
-    """The paper's figures 2 to 4 for this ledger, by name: losses over rates, best rates over batch and tokens, γ."""
+    """By name: losses over learning rates, the best of them over batch and tokens, the law with what it is worth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,20 +392,67 @@ def pictures(law: Law) -> Iterator[tuple[str, Any]]:
             axis.grid(alpha=0.3, which="both")
     yield "best_rates", figure
 
-    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    look = looks(len(sizes))
-    for number, size in enumerate(sizes):
-        points = [(c.tokens, c.lr / c.batch) for c in law.best if c.size == size]
-        color = look[number]["color"]
-        axis.plot(*_columns(points), "osD^v"[number % 5], color=color, label=plain(name_of(size)), alpha=0.7)
-        if size in law.sizes:
-            _line(axis, law.sizes[size], horizons, color, "--", None)
-    _line(axis, law.paper, horizons, "black", "-", f"all: γ ∝ tokens^{law.paper.b.value:.3f}")
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="γ = η / batch of the three best batches")
-    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(3, 2))
+    over_batch(law, axes[0])
+    over_splits(law, axes[1])
+    yield "law", figure
+
+
+def over_batch(law: Law, axis: Any) -> None:
+    """The law in one picture: learning rate over batch, a curve a horizon, with the cap and the critical batches."""
+    from matplotlib import pyplot, ticker
+
+    chosen = law.chosen
+    usable = [cell for cell in law.cells if cell.usable]
+    horizons, sizes = sorted({cell.tokens for cell in usable}), list(dict.fromkeys(cell.size for cell in usable))
+    shades = dict(zip(horizons, pyplot.cm.plasma(np.linspace(0, 0.85, len(horizons))), strict=True))
+    # Best rates as they would be at the central size, so that one curve stands for all sizes.
+    scale = {
+        cell.size: float(chosen.lr(1, 1, cell.parameters).value / chosen.lr(1, 1).value) if cell.parameters else 1.0
+        for cell in usable
+    }
+    batches = np.geomspace(min(c.batch for c in usable), 4 * max(c.batch for c in usable), 80)
+    for tokens in horizons:
+        for number, size in enumerate(sizes):
+            points = [(c.batch, c.lr / scale[size]) for c in usable if (c.size, c.tokens) == (size, tokens)]
+            axis.plot(*_columns(points), "osD^v"[number % 5], color=shades[tokens], ms=4, alpha=0.8)
+        rates = [chosen.lr(batch, tokens).value for batch in batches]
+        axis.plot(batches, rates, color=shades[tokens], linewidth=1.2, label=f"{tokens:,}")
+        if chosen.name in forms.CAPPED:
+            critical = chosen.critical_batch(tokens).value
+            if batches[0] <= critical <= batches[-1]:
+                axis.plot(critical, chosen.lr(critical, tokens).value, "|", color=shades[tokens], ms=22, mew=1.5)
+    if chosen.name in forms.CAPPED:
+        cap = chosen.max_lr()
+        axis.axhline(cap.value, color="grey", linestyle=":", label="η_max; bars: critical batch")
+        axis.axhspan(cap.low, cap.high, color="grey", alpha=0.12)
+    axis.set(xscale="log", yscale="log", xlabel="batch (× 4096 tokens)", ylabel="best learning rate", title=chosen.name)
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3, which="both")
-    yield "gamma", figure
+    axis.legend(title="tokens", fontsize=7)
+
+
+def over_splits(law: Law, axis: Any) -> None:
+    """What the law is worth: held-out regret by form, and by what needs no law."""
+    if law.worth is None:
+        axis.set_visible(False)
+        return
+    names = [
+        name for name in law.worth.mean if name != "constant"
+    ]  # far above the others where a law is worth anything
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        means = [split.regrets[name].mean() for split in law.worth.splits]
+        axis.barh(
+            [row + number * width for row in range(len(means))], means, width, label=name,
+            color="grey" if name == "nearest" else f"C{list(forms.NUMBERS).index(name)}",
+        )  # fmt: skip
+    labels = [split.name.replace(" from ", "\nfrom ").replace(", ", ",\n") for split in law.worth.splits]
+    axis.set_yticks([row + 0.4 - width / 2 for row in range(len(labels))], labels, fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="held-out regret (nats, mean)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=7)
 
 
 def _curve(axis: Any, cell: Cell, color: Any) -> None:
@@ -346,14 +460,6 @@ def _curve(axis: Any, cell: Cell, color: Any) -> None:
     axis.plot(*_columns(shown), "o-", color=color, markersize=3, linewidth=0.8, label=f"{cell.batch:g}")
     if cell.usable:
         axis.plot(cell.lr, cell.loss, "*", color=color, markersize=9)
-
-
-def _line(axis: Any, reading: Reading, horizons: list[int], color: str, style: str, label: str | None) -> None:
-    tokens = np.geomspace(horizons[0], horizons[-1], 50)
-    estimates = [reading.lr(1.0, t) for t in tokens]
-    axis.plot(tokens, [e.value for e in estimates], style, color=color, label=label)
-    if label:
-        axis.fill_between(tokens, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.15)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from launch import fit
 from launch.fit import read
-from schedulers.law import MOST
+from schedulers.cells import MOST
 from train.cli import guard
 from train.config import ConfigError
 from train.environment import check_output, replace_text

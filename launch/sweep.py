@@ -57,7 +57,8 @@ from launch.trials import (
     result_of,
     sweep_config,
 )
-from schedulers.law import MOST, expected_error
+from schedulers.cells import MOST
+from schedulers.law import expected_error
 from train import streams
 from train.cli import composed, composed_sweep, guard
 from train.config import Config, ConfigError, RunFailed, doubts, load, setting_values

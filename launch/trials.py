@@ -22,7 +22,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from schedulers.law import MOST
+from schedulers.cells import MOST
 from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon

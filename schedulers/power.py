@@ -5,21 +5,26 @@ from dataclasses import dataclass
 
 from .decay import Decay, Phase, check_decay, equation_8, require
 
+CAPS = ("hard", "smooth")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Power:
     """The Power schedule, equations 7 and 8 of arXiv 2408.13359, with the values chosen there as defaults.
 
-    Equation 7 is the trunk: min(max_lr, batch**batch_exponent * a * n**b), and max_lr at n = 0. Equation 8
-    puts a linear warmup before it and, if `decay` is given, a decay after it. The batch is always that of
-    the current step: a warmup or a decay under a growing batch scales with it as the trunk does.
+    Equation 7 is the trunk: min(max_lr, batch**batch_exponent * a * n**b), and max_lr at n = 0. With the cap "smooth"
+    it is 1 / (1/max_lr + 1/(batch**batch_exponent * a * n**b)): the best learning rate below and above the critical
+    batch (arXiv 1812.06162, section 2.2), where the two meet. Equation 8 puts a linear warmup before it and, if `decay`
+    is given, a decay after it. The batch is always that of the current step: a warmup or a decay under a growing batch
+    scales with it as the trunk does.
 
     Args:
-        a: rate per unit of batch at one token.
+        a: learning rate per unit of batch at one token.
         b: exponent of the tokens seen.
         max_lr: the cap (eta_max).
         warmup_tokens: length of the warmup (N_w).
-        batch_exponent: how the rate grows with the batch; 1 is the paper's proportionality.
+        batch_exponent: how the learning rate grows with the batch; 1 is the paper's proportionality.
+        cap: "hard", equation 7's minimum, or "smooth".
         decay: the decay, or None for a trunk without an end.
 
     Raises:
@@ -31,6 +36,7 @@ class Power:
     max_lr: float = 0.02
     warmup_tokens: int = 1_000_000_000
     batch_exponent: float = 1.0
+    cap: str = "hard"
     decay: Decay | None = None
 
     def __post_init__(self) -> None:
@@ -42,6 +48,8 @@ class Power:
             warmup_tokens="a whole number of tokens >= 0",
             batch_exponent="a finite number",
         )
+        if self.cap not in CAPS:
+            raise ValueError(f"Power: there is no cap {self.cap!r}; it is {' or '.join(CAPS)}.")
         check_decay(self.warmup_tokens, self.decay)
 
     def __call__(self, *, tokens: int, batch: float) -> float:
@@ -55,23 +63,43 @@ class Power:
             ValueError: negative `tokens`, or a `batch` that is not above 0.
         """
         _, factor, trunk_tokens = equation_8(tokens, self.warmup_tokens, self.decay)
-        return factor * min(self.max_lr, self._uncapped(trunk_tokens, batch))
+        uncapped = self._uncapped(trunk_tokens, batch)
+        if self.cap == "hard":
+            return factor * min(self.max_lr, uncapped)
+        low, high = sorted((self.max_lr, uncapped))
+        return factor * low / (1.0 + low / high)  # the smaller over 1 or more: neither 0 nor infinity divides by 0
 
     def phase(self, tokens: int) -> Phase:
         """The part of equation 8 that the step after `tokens` tokens is in."""
         return equation_8(tokens, self.warmup_tokens, self.decay)[0]
 
     def at_cap(self, tokens: int, batch: float) -> bool:
-        """Whether max_lr and not the power law sets the rate of this step.
+        """Whether the batch of this step is above the critical batch: the power law alone would give more than max_lr.
 
-        A step in warmup goes by the trunk at the end of the warmup, a step in decay by the trunk at the
-        start of the decay, as its rate does.
+        Under a smooth cap the learning rate is then between half of max_lr and all of it. A step in warmup goes by the
+        trunk at the end of the warmup, a step in decay by the trunk at the start of the decay, as its rate does.
         """
         trunk_tokens = equation_8(tokens, self.warmup_tokens, self.decay)[2]
         return self._uncapped(trunk_tokens, batch) > self.max_lr
 
+    def critical_batch(self, tokens: int) -> float:
+        """The batch, in units of 4096 tokens, at which the power law reaches max_lr after `tokens` tokens of the trunk:
+        (max_lr / (a * n**b))**(1/batch_exponent); 0 at n = 0, and infinite or 0 where the batch does not count.
+
+        A larger one gains less than in proportion: more tokens for the same loss.
+        """
+        if not tokens >= 0:
+            raise ValueError(f"tokens is the count of tokens before this step, 0 or more; it is {tokens!r}.")
+        try:
+            ratio = self.max_lr / self.a * math.pow(tokens, -self.b)
+            return math.pow(ratio, 1.0 / self.batch_exponent) if ratio else 0.0
+        except ZeroDivisionError:  # no batch changes anything
+            return math.inf if ratio >= 1 else 0.0
+        except OverflowError:
+            return math.inf
+
     def cap_release(self, batch: float) -> float:
-        """Tokens at which equation 7 leaves the cap: (batch**batch_exponent * a / max_lr)**(1/|b|)."""
+        """Tokens from which `batch` is below the critical batch: (batch**batch_exponent * a / max_lr)**(1/|b|)."""
         try:
             return math.pow(self._gain(batch) / self.max_lr, -1.0 / self.b)
         except OverflowError:

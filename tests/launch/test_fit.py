@@ -43,8 +43,8 @@ def call(main: Callable[[list[str]], None], *arguments: str, code: int = 0) -> N
 def test_a_fitted_law_is_a_schedule_to_train_with(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(fit.main, str(ledger), "--name", "mine")
     said = capsys.readouterr().out
-    assert "proportional to the batch" in said
-    names = {"losses_32.png", "best_rates.png", "gamma.png"}
+    assert "Held-out regret in nats" in said and "No cap is seen" in said
+    names = {"losses_32.png", "best_rates.png", "law.png"}
     assert names == {path.name for path in (ledger.parent / "law").iterdir()}
 
     config = composed([f"--config-dir={ledger.parent}", "+experiment=quickstart", "schedule=mine"])
@@ -226,7 +226,7 @@ def test_the_page_of_one_schedule_has_its_law(ledger: Path, monkeypatch: pytest.
     call(report.main, str(ledger.parent))
     text = (ledger.parent / "report.html").read_text()
     assert text.count("<svg") == len(list(fit.pictures(law.fit(lines, replicates=20)))) == 3
-    assert "every batch, lr = a · batch^c · tokens^b" in text.lower()
+    assert "held-out regret in nats" in text.lower()
     write(ledger, lines[:3])
     call(report.main, str(ledger.parent))
     text = (ledger.parent / "report.html").read_text()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import optimize
 
-from schedulers import law
+from schedulers import cells, forms, law
 
 Line = dict[str, Any]
 
@@ -28,25 +30,42 @@ def planted(
     noise: float = 0.0,
     shared: float = 0.5,
     seed: int = 0,
+    cap: float = math.inf,
+    smooth: bool = False,
+    size_exponent: float = 0.0,
+    scatter: float = 0.0,
 ) -> list[Line]:
-    """A ledger whose best rates are a · batch^c · tokens^b.
+    """A ledger whose best rates are a · batch^c · tokens^b, up to a cap, times (size / sizes[0])^size_exponent.
+
+    `scatter` moves the log of the best rate of every cell at random, as a law that does not hold exactly.
 
     Losses rise by curvature · d² (1 ± lopsided) at a distance d = log(rate / best) above and below the best rate, the
     best batch grows with the horizon, rates twelve times too high diverge, and a trunk's noise is partly common.
     """
     draw = np.random.default_rng(seed)
     ledger = []
+    cells_of = itertools.product(sizes, batches, tokens)
+    scattered = {cell: scatter * float(draw.normal()) if scatter else 0.0 for cell in cells_of}
     for size in sizes:
         for batch in batches:
             for rate in rates:
                 common = draw.normal()
                 for horizon in tokens:
-                    distance = math.log(rate / (a * batch**c * horizon**b))
+                    best = a * batch**c * horizon**b
+                    best = 1 / (1 / best + 1 / cap) if smooth else min(best, cap)
+                    best *= (size / sizes[0]) ** size_exponent * math.exp(scattered[size, batch, horizon])
+                    distance = math.log(rate / best)
                     middle = batches[len(batches) // 2] * (horizon / tokens[len(tokens) // 2]) ** 0.4
                     loss = 2 + 3 * (horizon / tokens[0]) ** -0.2 + 0.003 * math.log(batch / middle) ** 2
                     loss += curvature * distance**2 * (1 + lopsided * math.tanh(distance))
                     loss += noise * (math.sqrt(shared) * common + math.sqrt(1 - shared) * draw.normal())
-                    line = {"hidden_size": size, "batch": batch, "lr": rate, "tokens": horizon}
+                    line = {
+                        "hidden_size": size,
+                        "parameters": 1000 * size,
+                        "batch": batch,
+                        "lr": rate,
+                        "tokens": horizon,
+                    }
                     ledger.append({**line, "loss": None if distance > math.log(12) else loss})
     return ledger
 
@@ -61,16 +80,27 @@ def around(b: float, c: float) -> float:
     return 0.01 / (BATCHES[2] ** c * TOKENS[3] ** b)
 
 
-def test_without_noise_both_readings_return_what_was_planted() -> None:
-    for b, c in ((-0.5, 1.0), (-0.1, 0.1)):
-        found = law.fit(planted(around(b, c), b, c, batches=BATCHES, tokens=TOKENS, rates=RATES), replicates=50)
-        assert found.plane.b.value == pytest.approx(b, abs=1e-9)
-        assert found.plane.c.value == pytest.approx(c, abs=1e-9)
-        assert found.plane.lr(1.0, TOKENS[3]).value == pytest.approx(0.01, rel=1e-9)
-        assert found.proportional == (c == 1.0)
-        if c == 1.0:
-            assert found.paper.b.value == pytest.approx(b, abs=1e-9)
-            assert found.paper.a.value == pytest.approx(around(b, c), rel=1e-6)
+def test_without_noise_every_form_returns_what_was_planted() -> None:
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
+    found = law.fit(planted(around(-0.5, 1.0), -0.5, 1.0, **grid), replicates=20)
+    power = found.forms["power"]
+    assert power.b.value == pytest.approx(-0.5, abs=1e-9)
+    assert power.a().value == pytest.approx(around(-0.5, 1.0), rel=1e-6)
+    assert power.lr(1.0, TOKENS[3]).value == pytest.approx(0.01, rel=1e-9)
+    assert found.forms["plane"].c.value == pytest.approx(1.0, abs=1e-9)
+    plane = law.fit(planted(around(-0.1, 0.1), -0.1, 0.1, **grid), replicates=20).forms["plane"]
+    assert (plane.b.value, plane.c.value) == pytest.approx((-0.1, 0.1), abs=1e-9)
+    for name, smooth in (("smooth", True), ("hard", False)):
+        ledger = planted(around(-0.5, 1.0), -0.5, 1.0, cap=0.012, smooth=smooth, **grid)
+        found = law.fit(ledger, replicates=20)
+        form = found.forms[name]
+        assert found.worth is not None and found.worth.mean[name] == min(found.worth.mean.values())
+        assert form.b.value == pytest.approx(-0.5, abs=1e-6)
+        assert form.max_lr().value == pytest.approx(0.012, rel=1e-6)
+        assert form.a().value == pytest.approx(around(-0.5, 1.0), rel=1e-5)
+        # Where a · batch · tokens^b reaches the cap: 0.012 is 1.2 times the rate of batch 1 at TOKENS[3].
+        assert form.critical_batch(TOKENS[3]).value == pytest.approx(1.2, rel=1e-6)
+        assert form.critical_batch(4 * TOKENS[3]).value == pytest.approx(2.4, rel=1e-6)
 
 
 def test_the_papers_own_grid_returns_the_papers_law() -> None:
@@ -86,12 +116,13 @@ def test_the_papers_own_grid_returns_the_papers_law() -> None:
         noise=0.002,
         lopsided=0.2,
     )
-    found = law.fit(ledger)
-    assert found.paper.b.value == pytest.approx(-0.51, abs=0.02)
-    assert all(size.b.value == pytest.approx(-0.51, abs=0.02) for size in found.sizes.values())
-    assert found.proportional and found.chosen is found.paper
+    found = law.fit(ledger, replicates=100)
+    assert found.chosen.name == "power" and found.caps_seen == ()
+    assert any("No cap is seen up to" in note for note in found.notes)
+    assert found.chosen.b.value == pytest.approx(-0.51, abs=0.02)
+    assert any("sizes agree" in note for note in found.notes)
     # The paper's example: 1e13 tokens at a batch of 1024 give a rate of about 0.0011.
-    assert found.paper.lr(1024, 1e13).value == pytest.approx(0.0011, rel=0.15)
+    assert found.lr(1024, 1e13).value == pytest.approx(0.0011, rel=0.15)
 
 
 def test_a_parabola_goes_through_the_four_best_rates_as_numpys_does() -> None:
@@ -100,10 +131,10 @@ def test_a_parabola_goes_through_the_four_best_rates_as_numpys_does() -> None:
     ledger = planted(around(-0.3, 0.6), -0.3, 0.6, batches=BATCHES, tokens=TOKENS, rates=rates)
     for line in ledger:
         line["loss"] = line["loss"] and line["loss"] + 0.002 * draw.normal()
-    trials = law._Trials(ledger)
+    trials = cells.Trials(ledger)
     for index in range(len(trials.cells)):
         x, y = trials.log_rates(index), trials.cell_losses(index)
-        parabola = law._parabola(x, y, np.zeros(1))
+        parabola = cells._parabola(x, y, np.zeros(1))
         best = int(y[0].argmin())
         if not parabola.usable[0]:
             continue
@@ -115,34 +146,33 @@ def test_a_parabola_goes_through_the_four_best_rates_as_numpys_does() -> None:
         assert parabola.curvature[0] == pytest.approx(square, rel=1e-6)
 
 
-def test_the_plane_is_ordinary_least_squares_through_the_usable_best_rates() -> None:
-    ledger = planted(around(-0.3, 0.6), -0.3, 0.6, batches=BATCHES, tokens=TOKENS, rates=RATES, noise=0.004, seed=5)
-    found = law.fit(ledger, replicates=20)
+def test_forms_are_fitted_as_scipy_does_with_numeric_slopes() -> None:
+    """And not by the slopes of this project's own, nor from its starts."""
+    ledger = planted(around(-0.5, 1), -0.5, 1, cap=0.012, batches=BATCHES, tokens=TOKENS, rates=RATES, noise=0.004)
+    found = law.fit(ledger, replicates=5)
     usable = [cell for cell in found.cells if cell.usable]
-    design = np.array([[1.0, math.log(cell.tokens), math.log(cell.batch)] for cell in usable])
-    expected = np.linalg.lstsq(design, np.log([cell.lr for cell in usable]), rcond=None)[0]
-    assert [math.log(found.plane.a.value), found.plane.b.value, found.plane.c.value] == pytest.approx(
-        expected, rel=1e-6
-    )
+    x = np.log([cell.tokens for cell in usable]), np.log([cell.batch for cell in usable])
+    y = np.log([cell.lr for cell in usable])
 
+    def residual(p: Any, form: str) -> Any:
+        line = p[0] + p[1] * (x[0] - x[0].mean()) + (p[2] if form == "plane" else 1) * x[1]
+        capped = {"hard": np.minimum(line, p[2]), "smooth": -np.log(np.exp(-line) + np.exp(-p[2]))}
+        return capped.get(form, line) - y
 
-def test_the_papers_reading_averages_gamma_over_the_three_batches_of_least_loss() -> None:
-    ledger = planted(around(-0.3, 0.6), -0.3, 0.6, batches=BATCHES, tokens=TOKENS, rates=RATES, noise=0.004, seed=6)
-    found = law.fit(ledger, replicates=20)
-    points = []
-    for tokens in TOKENS:
-        here = sorted((c for c in found.cells if c.tokens == tokens and c.usable), key=lambda c: c.loss)[:3]
-        assert {c.batch for c in here} == {c.batch for c in found.best if c.tokens == tokens}
-        points.append((math.log(tokens), math.log(sum(c.lr / c.batch for c in here) / 3)))
-    slope, _ = np.polyfit(*zip(*points, strict=True), 1)
-    assert found.paper.b.value == pytest.approx(slope, rel=1e-6)
+    for form in forms.NUMBERS:
+        start = [math.log(0.01), -0.4, 0.8 if form == "plane" else math.log(0.011)]
+        expected = optimize.least_squares(residual, start, args=(form,), loss="soft_l1", f_scale=forms.SCALE).x
+        got = found.forms[form].replicates[0]
+        assert got[:2] == pytest.approx(expected[:2], abs=2e-4), form
+        if form != "power":
+            assert got[2] == pytest.approx(expected[2], abs=2e-4), form
 
 
 def test_lopsided_losses_do_not_move_the_best_rate() -> None:
     """A parabola alone would put it a tenth too low: losses rise faster above the best rate."""
     grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES, "lopsided": 0.3}
     found = law.fit(planted(around(-0.5, 1.0), -0.5, 1.0, **grid), replicates=20)
-    assert found.paper.lr(1.0, TOKENS[3]).value == pytest.approx(0.01, rel=0.04)
+    assert found.forms["power"].lr(1.0, TOKENS[3]).value == pytest.approx(0.01, rel=0.04)
 
 
 def test_a_seed_more_at_a_point_counts_as_a_mean_and_tells_the_noise() -> None:
@@ -158,53 +188,149 @@ def test_a_seed_more_at_a_point_counts_as_a_mean_and_tells_the_noise() -> None:
     assert max(found.noise.values()) > 0.01
 
 
-def intervals(number: int) -> tuple[Line, law.Law]:
-    """A random sweep and its fit."""
+def sweep(kind: str, number: int) -> tuple[Line, list[Line]]:
+    """A random sweep whose best rates follow a form, and its numbers; half its grid lies above a cap, half below."""
     draw = np.random.default_rng(1000 + number)
-    b = draw.uniform(-0.6, -0.1)
-    c = 1.0 if draw.random() < 0.5 else draw.uniform(0.0, 1.0)
+    b, c = draw.uniform(-0.65, -0.35), 1.0
+    if kind == "plane":
+        b, c = draw.uniform(-0.4, -0.2), 0.5
+    if kind == "none":
+        b, c = 0.0, 0.0
+    cap = draw.uniform(0.006, 0.016) if kind in ("smooth", "hard") else math.inf
     spacing = 2.0 if draw.random() < 0.5 else math.sqrt(2)
-    count = 9 if spacing == 2.0 else 17
     shift = draw.uniform(0.7, 1.4)
-    truth = {"a": around(b, c), "b": b, "c": c}
+    a = 0.01 / (WIDE[4] ** c * TOKENS[3] ** b)
     ledger = planted(
-        **truth,
-        batches=BATCHES,
+        a,
+        b,
+        c,
+        cap=cap,
+        smooth=kind == "smooth",
+        batches=WIDE,
         tokens=TOKENS,
-        rates=[0.01 * shift * spacing ** (k - count // 2) for k in range(count)],
+        rates=[0.01 * shift * spacing**k for k in (range(-8, 6) if spacing == 2.0 else range(-16, 11))],
         sizes=(32, 64) if draw.random() < 0.5 else (32,),
-        curvature=draw.uniform(0.015, 0.05),
+        curvature=draw.uniform(0.02, 0.05),
         lopsided=draw.uniform(0.0, 0.4),
-        noise=draw.choice([0.0005, 0.002, 0.006]),
+        noise=draw.choice([0.0005, 0.002, 0.004]),
         shared=draw.uniform(0, 1),
         seed=number,
     )
-    return truth, law.fit(ledger, replicates=300)
+    return {"a": a, "b": b, "c": c, "max_lr": cap}, ledger
+
+
+WIDE = [2.0**k for k in range(-4, 5)]
 
 
 @pytest.mark.slow
-def test_intervals_of_two_hundred_sweeps_contain_the_truth() -> None:
-    hits: dict[str, list[bool]] = {"a": [], "b": [], "c": [], "paper b": [], "paper a": []}
+@pytest.mark.parametrize("kind", ["smooth", "hard", "power", "plane"])
+def test_intervals_of_two_hundred_sweeps_contain_the_truth_and_the_right_form_is_chosen(kind: str) -> None:
+    hits: dict[str, list[bool]] = {}
     for number in range(200):
-        truth, found = intervals(number)
-        for name in ("a", "b", "c"):
-            hits[name].append(getattr(found.plane, name).contains(truth[name]))
-        if truth["c"] == 1.0:
-            hits["paper b"].append(found.paper.b.contains(truth["b"]))
-            hits["paper a"].append(found.paper.a.contains(truth["a"]))
+        truth, ledger = sweep(kind, number)
+        found = law.fit(ledger, replicates=40)
+        form = found.forms[kind]
+        assert found.worth is not None
+        told = {"b": form.b.contains(truth["b"]), "a": form.a().contains(truth["a"])}
+        if kind == "plane":
+            told["c"] = form.c.contains(0.5)
+        if kind in forms.CAPPED:
+            told["max_lr"] = form.max_lr().contains(truth["max_lr"])
+            critical = truth["max_lr"] / (truth["a"] * TOKENS[-1] ** truth["b"])
+            told["critical batch"] = form.critical_batch(TOKENS[-1]).contains(critical)
+        told["chosen"] = found.chosen.name == kind
+        told["alone"] = found.chosen.name == kind and (kind == "power" or not found.worth.cannot_tell)
+        told["not another alone"] = kind in (found.chosen.name, *found.worth.within)
+        for name, hit in told.items():
+            hits.setdefault(name, []).append(hit)
     shares = {name: sum(hit) / len(hit) for name, hit in hits.items()}
-    assert len(hits["paper b"]) > 60
     assert min(shares.values()) >= 0.9, shares
+
+
+@pytest.mark.slow
+def test_where_every_cell_has_the_same_best_rate_a_law_is_not_worth_having() -> None:
+    said = []
+    for number in range(200):
+        found = law.fit(sweep("none", number)[1], replicates=2)
+        said.append(found.worth is not None and not found.worth.worth_having)
+    assert sum(said) >= 180
+
+
+def test_a_grid_that_ends_below_the_cap_or_near_it_cannot_tell() -> None:
+    """A cap six times the highest best rate: a hard one is plain power there, and a smooth one is close to it."""
+    for smooth in (False, True):
+        ledger = planted(
+            around(-0.5, 1), -0.5, 1, cap=0.5, smooth=smooth, batches=BATCHES, tokens=TOKENS[2:], rates=RATES,
+            noise=0.004, seed=3,
+        )  # fmt: skip
+        found = law.fit(ledger, replicates=60)
+        assert found.caps_seen == ()
+        assert found.chosen.name == "power"
+        assert math.isinf(found.chosen.max_lr().value)
+        assert found.max_lr() == max(cell.lr for cell in found.cells if cell.usable)
+        assert any(f"No cap is seen up to a learning rate of {found.highest:.4g}" in note for note in found.notes)
+
+
+def test_sizes_that_disagree_get_an_exponent_of_the_parameters_and_others_do_not() -> None:
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES, "sizes": (32, 64, 128), "noise": 0.001}
+    found = law.fit(planted(around(-0.5, 1), -0.5, 1, cap=0.012, size_exponent=-0.5, **grid), replicates=60)
+    assert found.chosen.d.value == pytest.approx(-0.5, abs=0.03)
+    assert any("sizes disagree" in note for note in found.notes)
+    # 256,000 parameters are eight times those of the first size.
+    capped = found.forms["hard"].lr(64.0, TOKENS[3], 256_000).value
+    assert capped == pytest.approx(0.012 * 8**-0.5, rel=0.06)
+    agreeing = law.fit(planted(around(-0.5, 1), -0.5, 1, cap=0.012, **grid), replicates=60)
+    assert agreeing.chosen.central_parameters is None
+    assert any("sizes agree" in note for note in agreeing.notes)
+
+
+def test_held_out_regret_is_the_loss_above_the_least_one_at_the_predicted_rate() -> None:
+    """Losses are parabolas of a known curvature: where the nearest rate is off by a known factor, so is its loss."""
+    ledger = planted(around(-0.5, 1), -0.5, 1, batches=BATCHES, tokens=TOKENS, rates=RATES, curvature=0.03)
+    found = law.fit(ledger, replicates=2)
+    assert found.worth is not None
+    for split in found.worth.splits:
+        held = {(cell.batch, cell.tokens) for cell in split.held_out}
+        train = [cell for cell in found.cells if cell.usable and (cell.batch, cell.tokens) not in held]
+        if split.name.startswith("such"):
+            continue
+        top = max(cell.lr for cell in train)  # where a schedule without a cap of its own stops
+        for cell, regret in zip(split.held_out, split.regrets["power"], strict=True):
+            best = around(-0.5, 1) * cell.batch * cell.tokens**-0.5
+            expected = 0.03 * math.log(min(1.0, top / best)) ** 2
+            assert regret == pytest.approx(expected, abs=1e-3)
+        for cell, regret, away in zip(split.held_out, split.regrets["nearest"], split.distances, strict=True):
+            near = min(
+                train,
+                key=lambda t, c=cell: abs(math.log(t.batch / c.batch)) + abs(math.log(t.tokens / c.tokens)),
+            )
+            rate = near.rates[int(np.argmin(near.losses))]
+            best = around(-0.5, 1) * cell.batch * cell.tokens**-0.5
+            if rate <= max(cell.rates):
+                assert regret == pytest.approx(0.03 * math.log(rate / best) ** 2, abs=2e-3)
+            factor = max(1, cell.tokens / max(t.tokens for t in train)) * max(
+                1, cell.batch / max(t.batch for t in train)
+            )
+            assert away == pytest.approx(math.log(factor))
+
+
+def test_a_law_of_noise_is_told_from_one_that_helps() -> None:
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
+    helps = law.fit(planted(around(-0.5, 1), -0.5, 1, noise=0.002, **grid), replicates=5)
+    assert helps.worth is not None and helps.worth.worth_having
+    flat = law.fit(planted(around(0, 0), 0, 0, noise=0.002, **grid), replicates=5)
+    assert flat.worth is not None and not flat.worth.worth_having
+    assert any("A law is not worth having here" in note for note in flat.notes)
 
 
 def test_intervals_are_not_wider_than_they_have_to_be() -> None:
     """Against the errors of b over sweeps that differ in their noise: endless intervals contain every truth."""
     errors, widths = [], []
-    for seed in range(25):
+    for seed in range(15):
         ledger = planted(
             around(-0.5, 1), -0.5, 1, batches=BATCHES, tokens=TOKENS, rates=RATES, noise=0.004, shared=0.3, seed=seed
         )
-        b = law.fit(ledger, replicates=100, seed=seed).plane.b
+        b = law.fit(ledger, replicates=30, seed=seed).forms["power"].b
         errors.append(b.value + 0.5)
         widths.append(b.high - b.low)
     assert 0.6 < np.median(widths) / (2 * 1.96 * np.std(errors)) < 2.0
@@ -226,9 +352,8 @@ def test_a_minimum_at_the_edge_of_the_rates_is_flagged_and_not_used() -> None:
         if best > RATES[7] * math.sqrt(2):
             assert cell.flag == "edge high"
     assert {"", "edge low", "edge high"} <= {cell.flag for cell in found.cells}
-    assert all(cell.usable for cell in found.best)
     assert any("highest of the grid" in note for note in found.flags)
-    assert found.plane.b.value == pytest.approx(-0.5, abs=1e-6)
+    assert found.forms["power"].b.value == pytest.approx(-0.5, abs=1e-6)
 
 
 def test_a_best_rate_next_to_one_that_diverged_is_no_minimum() -> None:
@@ -273,8 +398,8 @@ def test_trials_of_other_schedules_are_left_out_and_a_line_given_twice_counts_on
     ledger = planted(around(-0.5, 1.0), -0.5, 1.0, batches=BATCHES, tokens=TOKENS, rates=RATES)
     cosine = [{**line, "schedule": "cosine", "loss": 9.0} for line in ledger]
     power = [{"schedule": "power", "a": 1, "b": -0.5, "tokens": 10, "loss": 9.0}]
-    expected = law.fit(ledger, replicates=5).paper.b.value
-    assert law.fit([*ledger, *cosine, *power, *ledger], replicates=5).paper.b.value == expected
+    expected = law.fit(ledger, replicates=5).chosen.b.value
+    assert law.fit([*ledger, *cosine, *power, *ledger], replicates=5).chosen.b.value == expected
 
 
 def test_outside_the_swept_range_is_told() -> None:
@@ -292,7 +417,7 @@ def test_the_error_foretold_by_a_pilot_is_the_error_of_the_sweep() -> None:
         ledger = planted(around(-0.3, 0.5), -0.3, 0.5, tokens=TOKENS, seed=seed, **grid)
         pilot = [line for line in ledger if line["tokens"] == TOKENS[0]]
         pilots.append(law.expected_error(pilot, [(t, b) for t in TOKENS for b in BATCHES])[2])
-        errors.append(law.fit(ledger, replicates=5).plane.b.value + 0.3)
+        errors.append(law.fit(ledger, replicates=5).forms["plane"].b.value + 0.3)
     assert np.median(pilots) == pytest.approx(np.std(errors), rel=0.6)
 
 

@@ -241,6 +241,35 @@ def test_at_cap_goes_by_the_end_of_warmup_and_the_start_of_the_decay():
     assert [free.at_cap(n, 8) for n in (0, release - 1, release, release + 1, 3 * release)] == [False] * 5
 
 
+@pytest.mark.parametrize(("n", "beta"), [(1, 1024), (10**7, 8), (26 * 10**9, 1024), (10**13, 4096)])
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_a_smooth_cap_is_the_harmonic_sum_and_half_of_it_at_the_critical_batch(n, beta, exponent):
+    fields = {"a": 4.0, "b": -0.51, "max_lr": 0.02, "warmup_tokens": 0, "batch_exponent": exponent}
+    smooth, hard = Power(cap="smooth", **fields), Power(**fields)
+    power = Decimal(4) * Decimal(beta) ** Decimal(exponent) * Decimal(n) ** Decimal("-0.51")
+    close(smooth(tokens=n, batch=beta), 1 / (1 / Decimal("0.02") + 1 / power))
+    critical = smooth.critical_batch(n)
+    assert critical == hard.critical_batch(n)
+    close(critical, (Decimal("0.02") / 4 * Decimal(n) ** Decimal("0.51")) ** (1 / Decimal(exponent)))
+    assert smooth(tokens=n, batch=critical) == pytest.approx(0.01, rel=1e-12)
+    assert hard(tokens=n, batch=critical) == pytest.approx(0.02, rel=1e-12)
+    for schedule in (smooth, hard):
+        assert schedule.at_cap(n, 1.001 * critical) and not schedule.at_cap(n, 0.999 * critical)
+        assert schedule.cap_release(critical) == pytest.approx(n, rel=1e-9)
+
+
+def test_a_smooth_cap_holds_at_the_ends_of_the_numbers():
+    assert Power(cap="smooth", warmup_tokens=0)(tokens=0, batch=8) == 0.02
+    assert Power(cap="smooth").critical_batch(0) == 0
+    assert Power(cap="smooth", b=-300.0, warmup_tokens=0)(tokens=10**12, batch=8) == 0
+    assert Power(batch_exponent=0.0).critical_batch(10**12) == math.inf
+    assert Power(batch_exponent=0.0).critical_batch(10) == 0
+    with pytest.raises(ValueError, match="no cap 'soft'"):
+        Power(cap="soft")
+    with pytest.raises(ValueError, match="0 or more"):
+        Power().critical_batch(-1)
+
+
 def test_cap_release_with_a_batch_exponent_and_beyond_doubles():
     close(Power(batch_exponent=0.5).cap_release(128), release_by_hand(128, 4, -0.51, 0.02, 0.5))
     assert Power(b=-0.001).cap_release(1024) == math.inf
@@ -420,7 +449,7 @@ def test_build_makes_each_schedule_from_plain_values():
             "power",
             {"warmup_token": 1},
             "The schedule's power has no field 'warmup_token'. Did you mean 'warmup_tokens'? "
-            "Allowed: a, b, max_lr, warmup_tokens, batch_exponent, decay.",
+            "Allowed: a, b, max_lr, warmup_tokens, batch_exponent, cap, decay.",
         ),
         (
             "wsd",

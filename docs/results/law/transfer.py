@@ -1,4 +1,4 @@
-"""What the law is worth outside its sweep: the rate that it foretells, and two others, against a sweep of rates there.
+"""What the law is worth outside its sweep: the learning rate of each form, and two others, against a sweep there.
 
     python transfer.py ledger.jsonl transfer.jsonl
 
@@ -22,15 +22,15 @@ def main() -> None:
     )
     batch, tokens = there[0]["batch"], there[0]["tokens"]
     law = fit(swept)
-    foretold = law.chosen.lr(batch, tokens)
+    predicted = law.lr(batch, tokens)
     nearest = min(
         (cell for cell in law.cells if cell.usable),
         key=lambda cell: abs(math.log(cell.batch / batch)) + abs(math.log(cell.tokens / tokens)),
     )
     best_there = nearest.rates[int(np.argmin(nearest.losses))]
     candidates = {
-        f"the law ({foretold.low:.4f} to {foretold.high:.4f})": foretold.value,
-        f"the paper's reading, c = 1, b = {law.paper.b.value:.3f}": law.paper.lr(batch, tokens).value,
+        **{f"the form '{name}'": form.lr(batch, tokens).value for name, form in law.forms.items()},
+        f"the law, '{law.chosen.name}' ({predicted.low:.4f} to {predicted.high:.4f})": predicted.value,
         f"the best rate at batch {nearest.batch:g}, {nearest.tokens:,} tokens": best_there,
         "a = 4, b = -0.51": 4 * batch * tokens**-0.51,
     }

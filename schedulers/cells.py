@@ -1,0 +1,282 @@
+"""The ledger of a sweep as cells: one (size, horizon, batch) each, with its best learning rate and how sure that is.
+
+Batches are in units of 4096 tokens, learning rates those of the trunk, losses in nats.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Size = tuple[str, int]  # family, hidden_size
+
+MOST = 1e18  # of any number in a ledger
+SAME_HORIZON = 1.03  # horizons within this factor are one, rounded to whole steps of several batches
+NEEDED = ("hidden_size", "batch", "lr", "tokens", "loss")
+WINDOW = math.log(8) / 2  # rates within this factor of the best one, or the four nearest, make the parabola
+MOST_LOPSIDED = 0.3  # beyond it the losses would turn down again within the window
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (size, horizon, batch): losses over rates, and the minimum of the parabola through those near the best.
+
+    flag: "" when `lr` is well determined, else why it is not used ("edge low", "edge high", "diverges above",
+    "no minimum", "too few rates") or, for "three rates", why it should be trusted less.
+    """
+
+    size: Size
+    tokens: int
+    batch: float
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]  # inf where it diverged
+    lr: float  # nan when there is no minimum
+    loss: float  # at `lr`, by the parabola
+    flag: str
+    parameters: float | None = None  # of a model of this size, where the ledger has them
+
+    @property
+    def usable(self) -> bool:
+        return self.flag in ("", "three rates")
+
+
+# ----------------------------------------------------------------------------------------------------- the ledger
+
+
+def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float, str, float]:
+    """(size, tokens, batch, learning rate, seed, loss) of a line of the ledger; the loss is inf where it diverged."""
+    if lacking := [name for name in NEEDED if name not in line]:
+        raise ValueError(f"Line {number} of the ledger has no {', '.join(lacking)}; a fit needs {', '.join(NEEDED)}.")
+    for name in ("hidden_size", "batch", "lr", "tokens", "loss"):
+        value = line[name]
+        if name == "loss" and (value is None or value in (math.inf, math.nan) or value != value):
+            continue
+        number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number_given or not (-MOST if name == "loss" else 0) < value < MOST:
+            limits = f"a number {f'between -{MOST:g} and' if name == 'loss' else 'above 0 and below'} {MOST:g}"
+            raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it has to be {limits}.")
+    loss = line["loss"]
+    return (
+        (str(line.get("family", "")), int(line["hidden_size"])),
+        int(line["tokens"]),
+        float(line["batch"]),
+        float(line["lr"]),
+        str(line.get("seed", 0)),
+        float(loss) if loss is not None and math.isfinite(loss) else math.inf,
+    )
+
+
+def _horizons(tokens: set[int]) -> dict[int, int]:
+    """Each number of tokens → the least one that is the same horizon."""
+    same: dict[int, int] = {}
+    for value in sorted(tokens):
+        last = next(reversed(same.values()), 0)
+        same[value] = last if last and value <= SAME_HORIZON * last else value
+    return same
+
+
+class Trials:
+    """A ledger as arrays: a trunk is (size, batch, rate, seed), a cell (size, tokens, batch)."""
+
+    def __init__(self, ledger: Iterable[Mapping[str, Any]]) -> None:
+        self.losses: dict[tuple[Size, int, float], dict[float, list[tuple[int, float]]]] = {}
+        trunks: dict[tuple[Any, ...], int] = {}
+        lines = [(number, line) for number, line in enumerate(ledger, 1) if line.get("lr") is not None]
+        self.others = sorted({str(line["schedule"]) for _, line in lines if line.get("schedule", "wsd") != "wsd"})
+        read = [_read(number, line) for number, line in lines if line.get("schedule", "wsd") == "wsd"]
+        horizon = _horizons({tokens for _, tokens, _, _, _, _ in read})
+        self.parameters: dict[Size, float] = {}
+        for (_, line), (size, *_) in zip((e for e in lines if e[1].get("schedule", "wsd") == "wsd"), read, strict=True):
+            count = line.get("parameters")
+            if isinstance(count, (int, float)) and not isinstance(count, bool) and 0 < count < MOST:
+                self.parameters[size] = float(count)
+        for size, own_tokens, batch, rate, seed, loss in read:
+            trunk = trunks.setdefault((size, batch, rate, seed), len(trunks))
+            cell = self.losses.setdefault((size, horizon[own_tokens], batch), {})
+            cell[rate] = [*{**dict(cell.get(rate, [])), trunk: loss}.items()]  # of a trial given twice, the later line
+        self.trunks = len(trunks)
+        self.cells = sorted(self.losses)
+        self.groups = list(dict.fromkeys((size, tokens) for size, tokens, _ in self.cells))
+
+    def rates(self, cell: int) -> list[float]:
+        return sorted(self.losses[self.cells[cell]])
+
+    def log_rates(self, cell: int) -> Array:
+        return np.log(self.rates(cell))
+
+    def cell_losses(self, cell: int) -> Array:
+        """(1, rates): the mean over seeds."""
+        by_rate = self.losses[self.cells[cell]]
+        return np.array([[np.mean([loss for _, loss in by_rate[rate]]) for rate in self.rates(cell)]])
+
+    def noise(self, sigma: Mapping[Any, float], shared: float, replicates: int, draws: np.random.Generator) -> Array:
+        """(1 + R, groups, trunks) with zeros first."""
+        common = draws.normal(size=(replicates, 1, self.trunks)) * math.sqrt(shared)
+        own = draws.normal(size=(replicates, len(self.groups), self.trunks)) * math.sqrt(1 - shared)
+        scale = np.array([sigma[group] for group in self.groups])[None, :, None]
+        return np.concatenate([np.zeros((1, len(self.groups), self.trunks)), (common + own) * scale])
+
+    def in_cell(self, noise: Array, cell: int) -> Array:
+        """(1 + R, rates): the mean of the noise over seeds."""
+        size, tokens, _ = self.cells[cell]
+        group, by_rate = self.groups.index((size, tokens)), self.losses[self.cells[cell]]
+        return np.stack(
+            [noise[:, group, [trunk for trunk, _ in by_rate[rate]]].mean(1) for rate in self.rates(cell)], axis=1
+        )
+
+
+# --------------------------------------------------------------------------------------------------- the parabola
+
+
+@dataclass
+class Parabola:
+    """Of each row of losses: the minimum (log_lr, loss), the curvature, and the cubic term beside it; of row 0: the
+    first rate of the window, the residuals in it and the flag."""
+
+    log_lr: Array  # (R,)
+    loss: Array
+    curvature: Array
+    cubic: Array  # 0 with fewer than four rates
+    usable: npt.NDArray[np.bool_]
+    first: int
+    residuals: Array
+    flag: str
+
+
+def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
+    """One for each cell, with noise (R, groups, trunks) on the losses.
+
+    Losses rise faster above the best rate than below it, and a parabola's minimum then lies beside theirs. How
+    lopsided they are, the cubic term over the quadratic one, is taken to be the same in all cells, since a single one
+    cannot tell it from noise.
+
+    Returns:
+        The parabolas, and by how much the lopsidedness moved the log of the best rates, on average.
+    """
+    losses = [trials.cell_losses(cell) + trials.in_cell(noise, cell) for cell in range(len(trials.cells))]
+    plain = [_parabola(trials.log_rates(cell), y, np.zeros(len(y))) for cell, y in enumerate(losses)]
+    product = square = np.zeros(len(noise))
+    for p in plain:
+        there = p.usable & (p.cubic != 0)
+        product = product + np.where(there, p.cubic * p.curvature, 0.0)
+        square = square + np.where(there, p.curvature**2, 0.0)
+    lopsided = np.clip(product / np.where(square > 0, square, 1.0), -MOST_LOPSIDED, MOST_LOPSIDED)
+    bent = [_parabola(trials.log_rates(cell), y, lopsided) for cell, y in enumerate(losses)]
+    moves = [b.log_lr[0] - p.log_lr[0] for b, p in zip(bent, plain, strict=True) if b.usable[0] and p.usable[0]]
+    return bent, float(np.mean(moves)) if moves else 0.0
+
+
+def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
+    """The minimum of curvature · (d² + lopsided · d³), d the distance from it, through the rates near the best one."""
+    finite = np.isfinite(losses[0])
+    diverges_above = not finite.all() and bool(finite.any()) and not finite[np.flatnonzero(finite)[-1] :].all()
+    x, y = log_rates[finite], losses[:, finite]
+    rows, count = y.shape
+    log_lr, loss, curvature = (np.full(rows, np.nan) for _ in range(3))
+    cubic = np.zeros(rows)
+    if count < 3:
+        return Parabola(log_lr, loss, curvature, cubic, np.zeros(rows, bool), 0, np.zeros(0), "too few rates")
+
+    # ---- the window of each row: rates within a factor of the best one, and the better neighbours up to four
+    best = y.argmin(axis=1)
+    first = np.searchsorted(x, x[best] - WINDOW - 1e-9)
+    last = np.searchsorted(x, x[best] + WINDOW + 1e-9) - 1
+    padded, row = np.pad(y, ((0, 0), (1, 1)), constant_values=np.inf), np.arange(rows)
+    for _ in range(3):
+        short = last - first + 1 < min(4, count)
+        left = padded[row, first] <= padded[row, last + 2]  # the losses beside the window
+        first, last = np.where(short & left, first - 1, first), np.where(short & ~left, last + 1, last)
+
+    residuals = np.zeros(0)
+    for begin, end in sorted({(int(f), int(e)) for f, e in zip(first, last, strict=True)}):
+        chosen = (first == begin) & (last == end)
+        u, v, skew = x[begin : end + 1] - x[begin : end + 1].mean(), y[chosen, begin : end + 1], lopsided[chosen, None]
+        square = np.vander(u, 3)  # u², u, 1
+        invert = np.linalg.pinv(square).T
+        fitted = v @ invert
+        if len(u) > 3:
+            cubic[chosen] = v @ np.linalg.pinv(np.vander(u, 4)).T[:, 0]
+        bent = np.zeros_like(v)
+        for _ in range(4):  # the cubic part around the minimum so far is taken off, and the rest is a parabola
+            with np.errstate(divide="ignore", invalid="ignore"):
+                minimum = -fitted[:, 1:2] / (2 * fitted[:, 0:1])
+                bent = np.nan_to_num(skew * np.maximum(fitted[:, 0:1], 0.0) * (u - minimum) ** 3, posinf=0, neginf=0)
+            bent = np.where(np.abs(minimum) <= 2 * np.abs(u).max(), bent, 0.0)
+            fitted = (v - bent) @ invert
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = -fitted[:, 1] / (2 * fitted[:, 0])
+        log_lr[chosen] = x[begin : end + 1].mean() + shift
+        loss[chosen] = fitted[:, 2] + fitted[:, 1] * shift / 2
+        curvature[chosen] = fitted[:, 0]
+        if chosen[0]:
+            residuals = v[0] - bent[0] - square @ fitted[0]
+
+    inside = (curvature > 0) & (log_lr >= x[first]) & (log_lr <= x[last])
+    flag = ""
+    if best[0] == count - 1:
+        flag = "diverges above" if diverges_above else "edge high"
+    elif best[0] == 0:
+        flag = "edge low"
+    elif not inside[0]:
+        flag = "no minimum"
+    elif last[0] - first[0] + 1 < 4:
+        flag = "three rates"
+    usable = (best > 0) & (best < count - 1) & inside
+    return Parabola(log_lr, loss, curvature, cubic, usable, int(np.flatnonzero(finite)[first[0]]), residuals, flag)
+
+
+def cell_of(trials: Trials, index: int, fitted: Parabola) -> Cell:
+    size, tokens, batch = trials.cells[index]
+    losses = trials.cell_losses(index)[0]
+    return Cell(
+        size,
+        tokens,
+        batch,
+        tuple(trials.rates(index)),
+        tuple(losses.tolist()),
+        float(np.exp(fitted.log_lr[0])),
+        float(fitted.loss[0]),
+        fitted.flag,
+        trials.parameters.get(size),
+    )
+
+
+def noise_of(trials: Trials, fitted: list[Parabola]) -> tuple[dict[Any, float], float]:
+    """Standard deviation of a loss by (size, tokens), and the share of its variance that a trunk's horizons share.
+
+    From what the parabolas leave over, and from trials that differ in their seed alone.
+    """
+    squares, freedom = dict.fromkeys(trials.groups, 0.0), dict.fromkeys(trials.groups, 0.0)
+    left: dict[tuple[Any, ...], dict[tuple[Size, int], float]] = {}  # trunk or (rate of a cell) → group → residual
+    for index, parabola in enumerate(fitted):
+        size, tokens, batch = trials.cells[index]
+        rates, by_rate = trials.rates(index), trials.losses[trials.cells[index]]
+        if len(parabola.residuals) > 3:
+            squares[size, tokens] += float(parabola.residuals @ parabola.residuals)
+            freedom[size, tokens] += len(parabola.residuals) - 3
+            for offset, residual in enumerate(parabola.residuals):
+                left.setdefault((size, batch, rates[parabola.first + offset]), {})[size, tokens] = float(residual)
+        for entries in by_rate.values():
+            values = np.array([loss for _, loss in entries])
+            if len(values) > 1 and np.isfinite(values).all():
+                squares[size, tokens] += float(((values - values.mean()) ** 2).sum())
+                freedom[size, tokens] += len(values) - 1
+                for (trunk, _), value in zip(entries, values - values.mean(), strict=True):
+                    left.setdefault((trunk,), {})[size, tokens] = float(value)
+    total = sum(squares.values()) / max(1.0, sum(freedom.values()))
+    # A horizon with few degrees of freedom borrows two from all the others.
+    sigma = {group: math.sqrt((squares[group] + 2 * total) / (freedom[group] + 2)) for group in trials.groups}
+    product = square = 0.0
+    for by_group in left.values():  # of one size, so that sorted groups are sorted horizons
+        for one, next_one in itertools.pairwise(sorted(by_group)):
+            u, v = by_group[one] / (sigma[one] or 1.0), by_group[next_one] / (sigma[next_one] or 1.0)
+            product += u * v
+            square += (u * u + v * v) / 2
+    return sigma, min(1.0, max(0.0, product / square)) if square else 0.0

@@ -1,0 +1,80 @@
+"""The forms of the law: log η as a function of log tokens, log batch and log parameters, and their fit.
+
+A form's numbers are (log γ, b, third, d) along the last axis: γ is the learning rate of a batch of 1 where log tokens
+and log parameters are 0, `third` is log η_max of `hard` and `smooth`, c of `plane` and unused in `power`, and d is the
+exponent of the parameters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from .cells import Array
+
+NUMBERS = {"power": 2, "hard": 3, "smooth": 3, "plane": 3}  # of the law, from the one to take first
+CAPPED = ("hard", "smooth")
+SCALE = 0.2  # of a log learning rate: residuals above it count less than squared
+
+
+def log_lr(
+    form: str, numbers: Array, log_tokens: Array, log_batch: Array, log_parameters: Array | float = 0.0
+) -> Array:
+    """log η, (..., n), of numbers (..., 4) at n points."""
+    log_gamma, b, third, d = (numbers[..., index, None] for index in range(4))
+    line = log_gamma + b * log_tokens + (third if form == "plane" else 1.0) * log_batch
+    if form == "hard":
+        line = np.minimum(line, third)
+    elif form == "smooth":
+        line = -np.logaddexp(-line, -third)
+    return np.asarray(line + d * log_parameters)
+
+
+def _slopes(form: str, numbers: Array, log_tokens: Array, log_batch: Array, log_parameters: Array) -> Array:
+    """d log η / d numbers, (n, 4)."""
+    log_gamma, b, third, _ = numbers
+    below = log_gamma + b * log_tokens + log_batch - third  # log of batch over critical batch
+    share = {"hard": (below < 0).astype(float), "smooth": 1 / (1 + np.exp(np.clip(below, -700, 700)))}.get(
+        form, np.ones_like(log_tokens)
+    )
+    last = {"plane": log_batch, "power": np.zeros_like(share)}.get(form, 1 - share)
+    return np.stack([share, share * log_tokens, last, log_parameters], axis=1)
+
+
+def solve(
+    form: str,
+    log_tokens: Array,
+    log_batch: Array,
+    values: Array,
+    log_parameters: Array | None = None,
+    start: Array | None = None,
+) -> Array:
+    """The numbers (4,) of a form through `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
+
+    Without a `start` several are tried: a cap makes more than one minimum.
+    """
+    free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
+    size = np.zeros_like(values) if log_parameters is None else log_parameters
+    if start is None:
+        level = float(np.median(values - log_batch))
+        caps = [*np.quantile(values, [0.4, 0.8]), values.max() + 0.7] if form in CAPPED else [0.5]
+        starts = [np.array([level + 0.3, -0.5, cap, 0.0]) for cap in caps]
+    else:
+        starts = [start]
+    found = []
+    for first in starts:
+
+        def whole(x: Array, first: Array = first) -> Array:
+            numbers = first.copy()
+            numbers[free] = x
+            return numbers
+
+        fitted = least_squares(
+            lambda x: log_lr(form, whole(x), log_tokens, log_batch, size) - values,
+            first[free],
+            jac=lambda x: _slopes(form, whole(x), log_tokens, log_batch, size)[:, free],
+            loss="soft_l1",
+            f_scale=SCALE,
+        )
+        found.append((float(fitted.cost), whole(fitted.x)))
+    return min(found, key=lambda entry: entry[0])[1]
