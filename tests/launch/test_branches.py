@@ -138,7 +138,7 @@ def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path
     config = of_a_run(["run.name=tiny", f"run.folder={tmp_path}", "run.tokens=4096"])
     assert config is not None
     with pytest.raises(ConfigError, match=r"tracker\.init_kwargs\.wandb\.api_key is a secret"):
-        run_training(config, [])
+        run_training(config, "train", [])
 
 
 @pytest.mark.parametrize(

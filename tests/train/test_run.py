@@ -152,7 +152,8 @@ def test_every_corpus_is_told_of(run: Callable[..., Path], words: Path, capsys: 
         assert overall["loss"] == pytest.approx(nats / (one["targets"] + other["targets"]))
         each = f"{overall['loss']:.4f} overall (late {one['loss']:.4f}, words {other['loss']:.4f})"
         assert f"step {step}: validation loss {each}" in said
-    assert f"of each corpus  {each}" in said
+    for name, line in (("late", one), ("words", other)):  # and once more at the end
+        assert f"{name:<15} {line['loss']:.4f} nats a token" in said
 
 
 def test_dense_model_trains(run: Callable[..., Path]) -> None:
