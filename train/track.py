@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FILES = ("metrics.jsonl", "evals.jsonl")
 MOST_SECONDS = 5.0
 MOST_WAITING = 10_000  # lines for a tracker that does not take them, some 20 MB
-PLACES, PLACE_BYTES = 1000, 8192  # of a large file, what a report reads: a run of a million steps has some 700 MB
+PLACES, PLACE_BYTES = 1000, 4096  # of a large file, what a report reads: a run of a million steps has some 700 MB
 BLOCK = 1 << 16
 LONGEST_LINE = 1 << 17
 
