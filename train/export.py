@@ -22,6 +22,7 @@ from train.environment import replace_folder
 from train.metrics import parameters_of
 from train.model import granite
 from train.state import State
+from train.track import is_of_corpus
 
 _MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32
@@ -181,7 +182,7 @@ def facts_of(state: State, evaluations: Iterable[dict[str, Any]]) -> dict[str, s
     """Rows of the model card: how far training went, and the losses in lines of evals.jsonl."""
     facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
     for line in sorted(evaluations, key=lambda line: line.get("corpus") == "overall"):
-        if line.keys() >= {"corpus", "loss", "bits_per_byte", "targets"}:  # and not a benchmark, or edited
+        if is_of_corpus(line):  # and not of a benchmark, or edited
             facts[f"validation loss, {line['corpus']}"] = loss_text(line)
     return facts
 
@@ -194,7 +195,7 @@ def loss_text(line: dict[str, Any]) -> str:
 def in_units(line: dict[str, Any]) -> str:
     """A loss in nats a token and, where the bytes are known, bits a byte."""
     bits = "" if line["bits_per_byte"] is None else f", {line['bits_per_byte']:.4f} bits a byte"
-    return f"{line['loss']:.4f} nats a token{bits}"
+    return f"{math.nan if line['loss'] is None else line['loss']:.4f} nats a token{bits}"
 
 
 def _of_the_hub(path: str | None) -> str | None:

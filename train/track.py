@@ -92,10 +92,13 @@ class Tracker:
         self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def evaluations(self, step: int) -> list[dict[str, Any]]:
-        """The lines of this step in evals.jsonl, `overall` last. On the first rank."""
+        """The lines of this step in evals.jsonl, `overall` last; none if some were changed. On the first rank."""
         newest = itertools.takewhile(lambda line: line["step"] == step, read_back(self.folder / "evals.jsonl"))
         by_corpus = {line.get("corpus", ""): line for line in [*newest][::-1]}  # of one evaluated again the last
-        return sorted(by_corpus.values(), key=lambda line: line.get("corpus") == "overall")
+        lines = sorted(by_corpus.values(), key=lambda line: line.get("corpus") == "overall")
+        measured = [line["corpus"] for line in lines if is_of_corpus(line)]
+        whole = all(is_of_corpus(line) or is_of_task(line) for line in lines)
+        return lines if whole and (not measured or measured[-1] == "overall") else []
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""
@@ -284,6 +287,21 @@ def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield behind, text
                 behind -= len(text)
             rest = rest[:first]
+
+
+def is_of_corpus(line: dict[str, Any]) -> bool:
+    """Whether a line of evals.jsonl has what an evaluation writes of a corpus; None is a figure that is not finite."""
+    figures = [line.get("loss", ""), line.get("bits_per_byte", "")]
+    return (
+        all(figure is None or isinstance(figure, float) for figure in figures)
+        and "corpus" in line
+        and type(line.get("targets")) is int
+    )
+
+
+def is_of_task(line: dict[str, Any]) -> bool:
+    """Whether it has nothing of a corpus's."""
+    return "corpus" in line and not line.keys() & {"loss", "bits_per_byte", "targets"}
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from schedulers import Schedule
 from train import resume, track
 from train.config import Config, ConfigError
+from train.export import facts_of
 from train.state import State
 
 BAD = [
@@ -113,6 +115,34 @@ def test_a_report_of_a_long_run_reads_places_that_are_spread_over_it(
     assert f"{len(steps)} of its lines" in said
     assert max(b - a for a, b in itertools.pairwise(steps)) < 20_000 / 50 * 1.5
     assert all(b <= 1.5 * a + 1 for a, b in itertools.pairwise(steps))  # nowhere sparse over a logarithmic axis
+
+
+CORPUS = {"step": 12, "tokens": 96, "corpus": "words", "loss": 3.5, "bits_per_byte": 1.25, "targets": 7}
+TASK = {"step": 12, "tokens": 96, "corpus": "piqa", "acc": 0.5}
+CHANGES: list[tuple[dict[str, Any], int]] = [
+    ({}, 3),
+    ({"loss": None, "bits_per_byte": None}, 3),  # not finite
+    ({"loss": "3.5"}, 0),
+    ({"bits_per_byte": []}, 0),
+    ({"targets": None}, 0),
+    ({"targets": 7.5}, 0),
+    ({"corpus": "code"}, 0),  # none of all together
+]
+
+
+@pytest.mark.parametrize(("change", "count"), CHANGES)
+def test_a_finished_evaluation_is_told_again_only_when_it_is_whole(
+    tmp_path: Path, change: dict[str, Any], count: int
+) -> None:
+    lines = [{**CORPUS, "step": 6}, CORPUS, {**CORPUS, "corpus": "overall", **change}, TASK]
+    (tmp_path / "evals.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    found = track.Tracker.evaluations(SimpleNamespace(folder=tmp_path), 12)  # type: ignore[arg-type]
+    assert len(found) == count
+    told = facts_of(State(step=12), lines[1:])
+    assert told["validation loss, words"].startswith("3.5000 nats a token")
+    if count and change:
+        assert told["validation loss, overall"] == "nan nats a token (7 targets)"
+    assert found == [] or found[-1]["corpus"] == "overall"
 
 
 # ------------------------------------------------------------------------------------- the steps taken before a change
