@@ -64,7 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="launch.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="powertrain bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
     )
     parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each, in turn")
     parser.add_argument(

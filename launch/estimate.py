@@ -10,7 +10,7 @@ Nothing is trained or prepared. Memory is counted by running a step's own code o
   cluster.mfu=0.4             share of the peak that is taken to be reached
   cluster.price=2.5           of a GPU and hour; without it there is no line about cost
   cluster.write=1e9           bytes a second to run.folder, all ranks together
-  cluster.failure_hours=50700 of one GPU, between failures      cluster.restart_minutes=15  lost beside steps
+  cluster.failure_hours=50677 of one GPU, between failures      cluster.restart_minutes=15  lost beside steps
 
 Exit status: 0 it would run, 1 something would go wrong, 2 bad usage.
 
@@ -583,7 +583,7 @@ def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list
             f"{_bytes(needed)}. Free some, choose another run.folder, or a smaller checkpoint.keep."
         )
     if config.checkpoint.every == 0:
-        warnings.append("checkpoint.every is 0: what fails before the end has saved nothing. See `best every` above.")
+        warnings.append("checkpoint.every is 0: a run that fails before its end has saved nothing.")
     if cluster.gpus > cluster.gpus_per_node and cluster.gpus % cluster.gpus_per_node:
         errors.append(
             f"cluster.gpus {cluster.gpus} is no multiple of cluster.gpus_per_node {cluster.gpus_per_node}: "

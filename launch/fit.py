@@ -5,7 +5,7 @@ usage: python -m launch.fit LEDGER [options]
        python -m launch.fit LEDGER --predict sequences=64 [sequence_length=256] tokens=1e9
 
 examples:
-  python -m launch.fit runs/tiny/ledger.jsonl                         # what it says, with pictures and tables beside it
+  python -m launch.fit runs/tiny/ledger.jsonl                         # what it says, and pictures in law/ beside it
   python -m launch.fit runs/tiny/ledger.jsonl --name mine --out mine  # and mine/schedule/mine.yaml to train with
   python -m train --config-dir mine +experiment=quickstart schedule=mine
 
@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _fit(options: argparse.Namespace) -> int:
     if options.name and not re.fullmatch(r"\w[\w.-]*", options.name):
         raise ConfigError(f"--name '{options.name}' cannot name a schedule: letters, digits, '_', '-' and '.'.")
+    if options.name and options.predict:
+        raise ConfigError("--name writes a schedule and --predict prints a prediction: give one of them.")
     ledger = read(options.ledger)
     try:
         law = fit(ledger)

@@ -165,10 +165,6 @@ class Law:
         cap = self.chosen.max_lr(parameters).value
         return cap if math.isfinite(cap) else self.highest
 
-    def lr(self, batch: float, tokens: float, parameters: float | None = None) -> Estimate:
-        """What the chosen form gives, in any case at most the cap of the schedule."""
-        return self.chosen.lr(batch, tokens, parameters)
-
     def outside(self, batch: float, tokens: float) -> list[str]:
         """Which of these lie outside what was swept, and by how much."""
         out = []

@@ -246,7 +246,7 @@ def test_a_text_without_quotes_in_a_file_is_refused(value: str, tmp_path: Path) 
     (tmp_path / "experiment" / "mine.yaml").write_text(
         f"# @package _global_\ndefaults: [quickstart]\n{group}: {{{setting}: {value}}}\n"
     )
-    with pytest.raises(ConfigError, match=rf"{name} is a text, and YAML reads .* put what is meant into quotes"):
+    with pytest.raises(ConfigError, match=rf"{name} takes text, but YAML reads .* put the value in quotes"):
         composed([f"--config-dir={tmp_path}", "+experiment=mine"])
 
 

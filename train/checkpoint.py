@@ -482,8 +482,8 @@ def at_step(checkpoints: Path, step: int) -> Path:
     return verified(checkpoints / f"step-{step:08d}")
 
 
-def newest_valid(checkpoints: Path, report: Any = print) -> Path | None:
-    """The newest checkpoint without faults; what is wrong with newer ones goes to `report`.
+def newest_valid(checkpoints: Path) -> Path | None:
+    """The newest checkpoint without faults; what is wrong with newer ones is printed.
 
     Returns:
         None when there has never been a checkpoint.
@@ -496,7 +496,7 @@ def newest_valid(checkpoints: Path, report: Any = print) -> Path | None:
         wrong = faults(checkpoint)
         if not wrong:
             return checkpoint
-        report(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")
+        print(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")
     if _named(checkpoints):
         raise ConfigError(
             f"No checkpoint in {checkpoints} is valid, so the run cannot go on. Restore one from a copy, or "

@@ -86,8 +86,8 @@ class RunConfig:
     seed: int = 0  # of the initial weights and of the order of samples
     tokens: int = MISSING  # budget of this run: without tokens_seen, but with what a branch's parent trained
     tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
-    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite folder, or a run's, to take the weights from
-    resume: str = "auto"  # auto | never | path of a checkpoint
+    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite model (folder or hub name), or a run's folder
+    resume: str = "auto"  # auto: from the newest valid checkpoint; never: refuse if there is one; or a path
 
     def __post_init__(self) -> None:
         self.folder, self.resume = expand(self.folder), expand(self.resume)
@@ -401,7 +401,7 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
         for name, value in setting_values(plain):
             hint, each = type_of(name, kind), value if isinstance(value, list) else [value]
             if hint in (str, str | None, list[str]) and not all(isinstance(text, str | None) for text in each):
-                raise ConfigError(f"{name} is a text, and YAML reads {value!r} here: put what is meant into quotes.")
+                raise ConfigError(f"{name} takes text, but YAML reads {value!r}: put the value in quotes.")
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))
     except ConfigKeyError as error:
         hint = " An experiment is chosen with a plus: +experiment=NAME." if error.full_key == "experiment" else ""
@@ -448,7 +448,11 @@ def problems(config: Config) -> Iterator[str]:
             "empty, '.' or '..' or hold a path separator."
         )
     for tracker in config.tracker.init_kwargs:
-        yield from _unless_one_of("A name in tracker.init_kwargs", tracker, config.tracker.log_with)
+        if tracker not in config.tracker.log_with:
+            yield (
+                f"tracker.init_kwargs has settings for '{tracker}', which tracker.log_with does not name. Add it there "
+                f"(tracker={tracker}), or remove these settings."
+            )
     for name, value in (
         ("model.vocab_size", model.vocab_size),
         ("model.hidden_size", model.hidden_size),

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, hardware, command."""
+"""Around a run: its record (run.json), secrets, locks, files written whole, and the machine that it runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step, evaluation, and the loop that takes steps until the budget is used or someone says stop."""
+"""One optimizer step, requests to stop, and the loop that takes steps until the budget is used or someone says stop."""
 
 from __future__ import annotations
 

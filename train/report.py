@@ -132,7 +132,7 @@ class Run:
         skipped = sum(bool(line.get("skipped")) for line in taken)
         whole = bool(taken) and len(taken) == taken[-1]["step"] - taken[0]["step"] + 1
         self.skipped = "" if not skipped else f" ({skipped:,} skipped)" if whole else f" (at least {skipped:,} skipped)"
-        self.lines = lines = [line for line in taken if number(line, "tokens") >= 0 and number(line, "batch") > 0]
+        lines = [line for line in taken if number(line, "tokens") >= 0 and number(line, "batch") > 0]
         self.notes = [said] if said else []
         if lacking := len(taken) - len(lines):
             self.notes.append(f"{lacking:,} line(s) of metrics.jsonl have no tokens or batch and are left out.")

@@ -141,7 +141,7 @@ class Tracker:
 
     def _has_ended(self, tracker: str, why: str) -> None:
         why = without_secrets(why)
-        self.say(f"Warning: the tracker {tracker} has ended: {why}. What it misses is in metrics.jsonl.")
+        self.say(f"Warning: the tracker {tracker} has ended: {why}. All is in metrics.jsonl and evals.jsonl.")
         with self._recording, contextlib.suppress(OSError):
             add_to_start(self.folder / "run.json", "trackers_ended", {tracker: why})
 

@@ -124,7 +124,7 @@ def test_the_papers_own_grid_returns_the_papers_law() -> None:
     assert found.chosen.b.value == pytest.approx(-0.51, abs=0.02)
     assert any("sizes agree" in note for note in found.notes)
     # The paper's example: 1e13 tokens at a batch of 1024 give a rate of about 0.0011.
-    assert found.lr(1024, 1e13).value == pytest.approx(0.0011, rel=0.15)
+    assert found.chosen.lr(1024, 1e13).value == pytest.approx(0.0011, rel=0.15)
 
 
 def test_a_parabola_goes_through_the_four_best_rates_as_numpys_does() -> None:

@@ -22,7 +22,7 @@ def main() -> None:
     )
     batch, tokens = there[0]["batch"], there[0]["tokens"]
     law = fit(swept)
-    predicted = law.lr(batch, tokens)
+    predicted = law.chosen.lr(batch, tokens)
     nearest = min(
         (cell for cell in law.cells if cell.usable),
         key=lambda cell: abs(math.log(cell.batch / batch)) + abs(math.log(cell.tokens / tokens)),
