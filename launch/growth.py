@@ -119,7 +119,7 @@ def simulated_corpus(prefix: Path, tokens: int) -> Path:
         file.truncate(count * DOCUMENT)
     known = known_fingerprint(TokenFile(prefix), prefix.parent)  # for to read the largest takes hours
     known.parent.mkdir(exist_ok=True)
-    known.write_text("0" * 64)
+    known.write_text("0" * 64, encoding="utf-8")
     return prefix
 
 
@@ -211,7 +211,7 @@ def forward_backward(config: Config, ours: Ours) -> None:
 def recorded(folder: Path, steps: int) -> Path:
     """The folder of a run that has taken so many steps, with what it has recorded of them."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(settings_text(composed([*BASE])))
+    (folder / "config.yaml").write_text(settings_text(composed([*BASE])), encoding="utf-8")
     with open(folder / "metrics.jsonl", "wb") as file:
         file.writelines(line(step) for step in range(1, steps + 1))
     with open(folder / "evals.jsonl", "w", encoding="utf-8") as file:

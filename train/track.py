@@ -45,10 +45,11 @@ class Tracker:
         self._recording = threading.Lock()
         if self.active:
             for name in FILES:
-                if unreadable := cut_after(folder / name, state.step):
+                if not state.step:  # what begins anew, with other settings perhaps, has no past
+                    (folder / name).unlink(missing_ok=True)
+                elif unreadable := cut_after(folder / name, state.step):
                     say(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
-            mode = "ab" if state.step else "wb"  # what begins anew, with other settings perhaps, has no past
-            self._files = {name: open(folder / name, mode, buffering=0) for name in FILES}  # noqa: SIM115
+            self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS

@@ -123,9 +123,11 @@ def test_the_model_card_names_data_mixture_tokenizer_and_every_loss(run: Callabl
         assert f"| validation loss, {line['corpus']} | {line['loss']:.4f} nats a token" in card
     assert str(words) not in card
 
-    from launch.export import _export
+    from launch.export import main
 
-    assert _export(folder, None, folder / "again") == 0
+    with pytest.raises(SystemExit) as ended:
+        main([str(folder), "--out", str(folder / "again")])
+    assert not ended.value.code
     assert (folder / "again/README.md").read_text(encoding="utf-8") == card
 
 

@@ -543,7 +543,8 @@ def test_every_ranks_files_are_required(tmp_path: Path, missing: str) -> None:
              for shard in ("00001", "00002")]  # fmt: skip
     for name in (*names, "rng/rank-00000.safetensors", "rng/rank-00001.safetensors"):
         (path / name).write_bytes(b"")
-    (path / "state.json").write_text(json.dumps({"engine": {"kind": "zero3", "ranks": 2}}))
+    state = {"state": vars(State()), "optimizer_steps": 3, "assignments": [[1, 2]], "data_fingerprint": {}}
+    (path / "state.json").write_text(json.dumps({**state, "engine": {"kind": "zero3", "ranks": 2}}))
     files = {
         file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
         for file in path.rglob("*.*")
