@@ -543,6 +543,12 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
         for name in data.corpora
         if name not in windows
     ]
+    for name, folder in found.folders.items():
+        if (folder / "validation.idx").exists() and (held_out := TokenFile(folder / "validation").num_tokens) <= length:
+            warnings.append(
+                f"The validation split of {name} has {held_out:,} tokens, fewer than one window of {length + 1:,}: it "
+                "will not be evaluated."
+            )
     many = [skipped_records(name, folder) for name, folder in found.folders.items()]
     warnings += [sentence for _, sentence, is_warning in many if is_warning]
     if not errors and all(windows.values()):

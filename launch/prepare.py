@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.order import Stage, epochs
 from train.cli import composed_data, guard
-from train.config import Config
+from train.config import Config, ConfigError
 from train.environment import available_cores
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def _prepare(arguments: list[str]) -> int:
         return 0
     inspect = "--inspect" in arguments
     data, budget = composed_data([argument for argument in arguments if argument != "--inspect"])
+    if not data.corpora:
+        raise ConfigError("There is no corpus to prepare: data=NAME chooses some, as data=stdlib (see docs/data.md).")
     try:
         prepared = _with_progress(data)
     except KeyboardInterrupt:
@@ -121,7 +123,15 @@ def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> Non
             f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes, which is "
             "data.sequence_length + 1; a run refuses that"
         )
-    elif budget is None:
+    for name, file in prepared.validation.items():
+        if file.num_tokens <= length:
+            print(
+                f"Warning: {name}: its validation split has {file.num_tokens:,} tokens, fewer than a window of "
+                f"{length + 1:,} takes (data.sequence_length + 1); a run does not evaluate it"
+            )
+    if short:
+        return
+    if budget is None:
         print(f"an epoch, in windows of data.sequence_length={length:,}:", end=" ")
         print(", ".join(f"{name} {count * length:,} tokens" for name, count in windows.items()))
     else:

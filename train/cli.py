@@ -143,8 +143,17 @@ def of_a_run(overrides: list[str]) -> Config | None:
         return None
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     place: dict[str, Any] = {name: given.pop(name) for name in ("run.name", "run.folder") if name in given}
-    settings = Path(place.get("run.folder", RunConfig.folder)) / place.get("run.name", "") / "config.yaml"
-    if "run.name" not in place or not settings.is_file():
+    folder = Path(expand(place.get("run.folder", RunConfig.folder)))
+    settings = folder / place.get("run.name", "") / "config.yaml"
+    if "run.name" not in place:
+        return None
+    if not settings.is_file():
+        if not any(key.startswith(("model.", "data.", "batch.")) for key in keys):  # without which there is no new one
+            there_are = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+            raise ConfigError(
+                f"There is no run {settings.parent}; {folder} has {', '.join(there_are) or 'none'}. A new one is "
+                "described by an experiment: +experiment=NAME." + _did_you_mean(place["run.name"], there_are)
+            )
         return None
     return load(settings, place, [f"{name}={value}" for name, value in given.items()])
 

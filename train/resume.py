@@ -62,6 +62,12 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
             f"The run cannot go on from step {state.step:,} with settings that it was not trained with:\n"
             f"{_diff(refused)}\nPut them back, or begin another run (run.name=…)."
         )
+    if "run.tokens" in differences and config.end_tokens < min(state.tokens, then.end_tokens):
+        raise ConfigError(
+            f"run.tokens={config.run.tokens:,} ends at {config.end_tokens:,} tokens, and {state.tokens:,} are trained "
+            f"already (the budget was {then.run.tokens:,}). Give a larger budget; for a model of fewer tokens branch "
+            "off an earlier checkpoint (run.resume=PATH run.name=ANOTHER)."
+        )
     decay = getattr(config.make_schedule(), "decay", None)
     if "run.tokens" in differences and decay is not None and not decay.floor:
         ends = decay.start + decay.tokens

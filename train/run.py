@@ -429,7 +429,8 @@ def say_data(config: Config, prepared: Prepared, validation: Validation, say: Sa
         if name in validation.problems:
             record[name]["evaluation"] = validation.problems[name]
             if name in prepared.validation:
-                say(f"Warning: evaluation of {name}: {validation.problems[name]}.")
+                what = "has" if name in validation.corpora else "is not evaluated:"
+                say(f"Warning: {name} {what} {validation.problems[name]}.")
     if not validation.corpora:
         asked = f"evaluation.every is {config.evaluation.every}, but " if config.evaluation.every else ""
         say(
@@ -437,7 +438,7 @@ def say_data(config: Config, prepared: Prepared, validation: Validation, say: Sa
             "loss. Give one a validation_fraction or a validation_path."
         )
     elif without := [name for name in record if name not in prepared.validation]:
-        say(f"Not evaluated, for want of a validation split: {', '.join(without)}.")
+        say(f"No validation split, so not evaluated: {', '.join(without)}.")
     return record
 
 
@@ -493,11 +494,13 @@ def leaving_exit_json(
 ) -> Iterator[dict[str, Any]]:
     """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
     ended: dict[str, Any] = {}
+    before = environment.read_record(folder / "exit.json").get("step")  # where the run is, though this start is refused
     try:
         yield ended
     except BaseException as error:
         code = environment.status_of(error)
-        ended |= {"code": code, "reason": f"{type(error).__name__}: {error}", "step": state.step}
+        step = state.step or (before if type(before) is int else 0)
+        ended |= {"code": code, "reason": f"{type(error).__name__}: {error}", "step": step}
         if code > 128:
             ended["reason"] = f"{signal.Signals(code - 128).name}, when no step was under way"
         raise

@@ -98,6 +98,15 @@ def by_name(*overrides: str) -> Path:
     return config.run_folder
 
 
+def test_a_run_that_is_not_there_is_told_beside_those_that_are(run: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("mixed", "short"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"no run .*mixd; .* has mixed, short\..* Did you mean 'mixed'\?"):
+        of_a_run([f"run.folder={tmp_path}", "run.name=mixd", "run.tokens=100"])
+    assert of_a_run([f"run.folder={tmp_path}", "run.name=new", "model.vocab_size=300"]) is None  # which describes one
+
+
 def test_a_run_is_extended_by_its_name_and_a_larger_budget(run: Callable[..., Path], tmp_path: Path) -> None:
     settings = ("schedule.decay.tokens=0", "model.rope_theta=500", "optimizer.weight_decay=0.3")
     once = run("run.name=once", *settings, "run.tokens=4_096")

@@ -87,7 +87,7 @@ def test_skipped_records_are_said_at_every_start(
         assert "The field read is 'text'." in said
         data = json.loads((folder / "run.json").read_text())["starts"][0]["data"]["lines"]
         assert (data["documents"], data["skipped"]) == (3, {"missing_field": 57})
-        assert "Not evaluated, for want of a validation split: lines." in said
+        assert "No validation split, so not evaluated: lines." in said
 
 
 def test_few_skipped_records_are_no_warning(
@@ -112,8 +112,8 @@ def test_a_validation_split_that_is_shorter_than_a_window(
     ]
     folder = run(*SHORT, *more, "evaluation.every=1")
     said = capsys.readouterr().out
-    assert re.search(r"Warning: evaluation of few: its validation split has \d+ tokens, and a window", said)
-    assert "Not evaluated, for want of a validation split: none." in said
+    assert re.search(r"Warning: few is not evaluated: its validation split has \d+ tokens, and a window", said)
+    assert "No validation split, so not evaluated: none." in said
     data = json.loads((folder / "run.json").read_text())["starts"][0]["data"]
     assert "33" in data["few"]["evaluation"] and data["none"]["evaluation"] == "no validation split"
     assert "evaluation" not in data["words"]
