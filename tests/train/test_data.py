@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.prepare import prepare
 from data.tokens import TokenFile
+from launch.estimate import data_problems
+from launch.prepare import _say_epochs
+from train.config import load
 from train.track import read_lines
 
 SHORT = ("run.tokens=512", "schedule.warmup_tokens=0", "schedule.decay.tokens=0")
@@ -118,6 +123,15 @@ def test_a_validation_split_that_is_shorter_than_a_window(
     assert "33" in data["few"]["evaluation"] and data["none"]["evaluation"] == "no validation split"
     assert "evaluation" not in data["words"]
     assert {line["corpus"] for line in read_lines(folder / "evals.jsonl")} == {"words", "overall"}
+    # And before a run: the same corpora, which are in the cache now.
+    config = load(folder / "config.yaml")
+    _, warnings = data_problems(config, Console())
+    assert any(
+        re.match(r"The validation split of few has \d+ tokens, fewer than one window of 33", w) for w in warnings
+    )
+    _say_epochs(config.data, prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir), None)
+    said = capsys.readouterr().out
+    assert said.count("a run does not evaluate it") == 1 and "Warning: few: its validation split has" in said
     run(*SHORT, "evaluation.every=1", "run.name=long", "data.sequence_length=1000", "run.tokens=8000")
     assert "Warning: evaluation.every is 1, but no corpus has a validation split that" in capsys.readouterr().out
 

@@ -398,7 +398,7 @@ def test_a_raised_budget_goes_on_without_a_jump(go_on: Callable[..., Path]) -> N
 
 
 def test_a_budget_below_what_is_trained_is_refused_and_nothing_of_the_run_changes(go_on: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match="run.tokens=1,024 ends at 1,024 tokens, and 2,304 are trained already"):
+    with pytest.raises(ConfigError, match=r"run\.tokens=1,024 ends at 1,024 tokens, and 2,304 are trained already"):
         go_on(9, "run.tokens=1024", "schedule.decay.tokens=0")
 
 
