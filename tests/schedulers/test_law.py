@@ -227,7 +227,7 @@ WIDE = [2.0**k for k in range(-4, 5)]
 def told(kind: str, number: int) -> dict[str, bool]:
     """What the fit of a planted sweep gets right."""
     truth, ledger = sweep(kind, number)
-    found = law.fit(ledger, replicates=2 if kind == "none" else 40)
+    found = law.fit(ledger, replicates={"none": 2, "smooth": 80, "hard": 80}.get(kind, 40))
     assert found.worth is not None
     if kind == "none":
         return {"not worth having": not found.worth.worth_having}
