@@ -219,7 +219,7 @@ def _write_corpus(
 
 def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, report: Progress) -> None:
     """Enter into `prepared` the splits that the folder's corpus.json lists with these very bytes."""
-    for split, facts in json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["splits"].items():
+    for split, facts in corpus_facts(folder)["splits"].items():
         opened = TokenFile(folder / split)
         found = fingerprint(opened, cache, report)
         # Folders of before have the sampled one.
@@ -237,10 +237,32 @@ def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, repor
             )
 
 
+def corpus_facts(folder: Path) -> dict[str, Any]:
+    """What corpus.json says of a prepared corpus: `splits` and `skipped` among others.
+
+    Raises:
+        DataError: it is torn, or has been edited.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        texts = [*(split["fingerprint"] for split in facts["splits"].values()), facts["corpus"]["source"]]
+        numbers = [split[what] for split in facts["splits"].values() for what in ("documents", "tokens", "bytes")]
+        numbers += [skipped["count"] for skipped in facts["skipped"].values()]
+        lists = [skipped["first"] for skipped in facts["skipped"].values()]
+        for values, kind in ((texts, str), (numbers, int), (lists, list)):
+            if not all(isinstance(value, kind) for value in values):
+                raise ValueError
+        if "train" not in facts["splits"]:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder / 'corpus.json'} is damaged. Delete {folder} to prepare the corpus anew.") from error
+    return facts
+
+
 def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]:
     """What the preparation of a corpus skipped: records by kind, a sentence ("" for none), and whether it is a warning:
     more than MANY_SKIPPED, duplicates aside, which the corpus asked for, or whatever was too long."""
-    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    facts = corpus_facts(folder)
     counts = {kind: skipped["count"] for kind, skipped in facts["skipped"].items()}
     if not counts:
         return {}, "", False
@@ -252,7 +274,7 @@ def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]
         f"{kinds}. {folder / 'skipped.jsonl'} lists them."
     )
     if "missing_field" in counts:
-        sentence += f" The field read is '{facts['corpus']['field']}'."
+        sentence += f" The field read is '{facts['corpus'].get('field')}'."
     if "too_long" in counts:
         sentence += f" Longer than {LONGEST:,} bytes is too long: cut such documents."
     return counts, sentence, lost > MANY_SKIPPED * total or "too_long" in counts

@@ -386,7 +386,7 @@ def key_points(config: Config) -> list[tuple[str, int]]:
     schedule, start, end = config.make_schedule(), config.run.tokens_seen, config.end_tokens
     points = [("start", start), ("end of warmup", schedule.warmup_tokens)]
     points.append(("last step", start + steps_of(config)[1]))
-    if (release := cap_release(config)) is not None:
+    if (release := cap_release(config)) is not None and math.isfinite(release):
         points.append(("cap releases", math.ceil(release)))
     if isinstance(schedule, Rewarmup):
         points += [("rewarmup", schedule.start), ("end of rewarmup", schedule.start + schedule.tokens)]

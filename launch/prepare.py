@@ -16,7 +16,6 @@ A preparation that was killed goes on where it was when the same command is give
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import sys
 from pathlib import Path
@@ -141,11 +140,11 @@ def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> Non
 
 
 def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
-    from data.prepare import skipped_records
+    from data.prepare import corpus_facts, skipped_records
 
     folder = prepared.folders.get(name)
     empty: dict[str, Any] = {"splits": {}, "skipped": {}}
-    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8")) if folder else empty
+    facts = corpus_facts(folder) if folder else empty
     print(f"{name}  {folder or data.corpora[name].path}")
     for split, files in (("train", prepared.train), ("validation", prepared.validation)):
         if name in files:

@@ -129,10 +129,11 @@ class _TokenLR(LRScheduler):
             start = self.schedule.warmup_tokens
             length = self.schedule.total_tokens - start
         # A step's rate is that at the tokens before it, and at the decay's start that is the full one.
-        if 0 < length <= self.batch_tokens and self.tokens <= start:
+        first = self.tokens + ((start - self.tokens) // self.batch_tokens + 1) * self.batch_tokens
+        if length > 0 and self.tokens <= start and first >= start + length:
             raise ValueError(
-                f"{type(self).__name__}: the decay from {start:,} tokens on takes {length:,}, no more than a step of "
-                f"{self.batch_tokens:,}, so no step would see it. Make it longer than a step, or leave it out."
+                f"{type(self).__name__}: the decay from {start:,} tokens on takes {length:,}, and no step of "
+                f"{self.batch_tokens:,} begins in it: none would see it. Make it longer than a step, or leave it out."
             )
 
     def _write_rates(self) -> None:

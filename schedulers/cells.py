@@ -62,6 +62,12 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
         if not number_given or not (-MOST if name == "loss" else 0) < value < MOST:
             limits = f"a number {f'between -{MOST:g} and' if name == 'loss' else 'above 0 and below'} {MOST:g}"
             raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it has to be {limits}.")
+    for name in ("hidden_size", "tokens"):
+        if line[name] != int(line[name]):
+            raise ValueError(
+                f"Line {number} of the ledger has {name} {line[name]!r}; it has to be a whole number (tokens, not "
+                "millions of them)."
+            )
     loss = line["loss"]
     return (
         (str(line.get("family", "")), int(line["hidden_size"])),

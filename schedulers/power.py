@@ -112,4 +112,7 @@ class Power:
     def _gain(self, batch: float) -> float:
         if not 0 < batch < math.inf:
             raise ValueError(f"batch is this step's size in units of 4096 tokens, above 0; it is {batch!r}.")
-        return self.a * math.pow(batch, self.batch_exponent)
+        try:
+            return self.a * math.pow(batch, self.batch_exponent)
+        except OverflowError:
+            return math.inf

@@ -235,7 +235,7 @@ def _compose(overrides: list[str]) -> DictConfig:
         raise ConfigError(f"A configuration file is not in UTF-8: {error}.") from error
     except RecursionError as error:
         raise ConfigError("A configuration file, or a KEY=VALUE, is nested too deep to be read.") from error
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # the last of [tiny,1e5]
         raise ConfigError(_in_plain_words(error)) from error
 
 

@@ -504,7 +504,8 @@ def problems(config: Config) -> Iterator[str]:
         yield f"optimizer.betas is {list(config.optimizer.betas)}; it holds two numbers from 0 to below 1."
     if config.run.tokens_seen < 0:
         yield f"run.tokens_seen is {config.run.tokens_seen}; a token count cannot be negative."
-    if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
+    unprintable = not config.run.name.isprintable() or not config.run.name.strip()
+    if unprintable or Path(config.run.name).name != config.run.name or config.run.name in (".", ".."):
         yield (
             f"run.name is '{config.run.name}'; it names one folder inside run.folder, so it cannot be empty, "
             "'.' or '..' or hold a path separator. Put the path into run.folder."
@@ -549,6 +550,9 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def _schedule_problems(config: Config) -> Iterator[str]:
+    belongs_to = (config.schedule or {}).get("belongs_to")
+    if belongs_to is not None and not isinstance(belongs_to, dict):
+        yield f"schedule.belongs_to is {belongs_to!r}; it holds names and values of a parametrisation."
     try:
         schedule = config.make_schedule()
     except ConfigError as error:

@@ -36,10 +36,11 @@ os.umask(_UMASK)
 # Names of what nobody should read. What may go on with another word, such as KEY_SIZE, is none at the end of a word
 # only; of those in _PERHAPS a plain word is no secret: AUTH=disabled.
 _ENDS = r"(?![_-]?[a-z])"
-_PERHAPS = re.compile(rf"(?:key|auth|cookies?){_ENDS}", re.I)
+_PERHAPS = re.compile(rf"(?:key|auth|cookies?|(?<![a-z])(?:keys|session|otp|sas|sig)){_ENDS}", re.I)
 _SECRET = re.compile(
     r"(?:api|access|private|ssh|sign(?:ing)?|encryption|deploy|account|master)[_-]?key|token(?!iz)|secret|credential"
-    r"|passw(?:or)?d|pass(?:phrase|code)|bearer|webhook|authoriz|connection[_-]?string"
+    r"|passw(?:or)?d|pass(?:phrase|code)|bearer|webhook|authoriz|connection[_-]?string|basic[_-]?auth"
+    r"|(?:auth|cookie|session)[_-]?(?:header|value|id)|(?:key|auth|cookie)[_-]?b(?:ase)?64"
     rf"|(?:(?<!com)(?<!by)pass|pwd|(?<![a-z])pat|(?<![a-z])jwt|dsn|creds?){_ENDS}",
     re.I,
 )
@@ -124,7 +125,8 @@ def _names_a_secret(name: str) -> bool:
 def _of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         secret = value.strip()
-        if len(secret) < 8 or name in _NO_SECRETS or not _names_a_secret(name):
+        short = len(secret) < 6 or (len(secret) < 8 and secret.isalnum() and (secret.isalpha() or secret.isdigit()))
+        if short or name in _NO_SECRETS or not _names_a_secret(name):
             continue
         is_path = "/" in secret and os.path.exists(os.path.expanduser(secret))
         is_word = secret.isalpha() and len(secret) <= 12 and not _SECRET.search(name)
@@ -194,10 +196,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
-    """Add values to those of this name in run.json's newest start."""
+    """Add values to those of this name in run.json's newest start; a record that somebody has edited stays so."""
     record = read_record(path)
-    record["starts"][-1].setdefault(name, {}).update(values)
-    replace_text(path, json.dumps(record, indent=1) + "\n")
+    starts = record.get("starts")
+    newest = starts[-1] if isinstance(starts, list) and starts else None
+    if isinstance(newest, dict) and isinstance(newest.setdefault(name, {}), dict):
+        newest[name].update(values)
+        replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
 
 
 def parent(path: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def _described(init_from: str, folder: str) -> ModelConfig:
         values["num_local_experts"] = getattr(theirs, "num_local_experts", 0)
         values["num_experts_per_tok"] = getattr(theirs, "num_experts_per_tok", 0)
         if Path(folder).is_dir():
-            _check_files(Path(folder))
+            _check_files(Path(folder), theirs.num_hidden_layers)
         model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
     except ConfigError:
         raise
@@ -143,8 +144,9 @@ def _described(init_from: str, folder: str) -> ModelConfig:
     return model
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, num_hidden_layers: int) -> None:
     """Raises what is wrong with the weights' files, before anything else takes its time."""
+    layers = 0
     index = folder / "model.safetensors.index.json"
     names = (
         set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -158,6 +160,10 @@ def _check_files(folder: Path) -> None:
             for key in file.keys():  # noqa: SIM118
                 if (dtype := file.get_slice(key).get_dtype()) not in _FLOATS:
                     raise TypeError(f"{key} in {name} is {dtype}, not one of {', '.join(_FLOATS)}")
+                if numbered := re.search(r"\.layers\.(\d+)\.", key):
+                    layers = max(layers, int(numbered[1]) + 1)
+    if layers != num_hidden_layers:  # or a model of any size would be built first
+        raise ValueError(f"it has num_hidden_layers {num_hidden_layers:,}, and its weights are of {layers:,} layers")
 
 
 def reader(init_from: str, shapes: Mapping[str, torch.Size]) -> Callable[[str, int, int], torch.Tensor]:

@@ -197,6 +197,8 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     engine.first_rank_decides(check_ours)
     if engine.is_main:
         facts = facts_of(state, lines)
+        if not (folder / "tokenizer").is_dir():  # somebody has removed it
+            environment.replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         picture = folder / "report.html"
         try:

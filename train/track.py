@@ -133,6 +133,9 @@ class Tracker:
 
     def _write(self, name: str) -> None:
         with contextlib.suppress(OSError):
+            if not os.fstat(self._files[name].fileno()).st_nlink:  # else what follows would go to no file
+                self.say(f"Warning: {name} has been removed while the run trains; it begins anew here.")
+                self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
             written = self._files[name].write(self._unwritten[name])  # perhaps a part
             self._unwritten[name] = self._unwritten[name][written:]
 

@@ -589,3 +589,12 @@ def test_tokenizers_that_cannot_serve(tokenizer, tmp_path):
 def test_names_that_are_no_file_names(name, tmp_path):
     with pytest.raises(DataError, match="cannot name a corpus"):
         prepare({name: Corpus("stdlib")}, TokenizerSpec(), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"splits": {"train": {}}}', '{"splits": 3}', "[" * 100_000])
+def test_a_damaged_description_of_a_prepared_corpus_is_a_paragraph(texts, tokenizer, tmp_path, text):
+    corpora, spec = {"a": corpus_of(texts[0])}, TokenizerSpec(path=str(tokenizer))
+    folder = prepare(corpora, spec, tmp_path).folders["a"]
+    (folder / "corpus.json").write_text(text)
+    with pytest.raises(DataError, match=r"corpus\.json is damaged\. Delete .* to prepare the corpus anew"):
+        prepare(corpora, spec, tmp_path)

@@ -156,7 +156,7 @@ def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path
         ["+experiment=tiny", "run.name=there"],
         ["data=stdlib", "run.name=there"],
         ["--config-dir=conf", "run.name=there"],
-        ["run.name=another"],
+        ["run.name=another", "model.vocab_size=300"],
         ["run.tokens=5"],
     ],
 )

@@ -67,15 +67,16 @@ def test_a_decay_that_no_step_would_see_is_refused(adapter, fields, length):
         fields_now = {**fields, length: value}
         return adapter(make_optimizer(), batch_tokens=batch_tokens, tokens_seen=tokens_seen, **fields_now)
 
-    with pytest.raises(ValueError, match="from 81,920 tokens on takes 8,192, no more than a step of 8,192"):
+    with pytest.raises(ValueError, match="from 81,920 tokens on takes 8,192, and no step of 8,192 begins in it"):
         make(BATCH)
     scheduler = make(BATCH + 1)
-    with pytest.raises(ValueError, match="no more than a step of 16,384"):
+    with pytest.raises(ValueError, match="no step of 16,384 begins in it"):
         scheduler.set_batch_tokens(2 * BATCH)
     assert scheduler.batch_tokens == BATCH
     rates = [advance(scheduler.optimizer, scheduler) for _ in range(12)]
     assert 0 < rates[11] < 1e-3 * rates[10]  # one token before the end of it
     make(BATCH, tokens_seen=11 * BATCH)  # it is over
+    make(BATCH - 1, tokens_seen=BATCH // 2)  # half a step after its start one begins
 
 
 def test_a_groups_lr_multiplies_the_rate():

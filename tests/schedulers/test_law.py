@@ -387,6 +387,7 @@ def without(condition: Callable[[Line], bool]) -> list[Line]:
         ([{**line, "loss": None} for line in without(lambda line: False)], "too few rates"),
         ([{"lr": 0.1, "batch": 1, "tokens": 5}], "hidden_size, loss"),
         ([{**without(lambda line: False)[0], "batch": -1}], "above 0"),
+        ([{**without(lambda line: False)[0], "tokens": 1.5}], "tokens 1.5; it has to be a whole number"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_with_what_is_missing(ledger: list[Line], said: str) -> None:

@@ -497,9 +497,10 @@ def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     secrets = """DB_PASS PASS SSHPASS SMTP_PASS_1 MYSQL_PWD DBPWD PGPASSWORD PASSPHRASE SSH_KEY KEY SIGNING_KEY
         SSH_KEY_B64 SERVICE_KEY2 AWS_ACCESS_KEY_ID GITHUB_PAT PAT AUTH NPM_CONFIG__AUTH PROXY_AUTHORIZATION
         SLACK_WEBHOOK DISCORD_WEBHOOK_URL BEARER SENTRY_DSN SESSION_COOKIE HF_TOKEN DB_CREDS APP_JWT
-        AZURE_STORAGE_CONNECTION_STRING"""
+        AZURE_STORAGE_CONNECTION_STRING AUTH_HEADER BASIC_AUTH_B64 KEY_BASE64 OPENAI_KEYS AWS_SAS_SIG X_COOKIE_VALUE
+        SESSION_ID MY_OTP"""
     others = """PATH PWD OLDPWD PATTERN COMPAT_MODE COMPASS BYPASS KEYBOARD_LAYOUT KEY_SIZE GIT_AUTHOR_NAME XAUTHORITY
-        TOKENIZERS_PARALLELISM PASSED MONKEYS COOKIECUTTER_CONFIG AUTH_METHOD DSNAME"""
+        TOKENIZERS_PARALLELISM PASSED MONKEYS COOKIECUTTER_CONFIG XDG_SESSION_TYPE DESIGN AUTH_METHOD DSNAME"""
     for value in ("s3cret-canary", "/s3cret/canary/+=", " 8characters-with-space "):
         for name in secrets.split():
             with monkeypatch.context() as environment:
@@ -514,6 +515,7 @@ def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         ("SORT_KEY", "timestamp"),
         ("SSH_KEY", str(tmp_path)),
         ("A_PASS", "x"),
+        ("A_TOKEN_TYPE", "opaque"),
     ):
         monkeypatch.setenv(name, value)
         assert without_secrets(f"see {value}") == f"see {value}", name

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from schedulers import Schedule
-from train import resume, track
+from train import environment, resume, track
 from train.config import Config, ConfigError
 from train.export import facts_of
 from train.state import State
+from train.track import Tracker, read_lines
 
 BAD = [
     b'{"step": 4, "lm_loss"',  # cut short
@@ -243,3 +244,33 @@ def test_all_schedules_have_their_edges_listed() -> None:
         schedulers.Constant,
         schedulers.Rewarmup,
     }
+
+
+# ------------------------------------------------------------------------------------------- records that are changed
+
+
+@pytest.mark.parametrize("text", ["{}", '{"starts": []}', '{"starts": 5}', '{"starts": [3]}', "[", ""])
+def test_the_end_of_a_tracker_is_no_reason_to_end_a_run_whose_record_was_edited(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    environment.add_to_start(path, "trackers_ended", {"wandb": "left"})
+    assert path.read_text() == text
+    path.write_text('{"starts": [{"from": null}]}')
+    environment.add_to_start(path, "trackers_ended", {"wandb": "left"})
+    assert json.loads(path.read_text())["starts"] == [{"from": None, "trackers_ended": {"wandb": "left"}}]
+
+
+def test_a_record_that_is_removed_while_a_run_trains_begins_anew_and_says_so(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Tracker.step
+
+    def without_its_file(tracker: Tracker, record: dict[str, Any]) -> None:
+        if record["step"] == 7:
+            (tracker.folder / "metrics.jsonl").unlink()
+        step(tracker, record)
+
+    monkeypatch.setattr(Tracker, "step", without_its_file)
+    folder = run()
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [7, 8, 9, 10, 11, 12]
+    assert capsys.readouterr().out.count("metrics.jsonl has been removed while the run trains") == 1
