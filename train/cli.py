@@ -39,6 +39,7 @@ from train.config import (
     RunConfig,
     RunFailed,
     as_typed,
+    check_interpolations,
     data_from_hydra,
     from_hydra,
     load,
@@ -187,6 +188,7 @@ def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
     """
     settings = _compose(overrides)
     try:
+        check_interpolations(settings)
         return settings, OmegaConf.to_container(settings.get("sweep") or OmegaConf.create(), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"sweep: {str(error).partition(chr(10))[0]}") from error

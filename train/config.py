@@ -40,6 +40,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "cle
 
 
 MOST_YAML_VALUES = 100_000
+MOST_WRITTEN_OUT = 1_000_000  # characters and values, interpolations written out
 
 
 class _Loader(omegaconf._utils.get_yaml_loader()):  # type: ignore[misc]
@@ -390,6 +391,7 @@ def data_from_hydra(composed: DictConfig) -> DataConfig:
 
 
 def typed(composed: DictConfig, kind: type[T]) -> T:
+    check_interpolations(composed)  # before anything resolves them
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
             names = ", ".join(missing)
@@ -413,6 +415,43 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
         raise ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}.{hint}") from error
     assert isinstance(typed, kind)
     return typed
+
+
+def check_interpolations(composed: DictConfig) -> None:
+    """Raises ConfigError where interpolations, written out, would mean more than a configuration can: as with aliases,
+    thirty lines of ${a}${a} are 10^9 values."""
+    root = OmegaConf.to_container(composed, resolve=False)
+    sizes: dict[tuple[str, ...], float] = {}
+
+    def size(path: tuple[str, ...], node: Any) -> float:
+        """Characters and values of a node; infinitely many of one that holds itself."""
+        if path not in sizes:
+            sizes[path] = math.inf
+            parts = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            total = 1.0 + sum(size((*path, str(key)), part) for key, part in parts)
+            if isinstance(node, str):
+                total += len(node)
+                for dots, name in re.findall(r"\$\{(\.*)([^${}:]+)\}", node):
+                    target = (*(path[: -len(dots)] if dots else ()), *re.findall(r"[^.\[\]]+", name))
+                    total += size(target, _at(root, target))
+            sizes[path] = total
+        return sizes[path]
+
+    if size((), root) > MOST_WRITTEN_OUT:
+        first = min((path for path in sizes if sizes[path] > MOST_WRITTEN_OUT), key=lambda path: sizes[path])
+        raise ConfigError(
+            f"With its interpolations written out the configuration has more than {MOST_WRITTEN_OUT:,} characters and "
+            f"values, as {'.'.join(first)} alone has. Give the values themselves."
+        )
+
+
+def _at(node: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        try:
+            node = node[int(key) if isinstance(node, list) else key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None  # OmegaConf says so
+    return node
 
 
 def check(config: Config) -> None:

@@ -288,6 +288,20 @@ def test_a_file_that_cannot_be_read_is_told_at_once(tmp_path: Path, text: str, s
         load(mine)
 
 
+@pytest.mark.parametrize("reference", ["${tracker.init_kwargs.wandb.a%d}", "${.a%d}"])
+def test_interpolations_that_mean_too_much_are_one_paragraph(tmp_path: Path, reference: str) -> None:
+    lines = ["a0: ten letters"] + [f"a{n}: '{(reference % (n - 1)) * 2}'" for n in range(1, 31)]
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ntracker:\n  log_with: [wandb]\n  init_kwargs:\n    wandb:\n"
+    (tmp_path / "experiment/bomb.yaml").write_text(text + "".join(f"      {line}\n" for line in lines))
+    with pytest.raises(ConfigError, match=r"interpolations written out .*init_kwargs.wandb.a"):
+        composed([f"--config-dir={tmp_path}", "+experiment=[quickstart,bomb]"])
+    few = text + "      a0: ten letters\n      a1: '${.a0} and ${run.name}'\n"
+    (tmp_path / "experiment/few.yaml").write_text(few)
+    config = composed([f"--config-dir={tmp_path}", "+experiment=[quickstart,few]"])
+    assert config.tracker.init_kwargs["wandb"]["a1"] == "ten letters and quickstart"
+
+
 def test_aliases_as_people_use_them_are_read(tmp_path: Path) -> None:
     (tmp_path / "schedule").mkdir()
     text = "defaults: [power]\na: &a 3.5\nbelongs_to: &two {x: *a}\ndecay:\n  <<: *two\n  tokens: 5\n"
