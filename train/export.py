@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
-from train.config import Config, ConfigError, RunFailed
+from train.config import Config, ConfigError, RunFailed, setting_values
 from train.environment import replace_folder
 from train.metrics import parameters_of
 from train.model import granite
@@ -224,7 +224,8 @@ def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
             f", {config.model.num_local_experts} experts of {config.model.intermediate_size}, "
             f"top-{config.model.num_experts_per_tok}"
         )
-    schedule = ", ".join(f"{key} {value}" for key, value in config.schedule.items() if key != "name")
+    fields = {name: value for name, value in config.schedule.items() if name not in ("name", "belongs_to")}
+    schedule = ", ".join(f"{name} {value}" for name, value in setting_values(fields) if value is not None)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     corpora = ", ".join(
         f"{name} ({_of_the_hub(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()

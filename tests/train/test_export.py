@@ -122,6 +122,8 @@ def test_the_model_card_names_data_mixture_tokenizer_and_every_loss(run: Callabl
     for line in lines:
         assert f"| validation loss, {line['corpus']} | {line['loss']:.4f} nats a token" in card
     assert str(words) not in card
+    (schedule,) = (line for line in card.splitlines() if line.startswith("| schedule |"))
+    assert "{" not in schedule and "None" not in schedule and "decay.tokens 768, decay.shape exponential" in schedule
 
     from launch.export import main
 
