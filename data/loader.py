@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100  # the label that torch's cross-entropy leaves out
 
 
+def windows_in(num_tokens: int, sequence_length: int) -> int:
+    """How many windows of sequence_length + 1 tokens with stride sequence_length fit, 0 or more."""
+    return max(0, num_tokens - 1) // sequence_length
+
+
 def num_windows(num_tokens: int, sequence_length: int, name: str = "The corpus") -> int:
-    """How many windows of sequence_length + 1 tokens with stride sequence_length fit; none is a DataError."""
-    count = (num_tokens - 1) // sequence_length
+    """As `windows_in`; none is a DataError."""
+    count = windows_in(num_tokens, sequence_length)
     if count < 1:
         raise DataError(
             f"{name} has {num_tokens} tokens; one window takes sequence_length + 1 = {sequence_length + 1}. "

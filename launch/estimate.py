@@ -468,6 +468,7 @@ def draw(config: Config, path: Path) -> None:
 def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:
     """Errors and warnings about corpora and tokenizer; print how often tokens are seen."""
     from data import sources
+    from data.loader import windows_in
     from data.mixture import mixture_of
     from data.order import Stage, epochs
     from data.prepare import find, rows_needed, skipped_records
@@ -527,7 +528,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
             f"model.vocab_size to {vocabulary:,} or more."
         )
     length = data.sequence_length
-    windows = {name: (file.num_tokens - 1) // length for name, file in found.train.items()}
+    windows = {name: windows_in(file.num_tokens, length) for name, file in found.train.items()}
     errors += [
         f"{name} has {found.train[name].num_tokens:,} tokens, fewer than one window of {length + 1:,}."
         for name, count in windows.items()

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.loader import windows_in
 from data.order import Stage, epochs
 from train.cli import composed_data, guard
 from train.config import Config, ConfigError
@@ -116,7 +117,7 @@ def _say_tokenizer(folder: Path) -> None:
 def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
     """How often a budget goes through each corpus, or what an epoch is."""
     length = data.sequence_length
-    windows = {name: (file.num_tokens - 1) // length for name, file in prepared.train.items()}
+    windows = {name: windows_in(file.num_tokens, length) for name, file in prepared.train.items()}
     if short := [name for name, count in windows.items() if count < 1]:
         print(
             f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes, which is "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import IGNORE_INDEX, window
+from data.loader import IGNORE_INDEX, window, windows_in
 from data.prepare import Prepared, bytes_of_tokens
 from data.tokens import TokenFile
 from train import faults
@@ -23,7 +23,7 @@ class Validation:
 
     Attributes:
         bytes: of text that a corpus's targets stand for; None where that is not known.
-        problems: what is not evaluated, and why, by corpus.
+        problems: by corpus, why it is not evaluated or has no bits per byte.
     """
 
     def __init__(self, config: Config, prepared: Prepared, tokenizer: Any) -> None:
@@ -37,7 +37,7 @@ class Validation:
             if (file := prepared.validation.get(name)) is None:
                 self.problems[name] = "no validation split"
                 continue
-            total = (file.num_tokens - 1) // length
+            total = windows_in(file.num_tokens, length)
             if total < 1:
                 self.problems[name] = (
                     f"its validation split has {file.num_tokens:,} tokens, and a window takes {length + 1:,} "
