@@ -38,9 +38,9 @@ from yaml import YAMLError
 
 from data import DataError, expand
 from launch.check import described
-from schedulers import Power, Rewarmup
+from schedulers import Rewarmup, power_of
 from train.cli import composed, guard
-from train.config import Config, ConfigError, batch_problems, doubts, problems
+from train.config import Config, ConfigError, batch_doubts, batch_problems, doubts, problems
 from train.console import human
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     errors = list(batch_problems(config, cluster.gpus))
     if config.engine.expect == ("plain" if cluster.gpus > 1 else "ddp"):
         errors.append(f"engine.expect is {config.engine.expect}, which cluster.gpus={cluster.gpus} cannot be.")
-    warnings = [*doubts(config), *schedule_warnings(config), *phase_warnings(config)]
+    warnings = [*doubts(config), *batch_doubts(config), *schedule_warnings(config), *phase_warnings(config)]
     engine = None
     if not errors:
         engine = memory_section(console, config, cluster)
@@ -196,15 +196,10 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     return [*errors, *data_errors, *more_errors], [*warnings, *data_warnings, *more_warnings]
 
 
-def phases_of(config: Config) -> list[tuple[int, int]]:
-    """(tokens of the run, sequences) of each batch size, in the order of the run."""
-    return [(0, config.batch.sequences), *((phase.from_tokens, phase.sequences) for phase in config.batch.ramp)]
-
-
 def steps_of(config: Config) -> tuple[int, int]:
     """Steps of the whole run, and tokens of the run before the last one; a batch grows between steps."""
     tokens = steps = last = 0
-    phases = phases_of(config)
+    phases = config.batch_phases()
     for (_, sequences), (end, _) in zip(phases, [*phases[1:], (config.run.tokens, 0)], strict=True):
         size = sequences * config.data.sequence_length
         own = max(0, -(-(min(end, config.run.tokens) - tokens) // size))
@@ -399,11 +394,9 @@ def key_points(config: Config) -> list[tuple[str, int]]:
 
 def cap_release(config: Config) -> float | None:
     """Clock reading from which on max_lr sets no rate any more: a batch that grows can bring it back."""
-    schedule: Any = config.make_schedule()
-    power = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
-    if not isinstance(power, Power):
+    if (power := power_of(config.make_schedule())) is None:
         return None
-    begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in phases_of(config)]
+    begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in config.batch_phases()]
     release = None
     for (begin, sequences), (end, _) in zip(begins, [*begins[1:], (math.inf, 0)], strict=True):
         of_batch = power.cap_release(config.beta(sequences))
@@ -418,9 +411,11 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     release, decay = cap_release(config), getattr(schedule, "decay", None)
     trunk_ends = config.end_tokens if decay is None else decay.start
     if release is not None and release >= trunk_ends:
+        smooth = config.schedule.get("cap") == "smooth"
+        rate = "between half of max_lr and all of it to its end" if smooth else "max_lr to its end, as WSD's is"
         yield (
             f"The cap would release at {human(release)} tokens, and the trunk ends at {human(trunk_ends)}: the rate is "
-            "max_lr to its end, as WSD's is. Train longer, with a smaller batch, or with a higher schedule.max_lr."
+            f"{rate}. Train longer, with a smaller batch, or with a higher schedule.max_lr."
         )
     elif release is not None and release <= schedule.warmup_tokens and schedule.warmup_tokens:
         yield (

@@ -84,8 +84,10 @@ def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture
         "model.model_type=granitemoe",
         "model.num_local_experts=4",
         "model.num_experts_per_tok=1",
+        "schedule.max_lr=0.0002",
     )
     assert code == 1
+    assert "Warning: The batch is above the schedule's critical batch in 100% of the run" in said
     assert "Warning: model.num_experts_per_tok is 1" in said
     assert "has 600 tokens, and model.vocab_size is 512" in said
     assert "does not split into micro-batches of 8 on 3 rank(s)" in said

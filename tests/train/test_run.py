@@ -115,6 +115,14 @@ def test_one_expert_a_token_is_warned_of_and_its_router_has_no_moments(
     assert {bool(tensor.any()) for name, tensor in moments.items() if "router" in name} == {False}
 
 
+def test_a_batch_above_the_critical_one_is_said_before_the_first_step(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("schedule.max_lr=0.0001", "run.tokens=1024", "schedule.decay.tokens=0")
+    said = capsys.readouterr().out
+    assert "Warning: The batch is above the schedule's critical batch in 100% of the run" in said.partition("step ")[0]
+
+
 def test_evaluation_changes_nothing(run: Callable[..., Path]) -> None:
     without = read_lines(run("run.name=without") / "metrics.jsonl")
     often = read_lines(run("run.name=often", "evaluation.every=1") / "metrics.jsonl")
