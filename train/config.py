@@ -683,8 +683,9 @@ def batch_doubts(config: Config) -> Iterator[str]:
     """What a Power schedule's law says of the batch, a paragraph each; a sweep goes beyond it on purpose.
 
     The batch is pointed out where it lies above the critical batch: the first one for more than ABOVE_CRITICAL of the
-    run (every batch does at the first tokens), one of batch.ramp for more than that share of its own tokens. A batch
-    that grows, and its rate with it, is when it stays below half of the critical batch: no cap is near.
+    run (every batch does at the first tokens), one of batch.ramp for more than that share of its own tokens; and not if
+    that is over with the warmup. A batch that grows, and its rate with it, is when it stays below half of the critical
+    batch: no cap is near.
     """
     power = schedulers.power_of(config.make_schedule())
     if power is None or power.batch_exponent <= 0:
@@ -695,8 +696,10 @@ def batch_doubts(config: Config) -> Iterator[str]:
         end, beta = min(end, config.run.tokens), config.beta(sequences)
         if begin >= end:
             break
-        until = math.ceil(min(end, power.cap_release(beta) - config.run.tokens_seen))
-        if until - begin > ABOVE_CRITICAL * (end - begin if begin else config.run.tokens):
+        release = power.cap_release(beta)
+        in_warmup = release <= power.warmup_tokens  # whose rates go by the law at its end
+        until = math.ceil(min(end, release - config.run.tokens_seen))
+        if not in_warmup and until - begin > ABOVE_CRITICAL * (end - begin if begin else config.run.tokens):
             above.append(f"{sequences:,} sequences from {begin:,} to {until:,} tokens")
             tokens_above += until - begin
         critical = power.critical_batch(config.run.tokens_seen + begin)

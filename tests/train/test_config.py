@@ -489,6 +489,8 @@ def test_a_batch_above_the_critical_batch_is_pointed_out_with_where_it_is() -> N
     # A tenth of the run decides, by the run's own tokens; the law goes by the clock.
     assert batch_doubts({**larger, "run.tokens": 10 * until}) == []
     assert batch_doubts({**larger, "run.tokens": 10 * until - 100})
+    assert batch_doubts({**larger, "schedule.warmup_tokens": until}) == []
+    assert batch_doubts({**larger, "schedule.warmup_tokens": until - 1})
     again = {**larger, "schedule.rewarmup.tokens": 1000, "schedule.warmup_tokens": 0}
     assert f"from 0 to {until - 200_000:,} tokens" in batch_doubts({**again, "run.tokens_seen": 200_000})[0]
     assert batch_doubts({**again, "run.tokens_seen": until}) == []
