@@ -386,7 +386,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
                 axis.plot(*run.curve("critical_batch"), linewidth=1, alpha=0.4, **own)
         axis.set_ylabel(unit)
         if metric == "batch":
-            axis.set_yscale("log", nonpositive="mask")  # the critical batch is 0 before the first token
+            axis.set_yscale("log", base=2, nonpositive="mask")  # the critical batch is 0 before the first token
     axes[-1].set_xlabel("tokens")
     for axis in (loss, *axes):
         axis.grid(alpha=0.3)
