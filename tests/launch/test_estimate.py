@@ -229,6 +229,9 @@ def test_where_a_ramp_follows_by_hand() -> None:
     assert phases == [
         "batch.ramp=[{from_tokens:2560,sequences:16},{from_tokens:10752,sequences:32},{from_tokens:41472,sequences:64}]"
     ]
+    decays = ["run.tokens=50_000", "schedule.decay.tokens=10_000"]  # from 40,000 on
+    _, phases_before = pasted([*settings, *decays], 1)
+    assert phases_before == "batch.ramp=[{from_tokens:2560,sequences:16},{from_tokens:10752,sequences:32}]"
     one_step = "batch.ramp=[{from_tokens:1024,sequences:64}]"  # the critical batch is 0 before it
     assert pasted([*settings, "schedule.max_lr=1000"], 2) == ["batch.sequences=16", one_step]
     later = ["run.tokens_seen=40_000", "schedule.rewarmup.tokens=1000"]
