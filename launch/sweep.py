@@ -49,6 +49,7 @@ from launch.trials import (
     decay_tokens,
     fingerprint,
     in_common,
+    lean_design,
     ledger_lines,
     overrides,
     plan,
@@ -108,6 +109,7 @@ class Sweep:
         self.sweep: SweepConfig = sweep_config(node)
         check_batches(self.sweep, self.settings.data.sequence_length)
         self.trials = plan(self.sweep)
+        self.design = lean_design(self.sweep, self.trials) if self.sweep.design == "lean" else None
         self.folder = Path(expand(self.settings.run.folder)) / self.sweep.name
         self.ledger = Path(expand(self.sweep.ledger)) if self.sweep.ledger else self.folder / "ledger.jsonl"
 
@@ -133,7 +135,7 @@ class Sweep:
                 results[trial.name] = line
             elif self.failed_file(trial).exists():
                 failed.add(trial.name)
-        return Progress(self.trials, results, failed)
+        return Progress(self.trials, results, failed, self.design)
 
     def failed_file(self, trial: Trial) -> Path:
         """Exists when the trial broke in this start of the sweep, and says how."""
@@ -146,6 +148,8 @@ class Sweep:
 def control(options: argparse.Namespace) -> int:
     """Check, prepare the data, start workers, and keep the ledger and a table of it up to date."""
     sweep = Sweep(options.overrides)
+    if options.pilot and sweep.design is not None:
+        raise ConfigError("--pilot trains the shortest horizon of a grid; a lean sweep begins there by itself.")
     if not options.slurm:  # the machines of its jobs may have another
         check_launcher(sweep.sweep)
     configs = sweep.configs()
@@ -306,6 +310,15 @@ def planned(sweep: Sweep) -> Group:
         grid.add_row(f"{batch:g}", *(trained.get(tokens, "–") for tokens in horizons))
     limits = f"sweep.min_steps {sweep.sweep.min_steps}, sweep.max_steps {sweep.sweep.max_steps or 'none'}"
     tokens = sum(progress.trained_tokens(sweep.sweep, trial) for trial in sweep.trials)
+    if sweep.design is not None:
+        budget = (
+            f"{sweep.sweep.budget_tokens:,} tokens" if sweep.sweep.budget_tokens else "what it finds worth its tokens"
+        )
+        return Group(
+            grid,
+            f"–: not trained ({limits}). A lean sweep trains some of these {len(sweep.trials)} trials of "
+            f"{', '.join(sweep.sweep.models)}, up to {budget}; all of them would take {tokens:,} tokens.",
+        )
     return Group(
         grid,
         f"–: not trained ({limits}). {len(sweep.trials)} trials of {', '.join(sweep.sweep.models)}, at most {tokens:,} "
@@ -352,13 +365,19 @@ def _cells(progress: Progress, here: dict[Any, Trial], columns: list[Any]) -> li
             text = "diverged" if loss is None else f"{loss:.4f}"
             cells.append(f"[bold green]{text}[/]" if loss is not None and loss == best else text)
         else:
-            cells.append((progress.left_out(here[fields]) or "…") if fields in here else "")
+            left_out = progress.left_out(here[fields]) if fields in here else ""
+            cells.append("" if left_out == "not asked" else "…" if left_out is None else left_out)
     return cells
 
 
 def summary(sweep: Sweep, progress: Progress) -> str:
     """How much is done, what the shared trunks saved, and how long the rest may take."""
     done = [t for t in sweep.trials if progress.done(t)]
+    if sweep.design is not None:
+        budget = f" of {sweep.sweep.budget_tokens:,}" if sweep.sweep.budget_tokens else ""
+        return (
+            f"{len(done)} trials done, {sweep.design.trained:,.0f}{budget} tokens trained. {sweep.design.step.reason}"
+        )
     out = [t for t in sweep.trials if progress.left_out(t) and not progress.done(t)]
     trained, apart = sum(progress.trained_tokens(sweep.sweep, t) for t in done), sum(t.tokens for t in done)
     saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if trained < apart else ""

@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from launch.lean import Design, Place
 from schedulers.cells import MOST
 from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
 
@@ -41,6 +42,14 @@ class Repeat:
 
 
 @dataclass
+class Target:
+    """What the law of a lean sweep is for."""
+
+    batch: float = MISSING  # in units of 4096 tokens
+    tokens: float = MISSING  # horizon
+
+
+@dataclass
 class SweepConfig:
     """The `sweep` part of configs/sweep/NAME.yaml; the rest of that file is an experiment."""
 
@@ -52,6 +61,9 @@ class SweepConfig:
     decay_fraction: float = 0.1  # of each horizon, for power and wsd
     seeds: list[int] = field(default_factory=lambda: [0])  # each trains the whole grid
     repeats: list[Repeat] = field(default_factory=list)  # points of the grid to train again with other seeds: the noise
+    design: str = "grid"  # grid: all trials; lean: those that tell most about the law for their tokens
+    target: Target | None = None  # of a lean sweep; default: all batches and horizons of the grid alike
+    budget_tokens: int | None = None  # that a lean sweep may train in all; default: until more would not help
     min_steps: int = 100  # a batch is trained at the horizons that give it this many steps …
     max_steps: int | None = None  # … to this many; default: no limit
     jobs: int = 2  # trials at a time on this machine
@@ -120,11 +132,37 @@ def sweep_config(node: Any) -> SweepConfig:
         raise ConfigError(f"sweep.name is '{sweep.name}'; it names a folder.")
     if not 0 < sweep.decay_fraction < 1:
         raise ConfigError(f"sweep.decay_fraction is {sweep.decay_fraction}; it is a share between 0 and 1.")
+    _check_design(sweep)
     try:
         shlex.split(sweep.launcher or "")
     except ValueError as error:
         raise ConfigError(f"sweep.launcher is {sweep.launcher!r}, which no shell could read: {error}.") from error
     return sweep
+
+
+def _check_design(sweep: SweepConfig) -> None:
+    if sweep.design not in ("grid", "lean"):
+        raise ConfigError(f"sweep.design is '{sweep.design}'; the designs are grid and lean.")
+    given = [name for name in ("target", "budget_tokens") if getattr(sweep, name) is not None]
+    if sweep.design == "grid":
+        if given:
+            raise ConfigError(f"sweep.{given[0]} is for sweep.design=lean; a grid trains everything.")
+        return
+    if list(sweep.schedules) != ["wsd"] or list(sweep.schedules["wsd"]) != ["lr"]:
+        raise ConfigError(
+            "A lean sweep brackets one number, the learning rate: sweep.schedules is to be wsd: {lr: [...]}."
+        )
+    if len(set(sweep.schedules["wsd"]["lr"])) < 3:
+        raise ConfigError(
+            f"sweep.schedules.wsd.lr is {sweep.schedules['wsd']['lr']}; to bracket the best learning rate takes three "
+            "or more, best a wide range of factors of 2, of which a lean sweep trains few."
+        )
+    if len(set(sweep.seeds)) > 1 or sweep.repeats:
+        raise ConfigError("A lean sweep trains one seed: leave out sweep.repeats, and all but one of sweep.seeds.")
+    if sweep.target is not None:
+        _finite("sweep.target", [sweep.target.batch, sweep.target.tokens], above=0)
+    if sweep.budget_tokens is not None:
+        _finite("sweep.budget_tokens", [sweep.budget_tokens], above=0)
 
 
 def _whole_as_floats(value: Any) -> Any:
@@ -330,13 +368,41 @@ def fingerprint(corpora: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(corpora[name] for name in sorted(corpora)).encode()).hexdigest()[:16]
 
 
+def lean_design(sweep: SweepConfig, trials: list[Trial]) -> Design:
+    """The design of a lean sweep whose whole grid is `trials`."""
+    grid: dict[Place, list[float]] = {}
+    for trial in trials:
+        place, rate = place_of(trial)
+        grid.setdefault(place, []).append(rate)
+    target = (sweep.target.batch, sweep.target.tokens) if sweep.target else None
+    return Design(grid, target, sweep.budget_tokens or math.inf, sweep.decay_fraction)
+
+
+def place_of(trial: Trial) -> tuple[Place, float]:
+    """A trial as a lean sweep asks for it: its cell and its learning rate."""
+    return (trial.model, trial.batch, trial.tokens), dict(trial.fields)["lr"]
+
+
 class Progress:
-    """Which trials are done and what may be run next; `results` is name → line of the ledger."""
+    """Which trials are done and what may be run next.
+
+    Args:
+        results: name → line of the ledger.
+        failed: names of trials that broke in this start.
+        design: of a lean sweep, which says what to train.
+    """
 
     def __init__(
-        self, trials: list[Trial], results: Mapping[str, dict[str, Any]], failed: Collection[str] = ()
+        self,
+        trials: list[Trial],
+        results: Mapping[str, dict[str, Any]],
+        failed: Collection[str] = (),
+        design: Design | None = None,
     ) -> None:
-        self.trials, self.results, self.failed = trials, results, failed
+        self.trials, self.results, self.failed, self.design = trials, results, failed, design
+        if design is not None:
+            losses = {place_of(t): results[t.name]["loss"] for t in trials if t.name in results}
+            design.advance({place: math.inf if loss is None else loss for place, loss in losses.items()})
         self._groups: dict[tuple[Any, ...], dict[int, list[Trial]]] = {}
         self._left_out: dict[Trial, str | None] = {}
         for trial in trials:
@@ -354,13 +420,15 @@ class Progress:
         """Why a trial is not run, or None. Decided by the results at the horizon before, whatever the order of work.
 
         `diverged`: it did so before. `pruned`: its rate lies more than two above the best one, and the best rate does
-        not rise with the horizon.
+        not rise with the horizon. `not asked`: a lean sweep has no need of it so far.
         """
         if trial not in self._left_out:
             self._left_out[trial] = self._why_left_out(trial)
         return self._left_out[trial]
 
     def _why_left_out(self, trial: Trial) -> str | None:
+        if self.design is not None:
+            return None if place_of(trial) in self.design.asked else "not asked"
         before = self.before(trial)
         if before is None:
             return None
@@ -389,6 +457,8 @@ class Progress:
         return [trial for trial in self.open() if trial.name not in self.failed and self._before_is_known(trial)]
 
     def _before_is_known(self, trial: Trial) -> bool:
+        if self.design is not None:
+            return True
         before = self.before(trial)
         return before is None or (
             self.done(before) and all(map(self._is_known, self._groups[trial.group][before.tokens]))

@@ -1,0 +1,260 @@
+"""The lean sweep: which trials to run next, from what is known so far.
+
+A whole grid spends most of its tokens where it learns least. This design asks, again and again, which cell (model,
+batch, horizon) tells most about the law for the tokens that it takes, brackets the best learning rate there, and stops
+when no cell that the budget allows would help. The same losses give the same next trials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import least_squares
+
+from schedulers.law import MIN_HORIZONS
+
+Array = npt.NDArray[np.float64]
+Place = tuple[str, float, int]  # model, batch in units of 4096 tokens, horizon in tokens
+
+RATES = 4  # that a parabola takes, and a cell costs
+SCATTER = 0.2  # standard deviation of a log best learning rate that a cell gives
+DISCREPANCY = 0.2  # by which the law is off, and …
+DISTANCE = 1.0  # … over how much of log batch or log tokens it is off alike
+OFFSET = 0.1  # of a model's log learning rate from the others': small under muP
+CURVATURE = 0.03  # nats: a loss lies so much times log(η / best)² above the least one, until the cells tell
+PRIOR_B = -0.5
+PRIOR_SCALE = np.array([1.5, 0.2, 1.0])  # of log γ, b and log η_max
+WORTH = 0.02  # a cell has to lower the regret to expect by this share of it
+ENOUGH = 3e-4  # nats: less regret than any seed's noise
+
+
+@dataclass(frozen=True)
+class Step:
+    """Trials to run now, as (cell, learning rate), and why these, or why there are none."""
+
+    trials: tuple[tuple[Place, float], ...]
+    reason: str
+
+
+class Design:
+    """A lean sweep's steps.
+
+    Args:
+        grid: the learning rates that may be trained in each cell.
+        target: (batch, tokens) that the law is for; None for all cells of the grid alike.
+        budget: tokens that may be trained in all.
+        decay_fraction: of a horizon; the part before is the trunk that longer horizons share.
+    """
+
+    def __init__(
+        self,
+        grid: Mapping[Place, Sequence[float]],
+        target: tuple[float, float] | None = None,
+        budget: float = math.inf,
+        decay_fraction: float = 0.1,
+    ) -> None:
+        self.grid, self.target, self.budget, self.decay_fraction = grid, target, budget, decay_fraction
+        self.losses: dict[tuple[Place, float], float] = {}  # of the steps that are complete
+        self.step = self._next()
+
+    @property
+    def asked(self) -> set[tuple[Place, float]]:
+        """All trials of the steps so far."""
+        return {*self.losses, *self.step.trials}
+
+    @property
+    def trained(self) -> float:
+        """Tokens that the complete steps took."""
+        return trained_tokens(self.losses, self.decay_fraction)
+
+    def advance(self, losses: Mapping[tuple[Place, float], float]) -> None:
+        """Take the next steps while all trials of the present one are known (inf where one diverged).
+
+        A step is taken as a whole, so neither the order in which its trials end nor a kill changes what comes next.
+        """
+        while self.step.trials and all(trial in losses for trial in self.step.trials):
+            self.losses.update({trial: losses[trial] for trial in self.step.trials})
+            self.step = self._next()
+
+    def _next(self) -> Step:
+        belief = _Belief(self.grid, self.losses, self.target)
+        for place in belief.begun:  # first what is begun
+            if rates := bracket(self.grid[place], belief.losses[place], belief.predicted(place)):
+                return self._affordable(place, rates, "is to be bracketed")
+        best: tuple[float, Place] | None = None
+        affordable = False
+        for place in self.grid:
+            cost = self._cost(place)
+            if place in belief.closed or self.trained + cost > self.budget:
+                continue
+            affordable = True
+            helps = belief.regret > ENOUGH and belief.gain(place) >= WORTH * belief.regret
+            if helps or belief.lacks(place):
+                best = max(best or (0.0, place), (belief.gain(place) / cost, place))
+        if best is None and affordable:
+            return Step(
+                (), f"No cell would lower the regret to expect, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
+            )
+        if best is None:
+            left = self.budget - self.trained
+            return Step(
+                (),
+                f"No cell is left that could be bracketed with {left:,.0f} tokens."
+                if left < math.inf
+                else "All cells are bracketed.",
+            )
+        place = best[1]
+        return self._affordable(
+            place, bracket(self.grid[place], {}, belief.predicted(place)), "tells most for its tokens"
+        )
+
+    def _affordable(self, place: Place, rates: Sequence[float], reason: str) -> Step:
+        trials = tuple((place, rate) for rate in rates)
+        if trained_tokens([*self.losses, *trials], self.decay_fraction) > self.budget:
+            return Step((), f"The next trials would need more than the {self.budget - self.trained:,.0f} tokens left.")
+        model, batch, tokens = place
+        return Step(trials, f"{model}, batch {batch:g}, {tokens:,} tokens {reason}.")
+
+    def _cost(self, place: Place) -> float:
+        """Tokens to bracket a cell, which begins where shorter horizons of its trunks ended."""
+        model, batch, tokens = place
+        before = [t for (m, b, t), _ in self.losses if (m, b) == (model, batch) and t < tokens]
+        # The best rate has fallen since: about one of the trunks that there are is too high to be of use.
+        return RATES * tokens - (RATES - 1) * (1 - self.decay_fraction) * max(before, default=0)
+
+
+def bracket(rates: Sequence[float], losses: Mapping[float, float], predicted: float) -> list[float]:
+    """The learning rates that a cell lacks: around the prediction, then until the best one has neighbours.
+
+    A parabola takes a fourth. Empty when the cell is bracketed, or when its best rate is an end of the grid.
+    """
+    ladder = sorted(rates)
+    if not losses:
+        middle = min(range(len(ladder)), key=lambda i: abs(math.log(ladder[i] / predicted)))
+        middle = min(max(middle, 1), max(1, len(ladder) - 2))
+        return ladder[max(0, middle - 1) : middle + 2]
+    best = ladder.index(min(losses, key=lambda rate: losses[rate]))
+    beside = [ladder[i] for i in (best - 1, best + 1) if 0 <= i < len(ladder) and ladder[i] not in losses]
+    if beside or len(losses) >= min(RATES, len(ladder)) or best in (0, len(ladder) - 1):
+        return beside
+    lower = losses[ladder[best - 1]] <= losses[ladder[best + 1]]
+    for i in (best - 2, best + 2) if lower else (best + 2, best - 2):
+        if 0 <= i < len(ladder) and ladder[i] not in losses:
+            return [ladder[i]]
+    return []
+
+
+def trained_tokens(losses: Iterable[tuple[Place, float]], decay_fraction: float) -> float:
+    """Tokens that these trials take when horizons share trunks."""
+    trunks: dict[tuple[str, float, float], list[int]] = {}
+    for (model, batch, tokens), rate in losses:
+        trunks.setdefault((model, batch, rate), []).append(tokens)
+    total = 0.0
+    for horizons in trunks.values():
+        ordered = sorted(horizons)
+        total += sum(ordered) - (1 - decay_fraction) * sum(ordered[:-1])
+    return total
+
+
+class _Belief:
+    """Log of the best learning rate of every cell: the smooth law, what it may be wrong by, and how sure all of it is.
+
+    A Gaussian process. Its mean is the smooth law, whose three numbers begin with wide priors; around it each model has
+    an offset, and the law itself is off by an amount that is alike in nearby cells. A cell therefore tells less about
+    others the further they are away, and two that are close tell hardly more than one.
+    """
+
+    def __init__(
+        self,
+        grid: Mapping[Place, Sequence[float]],
+        losses: Mapping[tuple[Place, float], float],
+        target: tuple[float, float] | None,
+    ) -> None:
+        own: dict[Place, dict[float, float]] = {}
+        for (place, rate), loss in losses.items():
+            own.setdefault(place, {})[rate] = loss
+        self.losses = own
+        self.begun = [place for place in grid if place in own and bracket(grid[place], own[place], 1.0)]
+        self.closed = set(own) - set(self.begun)
+        found = {place: minimum for place, rates in own.items() if (minimum := _minimum(rates)) is not None}
+        self.points = {place: log_lr for place, (log_lr, _) in found.items()}
+        curvatures = [curvature for _, curvature in found.values()]
+        self._curvature = float(np.median(curvatures)) if curvatures else CURVATURE
+
+        self._places = list(grid)
+        models = list(dict.fromkeys(model for model, _, _ in self._places))
+        targets = [(model, *target) for model in models] if target else list(grid)
+        everything = [*self._places, *targets]
+        model = np.array([models.index(name) for name, _, _ in everything])
+        x = np.log([place[1:] for place in everything])  # (n, 2): log batch, log tokens
+        x[:, 1] -= x[: len(grid), 1].mean()
+        rates = np.log([rate for values in grid.values() for rate in values])
+        prior = np.array([np.median(rates) + 0.7 - np.median(x[: len(grid), 0]), PRIOR_B, rates.max() - 0.7])
+        known = [self._places.index(place) for place in self.points]
+        values = np.array(list(self.points.values()))
+
+        def law(numbers: Array) -> tuple[Array, Array]:
+            line = numbers[0] + numbers[1] * x[:, 1] + x[:, 0]
+            share = 1 / (1 + np.exp(np.clip(line - numbers[2], -700, 700)))
+            return -np.logaddexp(-line, -numbers[2]), np.stack([share, share * x[:, 1], 1 - share], axis=1)
+
+        def residuals(numbers: Array) -> Array:
+            return np.concatenate([(numbers - prior) / PRIOR_SCALE, (values - law(numbers)[0][known]) / SCATTER])
+
+        numbers = least_squares(residuals, prior).x
+        mean, slopes = law(numbers)
+        mean = mean + slopes @ (prior - numbers)  # linear in the numbers, from their prior on
+        apart = ((x[:, None] - x[None]) ** 2).sum(axis=2) / DISTANCE**2
+        covariance = (
+            (slopes * PRIOR_SCALE**2) @ slopes.T
+            + OFFSET**2 * (model[:, None] == model[None])
+            + DISCREPANCY**2 * np.exp(-apart / 2)
+        )
+        if known:
+            gain = covariance[:, known] @ np.linalg.inv(
+                covariance[np.ix_(known, known)] + SCATTER**2 * np.eye(len(known))
+            )
+            mean = mean + gain @ (values - mean[known])
+            covariance = covariance - gain @ covariance[known]
+        self._mean = mean
+        to_targets = covariance[: len(self._places), len(self._places) :]
+        variance = np.diag(covariance)
+        self.regret = self._curvature * float(variance[len(self._places) :].mean())
+        self._gains = self._curvature * (to_targets**2).mean(axis=1) / (variance[: len(self._places)] + SCATTER**2)
+
+    def predicted(self, place: Place) -> float:
+        """The best learning rate to expect in a cell."""
+        return math.exp(float(self._mean[self._places.index(place)]))
+
+    def lacks(self, place: Place) -> bool:
+        """Whether a fit, which takes several horizons and batches, still needs another and the cell has it."""
+        horizons, batches = {tokens for _, _, tokens in self.points}, {batch for _, batch, _ in self.points}
+        return (len(horizons) < MIN_HORIZONS and place[2] not in horizons) or (
+            len(batches) < 2 and place[1] not in batches
+        )
+
+    def gain(self, place: Place) -> float:
+        """By how many nats the regret to expect at the targets falls when the best rate of a cell is known, too."""
+        return float(self._gains[self._places.index(place)])
+
+
+def _minimum(losses: Mapping[float, float]) -> tuple[float, float] | None:
+    """Log of the best learning rate and the curvature there, by the parabola through the best four; None without an
+    inner minimum."""
+    finite = sorted((rate, loss) for rate, loss in losses.items() if math.isfinite(loss))
+    if len(finite) < 3:
+        return None
+    best = min(range(len(finite)), key=lambda i: finite[i][1])
+    if best in (0, len(finite) - 1):
+        return None
+    nearest = sorted(finite, key=lambda point: abs(math.log(point[0] / finite[best][0])))[: RATES + 1]
+    near = sorted(nearest, key=lambda point: point[1])[:RATES]
+    x = np.log([rate for rate, _ in near])
+    square, slope, _ = np.polyfit(x - x.mean(), [loss for _, loss in near], 2)
+    if square <= 0:
+        return None
+    return float(np.clip(x.mean() - slope / (2 * square), x.min(), x.max())), float(square)
