@@ -54,11 +54,12 @@ def solve(
 ) -> Array:
     """The numbers (4,) of a form through `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
 
-    b has a weak prior, PRIOR_B ± PRIOR_B_SCALE. Without a `start` several are tried: a cap makes more than one minimum.
+    b has a weak prior, PRIOR_B ± PRIOR_B_SCALE, in all forms but the plane, which asks whether the law holds. Without a
+    `start` several are tried: a cap makes more than one minimum.
     """
     free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
     size = np.zeros_like(values) if log_parameters is None else log_parameters
-    prior = SCALE / PRIOR_B_SCALE
+    prior = 0.0 if form == "plane" else SCALE / PRIOR_B_SCALE
     of_prior = prior * np.eye(len(free))[1]
     if start is None:
         level = float(np.median(values - log_batch))

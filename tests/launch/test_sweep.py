@@ -99,6 +99,15 @@ def test_repeats_have_their_own_seeds_at_every_horizon() -> None:
         ({"batches": [1]}, "batches"),
         ({"repeats": [{"model": "big", "batch": 1, "fields": {"lr": 1}, "seeds": [1]}]}, "belongs to no model"),
         ({"repeats": [{"model": "small", "batch": 1, "fields": {"a": 1}, "seeds": [1]}]}, "swept over"),
+        ({"design": "leaner"}, "grid and lean"),
+        ({"budget_tokens": 10**6}, "for sweep.design=lean"),
+        ({"target": {"batch": 1, "tokens": 1e9}}, "for sweep.design=lean"),
+        ({"design": "lean", "schedules": {"cosine": {"lr": [0.1, 0.2, 0.4]}}}, "brackets one number"),
+        ({"design": "lean", "schedules": {"wsd": {"lr": [0.1, 0.2]}}}, "takes three"),
+        ({"design": "lean", "seeds": [0, 1]}, "one seed"),
+        ({"design": "lean", "target": {"batch": 0, "tokens": 1e9}}, "above 0"),
+        ({"design": "lean", "target": {"batch": 1}}, "target"),
+        ({"design": "lean", "budget_tokens": 0}, "above 0"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:

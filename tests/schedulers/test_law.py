@@ -159,7 +159,8 @@ def test_forms_are_fitted_as_scipy_does_with_numeric_slopes() -> None:
     def residual(p: Any, form: str) -> Any:
         line = p[0] + p[1] * (x[0] - x[0].mean()) + (p[2] if form == "plane" else 1) * x[1]
         capped = {"hard": np.minimum(line, p[2]), "smooth": -np.log(np.exp(-line) + np.exp(-p[2]))}
-        return capped.get(form, line) - y
+        prior = 0.0 if form == "plane" else forms.SCALE / 0.2 * (p[1] + 0.5)  # b = −0.5 ± 0.2
+        return np.append(capped.get(form, line) - y, prior)
 
     for form in forms.NUMBERS:
         start = [math.log(0.01), -0.4, 0.8 if form == "plane" else math.log(0.011)]
@@ -168,6 +169,23 @@ def test_forms_are_fitted_as_scipy_does_with_numeric_slopes() -> None:
         assert got[:2] == pytest.approx(expected[:2], abs=2e-4), form
         if form != "power":
             assert got[2] == pytest.approx(expected[2], abs=2e-4), form
+
+
+def test_the_prior_holds_b_in_a_small_ledger_and_is_not_felt_in_a_large_one() -> None:
+    grid: dict[str, Any] = {"rates": RATES, "noise": 0.0}
+    large = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES, tokens=TOKENS, **grid)
+    small = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES[3:5], tokens=TOKENS[2:5], **grid)
+    pulled = [law.fit(ledger, replicates=2).forms["power"].b.value + 0.3 for ledger in (large, small)]
+    for ledger, pull in zip((large, small), pulled, strict=True):
+        cells = [cell for cell in law.fit(ledger, replicates=2).cells if cell.usable]
+        # For best rates on a line: the prior is one more residual, (b + 0.5) / 0.2 in units in which Σ (log T − mean)²
+        # weighs the others, and soft L1 weighs it by 1 / √(1 + z²) at z of these units.
+        spread = np.var(np.log([cell.tokens for cell in cells])) * len(cells)
+        weighed = optimize.brentq(
+            lambda d, spread=spread: d * spread + (0.2 + d) / math.sqrt(1 + ((0.2 + d) / 0.2) ** 2), -0.2, 0
+        )
+        assert pull == pytest.approx(weighed, rel=0.02)
+    assert abs(pulled[0]) < 0.01 < abs(pulled[1])
 
 
 def test_lopsided_losses_do_not_move_the_best_rate() -> None:

@@ -1,0 +1,189 @@
+"""The lean sweep, replayed on ledgers that have the whole grid."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launch.lean import Design, Place, bracket, trained_tokens
+from launch.trials import Progress, lean_design, place_of, plan, sweep_config
+from schedulers.cells import Cell
+from schedulers.held_out import regret_of
+from schedulers.law import Form, fit
+
+ROOT = Path(__file__).resolve().parents[2]
+Losses = dict[tuple[Place, float], float]
+
+
+def as_losses(ledger: list[dict[str, Any]]) -> Losses:
+    return {
+        ((f"{line['family']} {line['hidden_size']}", line["batch"], line["tokens"]), line["lr"]): (
+            math.inf if line["loss"] is None else line["loss"]
+        )
+        for line in ledger
+    }
+
+
+def design_of(losses: Losses, **more: Any) -> Design:
+    grid: dict[Place, list[float]] = {}
+    for place, rate in losses:
+        grid.setdefault(place, []).append(rate)
+    return Design(grid, **more)
+
+
+def regret(form: Form, cells: list[Cell]) -> float:
+    """Mean nats above the least loss of each cell at the form's learning rate."""
+    return float(np.mean([regret_of(c)(math.log(form.lr(c.batch, c.tokens, c.parameters).value)) for c in cells]))
+
+
+def planted(seed: int, noise: float = 0.004) -> list[dict[str, Any]]:
+    """A smooth law with numbers of its own: b, cap, level, curvature and scatter drawn, two sizes."""
+    draw = np.random.default_rng(seed)
+    b, cap, level = draw.uniform(-0.6, -0.4), draw.uniform(0.01, 0.03), draw.uniform(0.01, 0.04)
+    rates = [0.0005 * 2**i for i in range(8)]
+    lines = []
+    for width in (32, 64):
+        for tokens in (10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6, 16 * 10**6, 32 * 10**6):
+            for batch in (0.125, 0.25, 0.5, 1, 2, 4, 8):
+                line = level * batch * (tokens / 5e6) ** b
+                best = math.log(1 / (1 / cap + 1 / line)) + draw.normal(0, 0.1)
+                least = 2 + (1e6 / tokens) ** 0.3 + 0.05 * abs(math.log(batch))
+                for rate in rates:
+                    away = math.log(rate) - best
+                    loss = least + 0.03 * away**2 + draw.normal(0, noise)
+                    lines.append({"family": "granite", "hidden_size": width, "batch": batch, "lr": rate,
+                                  "tokens": tokens, "loss": loss, "parameters": 1000 * width})  # fmt: skip
+    return lines
+
+
+def test_five_percent_of_the_committed_sweep_are_worth_the_whole() -> None:
+    lines = [json.loads(line) for line in (ROOT / "docs/results/law/ledger.jsonl").read_text().splitlines()]
+    single = [line for line in lines if line["seed"] == 0]
+    losses = as_losses(single)
+    whole = trained_tokens(losses, 0.1)
+    design = design_of(losses, budget=0.05 * whole)
+    design.advance(losses)
+    asked = [line for line in single if as_losses([line]).keys() <= design.losses.keys()]
+    law = fit(lines, replicates=20)
+    cells = [cell for cell in law.cells if cell.usable]
+    assert trained_tokens(design.losses, 0.1) <= 0.05 * whole
+    assert regret(fit(asked, replicates=20).chosen, cells) <= 1.1 * regret(law.chosen, cells)
+
+
+def test_planted_laws_are_found_from_a_twentieth_of_the_tokens() -> None:
+    lost = []
+    for seed in range(4):
+        ledger = planted(seed)
+        losses = as_losses(ledger)
+        design = design_of(losses, budget=0.05 * trained_tokens(losses, 0.1))
+        design.advance(losses)
+        asked = [line for line in ledger if as_losses([line]).keys() <= design.losses.keys()]
+        whole, lean = fit(ledger, replicates=2), fit(asked, replicates=2)
+        cells = [cell for cell in whole.cells if cell.usable]
+        lost.append(regret(lean.forms["smooth"], cells) - regret(whole.forms["smooth"], cells))
+    assert np.median(lost) < 0.0005 and max(lost) < 0.003  # 0.004 is the noise of a loss
+
+
+def test_the_order_in_which_trials_end_changes_nothing() -> None:
+    losses = as_losses(planted(0))
+    at_once = design_of(losses, budget=5e7)
+    at_once.advance(losses)
+    one_by_one, draw, known = design_of(losses, budget=5e7), random.Random(0), {}
+    while one_by_one.step.trials:
+        assert {trial for trial in known if trial in one_by_one.step.trials} <= one_by_one.asked
+        trial = draw.choice([trial for trial in one_by_one.step.trials if trial not in known])
+        known[trial] = losses[trial]
+        one_by_one.advance(known)
+        if draw.random() < 0.1:  # killed: a new process knows the ledger alone
+            one_by_one = design_of(losses, budget=5e7)
+            one_by_one.advance(known)
+    assert list(one_by_one.losses) == list(at_once.losses) == [*known] or one_by_one.losses == at_once.losses
+    assert known.keys() == at_once.losses.keys()  # and nothing was trained that was not needed
+
+
+@pytest.mark.parametrize("budget", [5e6, 5e7, 1e8])
+def test_a_budget_is_kept_and_a_fit_can_be_made_of_what_it_buys(budget: float) -> None:
+    ledger = planted(3)
+    losses = as_losses(ledger)
+    design = design_of(losses, budget=budget)
+    design.advance(losses)
+    assert 0 < trained_tokens(design.losses, 0.1) == design.trained <= budget
+    assert "tokens" in design.step.reason or "No cell" in design.step.reason
+    if budget > 1e7:
+        fit([line for line in ledger if as_losses([line]).keys() <= design.losses.keys()], replicates=1)
+
+
+def test_a_target_draws_the_trials_towards_it() -> None:
+    losses = as_losses(planted(1))
+
+    def longest(target: tuple[float, float]) -> int:
+        design = design_of(losses, target=target, budget=3e8)
+        design.advance(losses)
+        return max(tokens for (_, _, tokens), _ in design.losses)
+
+    assert longest((4, 1e9)) > longest((0.5, 1e6))
+
+
+def test_it_ends_when_no_cell_helps_and_when_all_are_bracketed() -> None:
+    losses = as_losses(planted(2))
+    design = design_of(losses)
+    design.advance(losses)
+    assert len(design.losses) < 0.5 * len(losses)
+    assert "No cell would lower the regret" in design.step.reason
+    few = {trial: loss for trial, loss in losses.items() if trial[0][1] == 1 and trial[0][0].endswith("32")}
+    design = design_of(few)
+    design.advance(few)
+    assert not design.step.trials
+
+
+@pytest.mark.parametrize(
+    ("losses", "asked"),
+    [
+        ({}, [0.02, 0.04, 0.08]),  # around the prediction
+        ({0.02: 3.0, 0.04: 2.0, 0.08: 2.5}, [0.16]),  # a fourth for the parabola: on the lower side
+        ({0.02: 2.2, 0.04: 2.0, 0.08: 2.5}, [0.01]),
+        ({0.02: 2.0, 0.04: 2.1, 0.08: 2.5}, [0.01]),  # the best has no neighbour below
+        ({0.02: math.inf, 0.04: math.inf, 0.08: math.inf}, [0.01]),  # all diverged: lower
+        ({0.02: 3.0, 0.04: 2.0, 0.08: 2.5, 0.16: 2.9}, []),
+        ({0.04: 3.0, 0.08: 2.5, 0.16: 2.4}, []),  # an end of the grid cannot be bracketed
+    ],
+)
+def test_the_best_rate_is_bracketed(losses: Mapping[float, float], asked: list[float]) -> None:
+    assert bracket([0.01, 0.02, 0.04, 0.08, 0.16], losses, predicted=0.045) == asked
+
+
+def test_shared_trunks_are_counted_once() -> None:
+    # By hand: 100, then from its decay's start at 90 to 200, then from 180 to 400; another trunk by itself.
+    losses = [(("m", 1.0, tokens), 0.1) for tokens in (400, 100, 200)] + [(("m", 1.0, 100), 0.2)]
+    assert trained_tokens(losses, 0.1) == pytest.approx(100 + 110 + 220 + 100)
+
+
+def test_a_sweep_runs_what_its_design_asks_for_and_nothing_else() -> None:
+    sweep = sweep_config({
+        "name": "s", "design": "lean", "models": {"small": {"hidden_size": 32}}, "batch": [0.25, 0.5, 1],
+        "tokens": [409_600, 819_200, 1_638_400], "schedules": {"wsd": {"lr": [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]}},
+    })  # fmt: skip
+    trials = plan(sweep)
+    results: dict[str, dict[str, Any]] = {}
+    while ready := Progress(trials, results, (), lean_design(sweep, trials)).ready():
+        design = lean_design(sweep, trials)
+        progress = Progress(trials, results, (), design)
+        assert {place_of(trial) for trial in ready} <= set(design.step.trials)
+        assert all(progress.left_out(trial) == "not asked" for trial in trials if place_of(trial) not in design.asked)
+        trial = ready[-1]
+        (_, batch, tokens), rate = place_of(trial)
+        best = math.log(0.08 * batch * (tokens / 409_600) ** -0.5)
+        # Above 0.2 a trial diverges.
+        results[trial.name] = {"loss": None if rate > 0.2 else 2 + 0.05 * (math.log(rate) - best) ** 2}
+    progress = Progress(trials, results, (), lean_design(sweep, trials))
+    assert not progress.open() and 9 <= len(results) < len(trials)
+    # One that breaks keeps the sweep from going on, since what comes next depends on it.
+    first = Progress(trials, {}, (), lean_design(sweep, trials)).ready()
+    assert first[0] not in Progress(trials, {}, {first[0].name}, lean_design(sweep, trials)).ready()
