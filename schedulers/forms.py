@@ -51,11 +51,12 @@ def solve(
     values: Array,
     log_parameters: Array | None = None,
     start: Array | None = None,
+    prior_b: float = PRIOR_B,
 ) -> Array:
     """The numbers (4,) of a form through `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
 
-    b has a weak prior, PRIOR_B ± PRIOR_B_SCALE, in all forms but the plane, which asks whether the law holds. Without a
-    `start` several are tried: a cap makes more than one minimum.
+    b has a weak prior, `prior_b` ± PRIOR_B_SCALE, in all forms but the plane, which asks whether the law holds. Without
+    a `start` several are tried: a cap makes more than one minimum.
     """
     free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
     size = np.zeros_like(values) if log_parameters is None else log_parameters
@@ -76,7 +77,7 @@ def solve(
             return numbers
 
         fitted = least_squares(
-            lambda x: np.append(log_lr(form, whole(x), log_tokens, log_batch, size) - values, (x[1] - PRIOR_B) * prior),
+            lambda x: np.append(log_lr(form, whole(x), log_tokens, log_batch, size) - values, (x[1] - prior_b) * prior),
             first[free],
             jac=lambda x: np.vstack([_slopes(form, whole(x), log_tokens, log_batch, size)[:, free], of_prior]),
             loss="soft_l1",

@@ -13,8 +13,8 @@ noise scale that grows as T^-b. Where sizes disagree, η is multiplied by a powe
 
 Intervals are 95% ones from replicates of the whole fit. In a replicate each trunk, the run that all horizons of a
 (size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to its horizons; the best
-rates scatter around the law by as much as they do beyond that noise; and all of them may be off by half of what the
-shape of the losses has moved them.
+rates scatter around the law by as much as they do beyond that noise; all of them may be off by half of what the shape
+of the losses has moved them; and the middle of b's weak prior (schedulers.forms) is drawn from that prior.
 """
 
 from __future__ import annotations
@@ -212,6 +212,7 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         np.stack([p.usable for p in repeated], axis=1),
         draws.normal(size=(replicates, len(cells))),
         draws.normal(0, abs(moved) / 2, (replicates, 1)),
+        draws.normal(forms.PRIOR_B, forms.PRIOR_B_SCALE, replicates),
     )
     kept = [index for index, cell in enumerate(cells) if cell.usable]
 
@@ -239,10 +240,16 @@ class _Points:
     """The best rates of all cells in all replicates, and the fit of a form to each of them."""
 
     def __init__(
-        self, cells: tuple[Cell, ...], log_lr: Array, usable: npt.NDArray[np.bool_], scatter: Array, common: Array
+        self,
+        cells: tuple[Cell, ...],
+        log_lr: Array,
+        usable: npt.NDArray[np.bool_],
+        scatter: Array,
+        common: Array,
+        prior_b: Array,
     ) -> None:
         self.cells, self.log_lr, self.usable = cells, log_lr, usable
-        self._scatter, self._common = scatter, common
+        self._scatter, self._common, self._prior_b = scatter, common, prior_b
         kept = usable[0]
         log_tokens = np.log([cell.tokens for cell in cells])
         self._central_tokens = float(log_tokens[kept].mean())
@@ -264,9 +271,9 @@ class _Points:
         variance = float(residuals @ residuals) / freedom
         misfit = math.sqrt(max(0.0, variance - self._by_noise))
         rows = [
-            self._solve(name, log_lr + misfit * scatter + common, usable, with_parameters, estimate)
-            for log_lr, usable, scatter, common in zip(
-                self.log_lr[1:], self.usable[1:], self._scatter, self._common, strict=True
+            self._solve(name, log_lr + misfit * scatter + common, usable, with_parameters, estimate, prior_b)
+            for log_lr, usable, scatter, common, prior_b in zip(
+                self.log_lr[1:], self.usable[1:], self._scatter, self._common, self._prior_b, strict=True
             )
         ]
         drawn = np.array(rows)
@@ -294,10 +301,17 @@ class _Points:
         return forms.log_lr(name, numbers, self._log_tokens, self._log_batch, sizes)
 
     def _solve(
-        self, name: str, log_lr: Array, usable: npt.NDArray[np.bool_], with_parameters: bool, start: Array | None
+        self,
+        name: str,
+        log_lr: Array,
+        usable: npt.NDArray[np.bool_],
+        with_parameters: bool,
+        start: Array | None,
+        prior_b: float = forms.PRIOR_B,
     ) -> Array:
         sizes = self.log_parameters[usable] if with_parameters and self.log_parameters is not None else None
-        return forms.solve(name, self._log_tokens[usable], self._log_batch[usable], log_lr[usable], sizes, start)
+        at = self._log_tokens[usable], self._log_batch[usable]
+        return forms.solve(name, *at, log_lr[usable], sizes, start, prior_b)
 
 
 def expected_error(
