@@ -75,7 +75,7 @@ def rows(kind: type, prefix: str) -> list[tuple[str, str, str]]:
         if inside is not hint:
             found.append((prefix + entry.name, default_of(entry), said[entry.name]))
         if inside is not None:
-            step = {dict: ".NAME.", list: "[].", None: "."}[typing.get_origin(hint)]
+            step = {dict: ".NAME.", list: "[]."}.get(typing.get_origin(hint), ".")
             found += rows(inside, f"{prefix}{entry.name}{step}")
     return found
 
