@@ -51,6 +51,12 @@ def alone(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return train_here(tiny_overrides(words, cache, folder, "run.name=alone", *SETTINGS))
 
 
+@pytest.fixture(scope="module")
+def alone_bf16(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone-bf16")
+    return train_here(tiny_overrides(words, cache, folder, "run.name=alone", *SETTINGS, "precision=bf16"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "ranks"),
@@ -98,18 +104,17 @@ def shapes_of(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_bf16_follows_one_process(tiny: Overrides, tmp_path: Path, engine: str) -> None:
-    settings = (*SETTINGS, "precision=bf16")
-    for name, ranks, kind in (("alone", 1, "plain"), ("shared", 2, engine)):
-        done = launch(tiny(f"run.name={name}", *settings), ranks=ranks, engine=kind)
-        assert done.returncode == 0, done.stdout + done.stderr
-    lines, others = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "shared"))
+def test_bf16_follows_one_process(alone_bf16: Path, tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    done = launch(tiny("run.name=shared", *SETTINGS, "precision=bf16"), ranks=2, engine=engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = alone_bf16, tmp_path / "shared"
+    lines, others = (read_lines(folder / "metrics.jsonl") for folder in folders)
     assert [line["lm_loss"] for line in others] == pytest.approx([line["lm_loss"] for line in lines], rel=BF16)
-    last = {name: read_lines(tmp_path / name / "evals.jsonl")[-1]["loss"] for name in ("alone", "shared")}
-    assert last["shared"] == pytest.approx(last["alone"], rel=BF16)
+    last, lasts = (read_lines(folder / "evals.jsonl")[-1]["loss"] for folder in folders)
+    assert lasts == pytest.approx(last, rel=BF16)
     # Masters are float32 and the same to the last bit, not those that bf16 rounds to.
     name = "model.layers.0.self_attn.q_proj.weight"
-    first, firsts = (checkpoint(tmp_path / run, 1).read(name, 0, 1024) for run in ("alone", "shared"))
+    first, firsts = (checkpoint(folder, 1).read(name, 0, 1024) for folder in folders)
     assert torch.equal(first, firsts) and not torch.equal(first, first.bfloat16().float())
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -19,7 +20,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_run, cut_at, launch, launch_command, start, train_here, without_timing
+from conftest import (
+    assert_same_run,
+    cut_at,
+    launch,
+    launch_command,
+    start,
+    tiny_overrides,
+    train_here,
+    without_timing,
+)
 from safetensors.torch import load_file
 
 import train.run
@@ -38,6 +48,23 @@ def succeed(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def undisturbed(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of some settings to which nothing happens, trained once: on one rank in this process, whose bits are
+    those of a process of its own, or on two ranks of an engine."""
+
+    @functools.cache
+    def trained(*settings: str, engine: str = "plain") -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        overrides = tiny_overrides(words, cache, folder, "run.name=whole", *settings)
+        if engine == "plain":
+            return train_here(overrides)
+        succeed(launch(overrides, ranks=2, engine=engine))
+        return folder / "whole"
+
+    return trained
+
+
 def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Tensor]:
     """Everything of a kind in a checkpoint, by the key in its file."""
     files = (folder / f"checkpoints/step-{step:08d}").glob(f"{what}*.safetensors")
@@ -49,9 +76,11 @@ def stored(folder: Path, step: int, what: str = "weights") -> dict[str, torch.Te
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(tiny: Overrides, tmp_path: Path, engine: str) -> None:
-    succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine=engine))
-    folder = cut_at(tmp_path / "whole", 6, "cut")
+def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(
+    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, engine: str
+) -> None:
+    whole = undisturbed(*SETTINGS, engine=engine)
+    folder = cut_at(shutil.copytree(whole, tmp_path / "whole"), 6, "cut")
     first, second = (folder / f"checkpoints/step-00000006/rng/rank-0000{rank}.safetensors" for rank in (0, 1))
     assert first.read_bytes() != second.read_bytes()  # each draws a dropout of its own
     # Of one rank's part the newest is gone: all ranks go back to the one before.
@@ -59,28 +88,30 @@ def test_fault_01_and_05_two_ranks_go_on_bit_for_bit(tiny: Overrides, tmp_path: 
     (folder / f"checkpoints/step-00000006/{part}").unlink()
     said = succeed(launch(tiny("run.name=cut", *SETTINGS), ranks=2, engine=engine))
     assert f"{part} is missing" in said and "step-00000003: step 3" in said
-    assert_same_run(tmp_path / "whole", folder)
+    assert_same_run(whole, folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["tear@write:step=6", "kill@manifest:step=6", "kill@rename:step=6", "kill@prune:step=6"]
 )
-def test_fault_03_killed_in_a_save(tiny: Overrides, tmp_path: Path, fault: str) -> None:
+def test_fault_03_killed_in_a_save(
+    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, fault: str
+) -> None:
     settings = ("model.attention_dropout=0.1", "checkpoint.every=3", "checkpoint.keep=2")
-    succeed(launch(tiny("run.name=whole", *settings)))
     assert launch(tiny("run.name=killed", *settings), POWERTRAIN_FAULT=fault).returncode == -signal.SIGKILL
     newest = checkpoint.newest_valid(tmp_path / "killed/checkpoints")
     assert newest is not None
     assert checkpoint.step_of(newest) == (6 if "prune" in fault else 3)
     succeed(launch(tiny("run.name=killed", *settings)))
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(undisturbed(*settings), tmp_path / "killed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["tear@write:rank=1:step=6", "kill@step:rank=1:step=5"])
-def test_fault_03_and_16_a_rank_dies(tiny: Overrides, tmp_path: Path, fault: str) -> None:
-    succeed(launch(tiny("run.name=whole", *SETTINGS), ranks=2, engine="zero2"))
+def test_fault_03_and_16_a_rank_dies(
+    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, fault: str
+) -> None:
     done = launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2", POWERTRAIN_FAULT=fault)
     assert done.returncode != 0
     newest = checkpoint.newest_valid(tmp_path / "killed/checkpoints")
@@ -90,7 +121,7 @@ def test_fault_03_and_16_a_rank_dies(tiny: Overrides, tmp_path: Path, fault: str
     assert ended["code"] == 1 and "Another rank is gone" in ended["reason"] and 3 <= ended["step"] <= 6
     assert "Another rank is gone" in done.stderr
     succeed(launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2"))
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(undisturbed(*SETTINGS, engine="zero2"), tmp_path / "killed")
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -164,12 +195,11 @@ def test_fault_06_a_full_disk_on_one_rank(tiny: Overrides, tmp_path: Path) -> No
     ],
 )
 def test_fault_07_a_signal_to_the_launcher(
-    tiny: Overrides, tmp_path: Path, engine: str, number: signal.Signals
+    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, engine: str, number: signal.Signals
 ) -> None:
     # Alone, steps are short: there have to be enough left for the signal to find one.
     ranks, steps = (1, 1000) if engine == "launched" else (2, 50)
     longer = (f"run.tokens={256 * steps}", *SETTINGS, "checkpoint.every=40")
-    succeed(launch(tiny("run.name=whole", *longer), ranks=ranks, engine=engine))
     before = signal.signal(number, signal.SIG_DFL)  # under nohup it would be ignored, here and by what starts here
     process = start(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine)
     signal.signal(number, before)
@@ -181,7 +211,8 @@ def test_fault_07_a_signal_to_the_launcher(
     newest = checkpoint.newest_valid(tmp_path / "stopped/checkpoints")
     assert newest is not None and checkpoint.step_of(newest) == ended["step"] < steps
     succeed(launch(tiny("run.name=stopped", *longer), ranks=ranks, engine=engine))
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", steps)
+    whole = undisturbed(*longer, engine="plain" if engine == "launched" else engine)
+    assert_same_run(whole, tmp_path / "stopped", steps)
 
 
 def test_fault_07_a_stop_while_the_run_is_starting(
@@ -216,15 +247,16 @@ def test_fault_07_nobody_reads_the_output_any_more(tiny: Overrides, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["term@step:step=5,term@write:step=5", "term@evaluate:step=4"])
-def test_fault_08_a_signal_at_a_bad_moment(tiny: Overrides, tmp_path: Path, fault: str) -> None:
+def test_fault_08_a_signal_at_a_bad_moment(
+    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, fault: str
+) -> None:
     settings = (*SETTINGS, "evaluation.every=4")
-    succeed(launch(tiny("run.name=whole", *settings)))
     succeed(launch(tiny("run.name=stopped", *settings), POWERTRAIN_FAULT=fault))
     folder = tmp_path / "stopped/checkpoints"
     assert checkpoint.newest_valid(folder) == folder / "step-00000005"
     assert json.loads((tmp_path / "stopped/exit.json").read_text())["reason"] == "SIGTERM"
     succeed(launch(tiny("run.name=stopped", *settings)))
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_run(undisturbed(*settings), tmp_path / "stopped")
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -266,10 +298,9 @@ def test_fault_11_a_spike_right_after_going_on(
 
 
 @pytest.mark.slow
-def test_fault_12_other_ranks_and_engines(tiny: Overrides, tmp_path: Path) -> None:
+def test_fault_12_other_ranks_and_engines(tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     """plain → ddp × 2 → plain → zero3 × 2 → zero1 × 4 → ddp × 2 → zero2 × 1."""
     settings = ("batch.micro_sequences=2", "checkpoint.keep=9")
-    succeed(launch(tiny("run.name=alone", *settings)))
     legs = (("plain", 1), ("ddp", 2), ("plain", 1), ("zero3", 2), ("zero1", 4), ("ddp", 2), ("zero2", 1))
     for number, (engine, ranks) in enumerate(legs):
         stop = {"POWERTRAIN_FAULT": f"term@step:step={2 * number + 2}"} if number < len(legs) - 1 else {}
@@ -277,7 +308,7 @@ def test_fault_12_other_ranks_and_engines(tiny: Overrides, tmp_path: Path) -> No
         if number:
             before = legs[number - 1]
             assert f"trained as {before[0]} on {before[1]} rank(s); it goes on as {engine} on {ranks}" in said
-    alone, legs_lines = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("alone", "legs"))
+    alone, legs_lines = (read_lines(folder / "metrics.jsonl") for folder in (undisturbed(*settings), tmp_path / "legs"))
     for one, other in zip(alone, legs_lines, strict=True):
         for exact in ("step", "tokens", "samples", "batch", "lr", "expert_load"):
             assert one[exact] == other[exact], (one["step"], exact)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import launch, start, without_timing
+from conftest import launch, start, train_here, without_timing
 
 from train import checkpoint
 from train.track import read_lines
@@ -35,9 +35,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
 
 @pytest.mark.slow
 def test_fault_03_ten_kills_change_nothing(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
-    done = launch(tiny("run.name=undisturbed", *LONG))
-    assert done.returncode == 0, done.stdout + done.stderr
-    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed, folder = train_here(tiny("run.name=undisturbed", *LONG)), tmp_path / "killed"
     draw = random.Random(0)
     saves = 0
     for kill in range(10):
