@@ -35,8 +35,9 @@ def unknown_words(words: Path, tmp_path: Path) -> str:
     return f"data.tokenizer.path={tmp_path}/unknown"
 
 
-def test_bits_per_byte_count_unknown_words(run: Callable[..., Path], words: Path, unknown_words: str, cache: Path):
-    folder = run(*SHORT, unknown_words, "evaluation.sequences=1000", "model.vocab_size=64")
+def test_bits_per_byte_count_unknown_words(run: Callable[..., Path], words: Path, unknown_words: str, tmp_path: Path):
+    cache = tmp_path / "cache"  # its own: whatever else has been tested, there is one file to find
+    folder = run(*SHORT, unknown_words, f"data.cache_dir={cache}", "evaluation.sequences=1000", "model.vocab_size=64")
     line = read_lines(folder / "evals.jsonl")[-1]
     # Every window of 33 tokens: the texts again, word by word, each with the white space before it.
     file = TokenFile(next(cache.glob("words-*/validation.bytes")).with_name("validation"))
