@@ -55,12 +55,12 @@ def solve(
 ) -> Array:
     """The numbers (4,) of a form through `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
 
-    b has a weak prior, `prior_b` ± PRIOR_B_SCALE, in all forms but the plane, which asks whether the law holds. Without
+    In a form with a cap, where few cells cannot tell b from the cap, b has a weak prior, `prior_b` ± PRIOR_B_SCALE. Without
     a `start` several are tried: a cap makes more than one minimum.
     """
     free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
     size = np.zeros_like(values) if log_parameters is None else log_parameters
-    prior = 0.0 if form == "plane" else SCALE / PRIOR_B_SCALE
+    prior = SCALE / PRIOR_B_SCALE if form in CAPPED else 0.0
     of_prior = prior * np.eye(len(free))[1]
     if start is None:
         level = float(np.median(values - log_batch))

@@ -159,7 +159,7 @@ def test_forms_are_fitted_as_scipy_does_with_numeric_slopes() -> None:
     def residual(p: Any, form: str) -> Any:
         line = p[0] + p[1] * (x[0] - x[0].mean()) + (p[2] if form == "plane" else 1) * x[1]
         capped = {"hard": np.minimum(line, p[2]), "smooth": -np.log(np.exp(-line) + np.exp(-p[2]))}
-        prior = 0.0 if form == "plane" else forms.SCALE / 0.2 * (p[1] + 0.5)  # b = −0.5 ± 0.2
+        prior = forms.SCALE / 0.2 * (p[1] + 0.5) if form in forms.CAPPED else 0.0  # b = −0.5 ± 0.2
         return np.append(capped.get(form, line) - y, prior)
 
     for form in forms.NUMBERS:
@@ -175,7 +175,7 @@ def test_the_prior_holds_b_in_a_small_ledger_and_is_not_felt_in_a_large_one() ->
     grid: dict[str, Any] = {"rates": RATES, "noise": 0.0}
     large = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES, tokens=TOKENS, **grid)
     small = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES[3:5], tokens=TOKENS[2:5], **grid)
-    pulled = [law.fit(ledger, replicates=2).forms["power"].b.value + 0.3 for ledger in (large, small)]
+    pulled = [law.fit(ledger, replicates=2).forms["hard"].b.value + 0.3 for ledger in (large, small)]
     for ledger, pull in zip((large, small), pulled, strict=True):
         cells = [cell for cell in law.fit(ledger, replicates=2).cells if cell.usable]
         # For best rates on a line: the prior is one more residual, (b + 0.5) / 0.2 in units in which Σ (log T − mean)²
