@@ -55,8 +55,8 @@ def solve(
 ) -> Array:
     """The numbers (4,) of a form through `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
 
-    In a form with a cap, where few cells cannot tell b from the cap, b has a weak prior, `prior_b` ± PRIOR_B_SCALE. Without
-    a `start` several are tried: a cap makes more than one minimum.
+    In a form with a cap, where few cells cannot tell b from the cap, b has a weak prior, `prior_b` ± PRIOR_B_SCALE.
+    Without a `start` several are tried: a cap makes more than one minimum.
     """
     free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
     size = np.zeros_like(values) if log_parameters is None else log_parameters

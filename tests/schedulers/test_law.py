@@ -175,17 +175,16 @@ def test_the_prior_holds_b_in_a_small_ledger_and_is_not_felt_in_a_large_one() ->
     grid: dict[str, Any] = {"rates": RATES, "noise": 0.0}
     large = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES, tokens=TOKENS, **grid)
     small = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES[3:5], tokens=TOKENS[2:5], **grid)
-    pulled = [law.fit(ledger, replicates=2).forms["hard"].b.value + 0.3 for ledger in (large, small)]
-    for ledger, pull in zip((large, small), pulled, strict=True):
-        cells = [cell for cell in law.fit(ledger, replicates=2).cells if cell.usable]
-        # For best rates on a line: the prior is one more residual, (b + 0.5) / 0.2 in units in which Σ (log T − mean)²
-        # weighs the others, and soft L1 weighs it by 1 / √(1 + z²) at z of these units.
-        spread = np.var(np.log([cell.tokens for cell in cells])) * len(cells)
-        weighed = optimize.brentq(
-            lambda d, spread=spread: d * spread + (0.2 + d) / math.sqrt(1 + ((0.2 + d) / 0.2) ** 2), -0.2, 0
-        )
-        assert pull == pytest.approx(weighed, rel=0.02)
-    assert abs(pulled[0]) < 0.01 < abs(pulled[1])
+    fitted = [law.fit(ledger, replicates=2) for ledger in (large, small)]
+    pulled = [found.forms["hard"].b.value + 0.3 for found in fitted]
+    # Where no cap binds: the prior is one more residual, (b + 0.5) / 0.2 in units in which Σ (log T − mean)² weighs the
+    # others, and soft L1 weighs it by 1 / √(1 + z²) at z of these units.
+    cells = [cell for cell in fitted[0].cells if cell.usable]
+    spread = np.var(np.log([cell.tokens for cell in cells])) * len(cells)
+    weighed = optimize.brentq(lambda d: d * spread + (0.2 + d) / math.sqrt(1 + ((0.2 + d) / 0.2) ** 2), -0.2, 0)
+    assert pulled[0] == pytest.approx(weighed, rel=0.02)
+    assert -0.2 < pulled[1] < 5 * pulled[0] < 0 and pulled[0] > -0.01
+    assert [found.forms[name].b.value for found in fitted for name in ("power", "plane")] == pytest.approx([-0.3] * 4)
 
 
 def test_lopsided_losses_do_not_move_the_best_rate() -> None:
