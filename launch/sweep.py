@@ -1,8 +1,9 @@
-"""Train a grid of small models: batch × rate × horizon × model. What they leave is a ledger, and `fit` makes it a law.
+"""Train small models over batch × rate × horizon × model, all or a lean choice: a ledger that `fit` makes a law.
 
 usage: python -m launch.sweep +sweep=NAME [KEY=VALUE …] [--pilot | --slurm | --dry-run]
 
 examples:
+  python -m launch.sweep +sweep=lean                      # minutes: the trials that tell most for their tokens
   python -m launch.sweep +sweep=tiny                      # minutes: a small grid on Python's own standard library
   python -m launch.sweep +sweep=tiny --dry-run            # which trials, how many tokens; trains nothing
   python -m launch.sweep +sweep=tiny --pilot              # the shortest horizon, then hours and the error of b
