@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from train.cli import composed, guard
-from train.config import Config, ConfigError, doubts
+from train.config import Config, ConfigError, batch_doubts, doubts
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def check_mup(config: Config) -> int:
             f"base_hidden_size, and m_width is {mup.width_multiplier(config):g}. If intermediate_size stays as the "
             "model gets wider, the paper's rule shrinks that block's output as m_width^-½; mup.rule=fan_in does not."
         )
-    for doubt in doubts(config):
+    for doubt in (*doubts(config), *batch_doubts(config)):
         print(f"\nWarning: {doubt}")
     for complaint in wrong:
         print(f"FAIL: {complaint}")

@@ -1,6 +1,6 @@
 """What a run will take, before anything runs: memory, time, money, disk, its rates, and what would go wrong.
 
-usage: python -m launch.estimate [+experiment=NAME] [KEY=VALUE …] [cluster.KEY=VALUE …] [--plot FILE]
+usage: python -m launch.estimate [+experiment=NAME] [KEY=VALUE …] [cluster.KEY=VALUE …] [--plot FILE] [--ramp]
 
 Nothing is trained or prepared. Memory is counted by running a step's own code on tensors without contents.
 
@@ -11,6 +11,9 @@ Nothing is trained or prepared. Memory is counted by running a step's own code o
   cluster.price=2.5           of a GPU and hour; without it there is no line about cost
   cluster.write=1e9           bytes a second to run.folder, all ranks together
   cluster.failure_hours=50677 of one GPU, between failures      cluster.restart_minutes=15  lost beside steps
+
+  --plot FILE                 the rate, the batch and the critical batch over tokens
+  --ramp                      the settings of a batch that grows with a Power schedule's critical batch, to paste
 
 Exit status: 0 it would run, 1 something would go wrong, 2 bad usage.
 
@@ -38,9 +41,9 @@ from yaml import YAMLError
 
 from data import DataError, expand
 from launch.check import described
-from schedulers import Power, Rewarmup
+from schedulers import Power, Rewarmup, power_of
 from train.cli import composed, guard
-from train.config import Config, ConfigError, batch_problems, doubts, problems
+from train.config import Config, ConfigError, RampConfig, batch_doubts, batch_problems, doubts, problems
 from train.console import human
 
 if TYPE_CHECKING:
@@ -93,10 +96,13 @@ def _estimate(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     plot, arguments = _plot_file(arguments)
+    ramp, arguments = "--ramp" in arguments, [each for each in arguments if each != "--ramp"]
     cluster = cluster_of([each.removeprefix("cluster.") for each in arguments if each.startswith("cluster.")])
     config = composed(described([each for each in arguments if not each.startswith("cluster.")]), checked=False)
     errors, warnings = list(problems(config)), list[str]()
     sound = not errors
+    if ramp and sound:
+        check_followed(config)
 
     from rich.console import Console
 
@@ -107,6 +113,8 @@ def _estimate(arguments: list[str]) -> int:
         for paragraph in found:
             console.print(f"{kind}: {paragraph}", markup=False)
     console.print(f"\n{len(errors)} error(s), {len(warnings)} warning(s)." if errors or warnings else "\nIt would run.")
+    if ramp and sound:
+        ramp_section(console, config, cluster.gpus)
     if plot is not None and sound:
         draw(config, plot)
     return 1 if errors else 0
@@ -176,7 +184,7 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     errors = list(batch_problems(config, cluster.gpus))
     if config.engine.expect == ("plain" if cluster.gpus > 1 else "ddp"):
         errors.append(f"engine.expect is {config.engine.expect}, which cluster.gpus={cluster.gpus} cannot be.")
-    warnings = [*doubts(config), *schedule_warnings(config), *phase_warnings(config)]
+    warnings = [*doubts(config), *batch_doubts(config), *schedule_warnings(config), *phase_warnings(config)]
     engine = None
     if not errors:
         engine = memory_section(console, config, cluster)
@@ -196,15 +204,10 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     return [*errors, *data_errors, *more_errors], [*warnings, *data_warnings, *more_warnings]
 
 
-def phases_of(config: Config) -> list[tuple[int, int]]:
-    """(tokens of the run, sequences) of each batch size, in the order of the run."""
-    return [(0, config.batch.sequences), *((phase.from_tokens, phase.sequences) for phase in config.batch.ramp)]
-
-
 def steps_of(config: Config) -> tuple[int, int]:
     """Steps of the whole run, and tokens of the run before the last one; a batch grows between steps."""
     tokens = steps = last = 0
-    phases = phases_of(config)
+    phases = config.batch_phases()
     for (_, sequences), (end, _) in zip(phases, [*phases[1:], (config.run.tokens, 0)], strict=True):
         size = sequences * config.data.sequence_length
         own = max(0, -(-(min(end, config.run.tokens) - tokens) // size))
@@ -357,13 +360,18 @@ def schedule_section(console: Console, config: Config) -> None:
     """Print the rate where something happens to it, and its curve."""
     schedule = config.make_schedule()
     console.rule(f"rate, schedule {config.schedule.get('name')}", align="left")
-    table = _table("at", "tokens", "of the run", "sequences", "rate", "phase")
+    power = power_of(schedule)
+    if power is not None and power.batch_exponent <= 0:
+        power = None  # no critical batch
+    table = _table("at", "tokens", "of the run", "sequences", *(["critical"] * (power is not None)), "rate", "phase")
     points = key_points(config)
     for name, tokens in points:
         sequences = config.batch_at(tokens - config.run.tokens_seen)
         rate = schedule(tokens=tokens, batch=config.beta(sequences))
         share = (tokens - config.run.tokens_seen) / config.run.tokens
-        table.add_row(name, human(tokens), f"{share:.1%}", f"{sequences:,}", f"{rate:.3g}", schedule.phase(tokens))
+        critical = [f"{power.critical_batch(tokens) / config.beta(1):,.1f}"] if power is not None else []
+        phase = schedule.phase(tokens)
+        table.add_row(name, human(tokens), f"{share:.1%}", f"{sequences:,}", *critical, f"{rate:.3g}", phase)
     console.print(table)
     rates = [rate for _, rate in curve(config, 72)]
     top = max(schedule(tokens=at, batch=config.beta(config.batch_at(at - config.run.tokens_seen))) for _, at in points)
@@ -399,11 +407,9 @@ def key_points(config: Config) -> list[tuple[str, int]]:
 
 def cap_release(config: Config) -> float | None:
     """Clock reading from which on max_lr sets no rate any more: a batch that grows can bring it back."""
-    schedule: Any = config.make_schedule()
-    power = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
-    if not isinstance(power, Power):
+    if (power := power_of(config.make_schedule())) is None:
         return None
-    begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in phases_of(config)]
+    begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in config.batch_phases()]
     release = None
     for (begin, sequences), (end, _) in zip(begins, [*begins[1:], (math.inf, 0)], strict=True):
         of_batch = power.cap_release(config.beta(sequences))
@@ -418,9 +424,11 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     release, decay = cap_release(config), getattr(schedule, "decay", None)
     trunk_ends = config.end_tokens if decay is None else decay.start
     if release is not None and release >= trunk_ends:
+        smooth = config.schedule.get("cap") == "smooth"
+        rate = "between half of max_lr and all of it to its end" if smooth else "max_lr to its end, as WSD's is"
         yield (
             f"The cap would release at {human(release)} tokens, and the trunk ends at {human(trunk_ends)}: the rate is "
-            "max_lr to its end, as WSD's is. Train longer, with a smaller batch, or with a higher schedule.max_lr."
+            f"{rate}. Train longer, with a smaller batch, or with a higher schedule.max_lr."
         )
     elif release is not None and release <= schedule.warmup_tokens and schedule.warmup_tokens:
         yield (
@@ -442,23 +450,102 @@ def phase_warnings(config: Config) -> Iterator[str]:
                 )
 
 
+def check_followed(config: Config) -> Power:
+    """The Power schedule whose critical batch a ramp can follow.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    power = power_of(config.make_schedule())
+    if power is None or power.batch_exponent <= 0:
+        name, exponent = config.schedule.get("name"), "" if power is None else " with batch_exponent 0 or below"
+        raise ConfigError(
+            f"--ramp follows the critical batch of a Power schedule, and schedule {name}{exponent} has none. Take "
+            "schedule=power, or leave --ramp out."
+        )
+    return power
+
+
+def followed(config: Config, ranks: int) -> list[tuple[int, int]]:
+    """(tokens of the run, sequences) of a batch that grows with the critical batch, in the order of the run.
+
+    Sizes are what all ranks take at once, batch.micro_sequences each, times powers of two. Each begins with the first
+    step at which the critical batch has reached it; the smallest size begins the run, whatever the critical batch is.
+    None is larger than the run's largest batch, and none begins in the decay, whose rate is read at its start.
+    """
+    power, seen, length = check_followed(config), config.run.tokens_seen, config.data.sequence_length
+    trunk_ends = config.end_tokens if power.decay is None else min(power.decay.start, config.end_tokens)
+    most = max(sequences for begin, sequences in config.batch_phases() if begin < config.run.tokens)
+    size = config.batch.micro_sequences * ranks
+    phases = [(0, size)]
+    while (size := 2 * size) <= most:
+        begin, before = phases[-1]
+        if not power.cap_release(config.beta(size)) < trunk_ends:
+            break
+        step = before * length
+        begin += max(0, -(-(math.ceil(power.cap_release(config.beta(size))) - seen - begin) // step)) * step
+        while power.critical_batch(seen + begin) < config.beta(size):  # by a rounding
+            begin += step
+        if seen + begin >= trunk_ends:
+            break
+        if begin == phases[-1][0]:
+            phases.pop()
+        phases.append((begin, size))
+    return phases
+
+
+def ramp_section(console: Console, config: Config, ranks: int) -> None:
+    """Print the settings of a batch that follows the critical batch."""
+    console.rule("a batch that follows the critical batch", align="left")
+    unit = config.batch.micro_sequences * ranks
+    if any(batch_problems(config, ranks)):
+        console.print("None before the batch splits over the ranks: see the errors above.")
+        return
+    phases = followed(config, ranks)
+    changed = copy.deepcopy(config)
+    changed.batch.sequences = phases[0][1]
+    changed.batch.ramp = [RampConfig(begin, sequences) for begin, sequences in phases[1:]]
+    for problem in problems(changed):
+        console.print(f"None would be taken: {problem}")
+        return
+    power = check_followed(config)
+    parts = ",".join(f"{{from_tokens:{begin},sequences:{sequences}}}" for begin, sequences in phases[1:])
+    console.print(f"  batch.sequences={phases[0][1]} 'batch.ramp=[{parts}]'", soft_wrap=True)
+    above = math.ceil(power.cap_release(config.beta(phases[0][1]))) - config.run.tokens_seen
+    console.print(
+        f"{steps_of(changed)[0]:,} steps instead of {steps_of(config)[0]:,}. Sizes are {unit:,} sequences, "
+        "batch.micro_sequences on each rank, times powers of two."
+        + (f" The first batch, the smallest, is above the critical one until {above:,} tokens." if above > 0 else "")
+    )
+
+
 def draw(config: Config, path: Path) -> None:
-    """The rate over tokens, as a picture."""
+    """The rate over tokens, and the batch with the critical one of a Power schedule, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, (axis, below) = pyplot.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
+    )
     tokens, rates = zip(*curve(config, 2000), strict=True)
     axis.plot(tokens, rates)
     for name, at in key_points(config):
         if name in ("cap releases", "decay starts", "end of warmup"):
             axis.axvline(at, color="grey", linewidth=0.5)
             axis.annotate(name, (at, max(rates)), rotation=90, va="top", ha="right", fontsize=8)
-    axis.set(xlabel="tokens", ylabel="learning rate", title=config.run.name.replace("$", r"\$"), ylim=(0, None))
-    axis.xaxis.set_major_formatter(EngFormatter())
+    axis.set(ylabel="learning rate", title=config.run.name.replace("$", r"\$"), ylim=(0, None))
+    batches = [config.beta(config.batch_at(at - config.run.tokens_seen)) for at in tokens]
+    below.plot(tokens, batches, drawstyle="steps-post", label="batch")
+    if (power := power_of(config.make_schedule())) is not None and power.batch_exponent > 0:
+        critical = [power.critical_batch(at) or math.nan for at in tokens]  # 0 before the first token
+        below.plot(tokens, critical, "--", label="critical batch")
+        below.legend()
+    below.set(xlabel="tokens", ylabel="batch (× 4096 tokens)")
+    below.set_yscale("log", base=2)
+    below.xaxis.set_major_formatter(EngFormatter())
     figure.savefig(path, dpi=100)
 
 

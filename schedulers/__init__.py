@@ -19,7 +19,7 @@ from .power import Power
 from .rewarmup import Rewarmup
 from .wsd import WSD
 
-__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build"]
+__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build", "power_of"]
 
 Named = Power | WSD | Cosine | Constant
 Schedule = Named | Rewarmup
@@ -43,6 +43,12 @@ def build(name: str, **fields: Any) -> Named:
         fields["decay"] = _make(Decay, "decay", fields["decay"])
     schedule: Named = _make(_SCHEDULES[name], name, fields)
     return schedule
+
+
+def power_of(schedule: Schedule) -> Power | None:
+    """The Power schedule that this one is, or warms up to again; None for the others."""
+    inner = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
+    return inner if isinstance(inner, Power) else None
 
 
 def _make(cls: type[Any], label: str, values: Mapping[str, Any]) -> Any:

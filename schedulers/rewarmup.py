@@ -48,11 +48,6 @@ class Rewarmup:
         """The part of the schedule that the step after `tokens` tokens is in."""
         return "warmup" if self.start <= tokens < self.start + self.tokens else self.schedule.phase(tokens)
 
-    def at_cap(self, tokens: int, batch: float) -> bool:
-        """Whether the cap sets the rate that is warmed up to; only Power has one."""
-        at_cap = getattr(self.schedule, "at_cap", None)
-        return at_cap is not None and bool(at_cap(tokens, batch))
-
     @property
     def warmup_tokens(self) -> int:
         """Length of the schedule's own warmup."""

@@ -39,6 +39,7 @@ ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
 
 
+ABOVE_CRITICAL = 0.1  # of the tokens, from which a batch above the critical one is pointed out
 MOST_YAML_VALUES = 100_000
 MOST_WRITTEN_OUT = 1_000_000  # characters and values, interpolations written out
 
@@ -263,6 +264,10 @@ class Config:
             if run_tokens >= phase.from_tokens:
                 sequences = phase.sequences
         return sequences
+
+    def batch_phases(self) -> list[tuple[int, int]]:
+        """(tokens of the run, sequences) where each batch size begins, in the order of the run."""
+        return [(0, self.batch.sequences), *((phase.from_tokens, phase.sequences) for phase in self.batch.ramp)]
 
     def step_after(self, tokens: int) -> int:
         """Clock reading before the first step that begins after `tokens`, however long the budget."""
@@ -671,6 +676,52 @@ def doubts(config: Config) -> Iterator[str]:
             "model.num_experts_per_tok is 1: GraniteMoe weighs the chosen experts by a softmax over their logits, "
             "which for a single one is 1 whatever the router says. The router then learns from the balance and z "
             "losses alone, and from no token which expert suits it. Take 2 or more (docs/balance.md)."
+        )
+
+
+def batch_doubts(config: Config) -> Iterator[str]:
+    """What a Power schedule's law says of the batch, a paragraph each; a sweep goes beyond it on purpose.
+
+    The batch is pointed out where it lies above the critical batch: the first one for more than ABOVE_CRITICAL of the
+    run (every batch does at the first tokens), one of batch.ramp for more than that share of its own tokens; and not if
+    that is over with the warmup. A batch that grows, and its rate with it, is when it stays below half of the critical
+    batch: no cap is near.
+    """
+    power = schedulers.power_of(config.make_schedule())
+    if power is None or power.batch_exponent <= 0:
+        return
+    above, grown, tokens_above, previous = [], [], 0, math.inf
+    phases = config.batch_phases()
+    for (begin, sequences), (end, _) in zip(phases, [*phases[1:], (config.run.tokens, 0)], strict=True):
+        end, beta = min(end, config.run.tokens), config.beta(sequences)
+        if begin >= end:
+            break
+        release = power.cap_release(beta)
+        in_warmup = release <= power.warmup_tokens  # whose rates go by the law at its end
+        until = math.ceil(min(end, release - config.run.tokens_seen))
+        if not in_warmup and until - begin > ABOVE_CRITICAL * (end - begin if begin else config.run.tokens):
+            above.append(f"{sequences:,} sequences from {begin:,} to {until:,} tokens")
+            tokens_above += until - begin
+        critical = power.critical_batch(config.run.tokens_seen + begin)
+        if sequences > previous and power.batch_exponent >= 1 and beta < critical / 2:
+            grown.append(f"from {previous:,} to {sequences:,} sequences at {begin:,} tokens")
+        previous = sequences
+    if above:
+        gains = "hardly raises the learning rate" if power.cap == "smooth" else "raises the learning rate no further"
+        yield (
+            f"The batch is above the schedule's critical batch in {tokens_above / config.run.tokens:.0%} of the run: "
+            f"{', '.join(above)}. There a larger batch {gains}, and needs more tokens for the same loss. Take a "
+            "smaller one, or begin with one: `python -m launch.estimate … --ramp` prints a batch.ramp that follows "
+            "the critical batch (docs/schedule.md)."
+        )
+    if grown:
+        yield (
+            f"The batch grows {', '.join(grown)}, and the learning rate in proportion (schedule.batch_exponent "
+            f"{power.batch_exponent:g}): no cap binds there, schedule.max_lr {power.max_lr:g} is more than twice the "
+            "rate. In published runs of others (Step Law, arXiv 2503.04715) the best learning rate of a batch of 128 "
+            "(× 4096 tokens), carried so to a batch of 512 without a cap, cost 1.35 nats on average. Go on if "
+            "schedule.max_lr was found by a sweep (docs/law.md); if not, sweep it, or set a smaller "
+            "schedule.batch_exponent."
         )
 
 

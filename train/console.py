@@ -144,10 +144,13 @@ class Progressing:
     def _rate(self, record: dict[str, Any]) -> str:
         """The rate, the schedule's phase, and how far the cap of a Power schedule is away."""
         where = record["phase"]
-        if record["at_cap"] and where == "trunk":
+        smooth = self.config.schedule.get("cap") == "smooth"
+        if record["at_cap"] and where == "trunk" and not smooth:
             where = "at the cap"
         elif self.cap is not None:
             where += f", {record['lr'] / self.cap:.0%} of the cap"
+            if record["at_cap"] and smooth:
+                where += ", above the critical batch"
         return f"rate {record['lr']:.2e} ({where})"
 
     def say(self, text: str) -> None:

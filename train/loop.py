@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.loader import IGNORE_INDEX, Batches
-from schedulers import Power, Rewarmup
+from schedulers import power_of
 from train import faults, metrics
 from train.balance import Balance
 from train.config import BalanceConfig, Config, ConfigError, Diverged
@@ -58,6 +58,7 @@ def train_step(
     sequences = config.batch_at(state.tokens - config.run.tokens_seen)
     beta = config.beta(sequences)
     schedule = config.make_schedule()
+    power = power_of(schedule)
     lr = schedule(tokens=state.tokens, batch=beta)
 
     # ---- this rank's share of samples [k, k + sequences): one contiguous run of them
@@ -97,11 +98,13 @@ def train_step(
         "lr_per_group": engine.learning_rates(),
         "batch": beta,
         "gamma": lr / beta,
-        "at_cap": isinstance(schedule, (Power, Rewarmup)) and schedule.at_cap(state.tokens, beta),
+        "at_cap": power is not None and power.at_cap(state.tokens, beta),
         "phase": schedule.phase(state.tokens),
         "grad_norm": grad_norm,
         "skipped": skipped,
     }
+    if power is not None and power.batch_exponent > 0:  # or no batch reaches the cap by being larger
+        record["critical_batch"] = power.critical_batch(state.tokens)
     if balance.num_experts:
         record["expert_load"] = metrics.expert_load(assignments)
         record["expert_load"]["collapsed"] = metrics.collapsed_layers(assignments, config.model.num_experts_per_tok)

@@ -374,12 +374,19 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     ]
     if any(number(line, "mfu") > 0 for run in runs for line in run.lines[-1:]):
         panels.append(("mfu", "share of the peak (MFU)"))
+    critical = {run.name for run in runs if any(number(line, "critical_batch") > 0 for line in run.lines)}
+    if critical or any(len({number(line, "batch") for line in run.lines}) > 1 for run in runs):
+        panels.insert(1, ("batch", "batch (× 4096 tokens)" + "\nfaint: critical batch" * bool(critical)))
     below, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(9, 2.5 * len(panels)))
     below.subplots_adjust(left=0.11, right=0.98, bottom=0.07, top=0.98, hspace=0.08)
     for axis, (metric, unit) in zip(axes, panels, strict=True):
         for run, own in zip(runs, look, strict=True):
             axis.plot(*run.curve(metric), linewidth=1, **own)
+            if metric == "batch" and run.name in critical:
+                axis.plot(*run.curve("critical_batch"), linewidth=1, alpha=0.4, **own)
         axis.set_ylabel(unit)
+        if metric == "batch":
+            axis.set_yscale("log", base=2, nonpositive="mask")  # the critical batch is 0 before the first token
     axes[-1].set_xlabel("tokens")
     for axis in (loss, *axes):
         axis.grid(alpha=0.3)

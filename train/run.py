@@ -23,7 +23,7 @@ from data.tokenizer import load_tokenizer, save_tokenizer
 from data.tokens import TokenFile
 from train import checkpoint, environment, init_from, report, resume
 from train.balance import Balance
-from train.config import Config, ConfigError, Diverged, RunFailed, check_batch, doubts
+from train.config import Config, ConfigError, Diverged, RunFailed, batch_doubts, check_batch, doubts
 from train.console import Progressing, human, progress_lines
 from train.engine import Engine
 from train.evaluate import Validation
@@ -265,7 +265,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "
             "rate may be another one here."
         )
-    for doubt in doubts(config):
+    for doubt in (*doubts(config), *batch_doubts(config)):
         say(f"Warning: {doubt}")
     counts = count_parameters(engine.shapes, config)
     say(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
+import random
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from data.tokens import TokenWriter
 from launch import estimate
 from train.cli import composed
+from train.config import batch_doubts, check_batch
 
 TINY = ["+experiment=proxy_tiny", "cluster.gpu=cpu"]
 
@@ -25,10 +30,11 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 def test_a_run_that_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plot = tmp_path / "rates.png"
-    code, said = ran(capsys, *TINY, f"data.cache_dir={tmp_path}", "cluster.peak=1e9", "--plot", str(plot))
+    code, said = ran(capsys, *TINY, f"data.cache_dir={tmp_path}", "cluster.peak=1e9", "--plot", str(plot), "--ramp")
     assert code == 0
     assert "480 steps" in said and "plain is the simplest that fits" in said
     assert "cost" not in said  # no price, no line
+    assert "batch.sequences=8 'batch.ramp=[]'" in said and "critical" in said
     assert plot.stat().st_size > 1000
     assert not [path for path in tmp_path.iterdir() if path != plot]  # nothing was prepared
 
@@ -84,8 +90,10 @@ def test_vocabulary_batch_and_parts_beyond_the_end(capsys: pytest.CaptureFixture
         "model.model_type=granitemoe",
         "model.num_local_experts=4",
         "model.num_experts_per_tok=1",
+        "schedule.max_lr=0.0002",
     )
     assert code == 1
+    assert "Warning: The batch is above the schedule's critical batch in 100% of the run" in said
     assert "Warning: model.num_experts_per_tok is 1" in said
     assert "has 600 tokens, and model.vocab_size is 512" in said
     assert "does not split into micro-batches of 8 on 3 rank(s)" in said
@@ -156,3 +164,95 @@ def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
     ]
     assert at_cap[-1] <= release < at_cap[-1] + 4096
     assert any(n < 60_000 for n in at_cap) and any(n > 60_000 for n in at_cap)
+
+
+# ------------------------------------------------------------------------------------ a batch that follows the law
+
+
+def pasted(settings: list[str], ranks: int) -> list[str]:
+    """The settings that --ramp prints of a run."""
+    out = io.StringIO()
+    estimate.ramp_section(Console(file=out, width=100), composed(settings), ranks)
+    (line,) = [line for line in out.getvalue().splitlines() if "batch.ramp=" in line]
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_ramp_to_paste_follows_the_critical_batch(number: int) -> None:
+    draw = random.Random(number)
+    ranks, micro, length = draw.choice([1, 2, 3, 8]), draw.choice([1, 2, 5]), draw.choice([64, 256, 1000])
+    unit = micro * ranks
+    most = unit * draw.choice([7, 16, 50])
+    tokens = draw.randrange(200, 400) * most * length
+    settings = [
+        *("+experiment=proxy_tiny", f"data.sequence_length={length}", f"run.tokens={tokens}"),
+        *(
+            f"batch.sequences={most}",
+            f"batch.micro_sequences={micro}",
+            f"schedule.cap={draw.choice(['hard', 'smooth'])}",
+        ),
+        *(f"schedule.a={draw.uniform(0.5, 8)}", f"schedule.b={draw.uniform(-0.6, -0.3)}"),
+        *("schedule.decay.tokens=" + str(draw.choice([0, tokens // 5])), "schedule.warmup_tokens=0"),
+        f"schedule.batch_exponent={draw.choice([1, 1, 0.5])}",
+    ]
+    settings += draw.choice([[], [f"run.tokens_seen={tokens // 3}", f"schedule.rewarmup.tokens={tokens // 50}"]])
+    # A cap that lets go of the largest batch somewhere from 1/4 of the run on to beyond its end.
+    given, at = composed(settings), int(draw.uniform(0.25, 1.5) * tokens)
+    power = estimate.check_followed(given)
+    cap = power.a * given.beta(most) ** power.batch_exponent * at**power.b
+    settings.append(f"schedule.max_lr={cap}")
+    config = composed([*settings, *pasted(settings, ranks)])  # is taken
+    check_batch(config, ranks)
+    power = estimate.check_followed(config)
+    ends = config.end_tokens if power.decay is None else power.decay.start
+    begun, clock, sizes = 0, config.run.tokens_seen, []
+    while begun < tokens:
+        size = config.batch_at(begun)
+        at_critical = [power.critical_batch(clock) / config.beta(each) for each in (size, 2 * size)]
+        assert size == unit or at_critical[0] >= 1
+        assert 2 * size > most or at_critical[1] < 1 or clock >= ends  # no later than it could
+        sizes += [size] if not sizes or sizes[-1] != size else []
+        assert clock < ends or sizes[-1] == size
+        begun, clock = begun + size * length, clock + size * length
+    assert sizes == [sizes[0] * 2**n for n in range(len(sizes))] and sizes[-1] <= most
+    assert sizes == [config.batch.sequences, *(phase.sequences for phase in config.batch.ramp)]
+    assert not any("1.35 nats" in doubt for doubt in batch_doubts(config))
+
+
+def test_where_a_ramp_follows_by_hand() -> None:
+    # s sequences of 64 tokens are β = s / 64, and the critical batch is 0.02 / 4 · √n: n = (200 β)².
+    settings = ["+experiment=proxy_tiny", "batch.sequences=64", "schedule.warmup_tokens=0", "schedule.decay.tokens=0"]
+    settings += ["run.tokens=4_000_000", "schedule.b=-0.5"]
+    first, *phases = pasted(settings, 1)
+    # Of 16 from 2,500 tokens on: after 5 steps of 512; of 32 from 10,000 and of 64 from 40,000.
+    assert first == "batch.sequences=8"
+    assert phases == [
+        "batch.ramp=[{from_tokens:2560,sequences:16},{from_tokens:10752,sequences:32},{from_tokens:41472,sequences:64}]"
+    ]
+    decays = ["run.tokens=50_000", "schedule.decay.tokens=10_000"]  # from 40,000 on
+    _, phases_before = pasted([*settings, *decays], 1)
+    assert phases_before == "batch.ramp=[{from_tokens:2560,sequences:16},{from_tokens:10752,sequences:32}]"
+    one_step = "batch.ramp=[{from_tokens:1024,sequences:64}]"  # the critical batch is 0 before it
+    assert pasted([*settings, "schedule.max_lr=1000"], 2) == ["batch.sequences=16", one_step]
+    later = ["run.tokens_seen=40_000", "schedule.rewarmup.tokens=1000"]
+    assert pasted([*settings, *later], 1) == ["batch.sequences=64", "batch.ramp=[]"]
+
+
+def test_a_ramp_of_what_has_no_critical_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    for settings in (["schedule=wsd", "schedule.lr=0.01"], ["schedule.batch_exponent=0"]):
+        code, said = ran(capsys, *TINY, "--ramp", *settings, "schedule.warmup_tokens=100")
+        assert code == 2 and "has none" in said and "--ramp" in said
+
+
+def test_the_picture_has_the_batch_and_the_critical_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot
+
+    config = composed(["+experiment=proxy_tiny", "batch.ramp=[{from_tokens:100_000,sequences:16}]"])
+    kept = []
+    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, path, dpi: kept.append(figure))
+    estimate.draw(config, tmp_path / "rates.png")
+    batch, critical = kept[0].axes[1].lines
+    tokens = np.array(critical.get_xdata())
+    assert (np.array(batch.get_ydata()) == np.where(tokens < 100_000, 0.125, 0.25)).all()
+    assert np.array(critical.get_ydata())[1:] == pytest.approx(0.005 * tokens[1:] ** 0.51)
+    pyplot.close("all")

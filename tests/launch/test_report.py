@@ -138,6 +138,20 @@ def test_every_run_is_in_the_pictures_and_in_the_legends_below(tmp_path: Path, f
     assert [len(line.get_xdata()) for line in below.axes[0].lines][:2] == [100, 300]
 
 
+def test_the_critical_batch_is_drawn_beside_the_batch(tmp_path: Path, figures: list[Any]) -> None:
+    old, new = report.Run(recorded(tmp_path / "old", 100)), report.Run(recorded(tmp_path / "new", 100))
+    for step, line in enumerate(new.lines):
+        line["critical_batch"] = 0.5 * step
+    report.overlays([old])  # of before the metric, with one batch
+    assert "batch" not in " ".join(axis.get_ylabel() for axis in figures[1].axes)
+    report.overlays([old, new])
+    axis = figures[3].axes[1]
+    assert "critical batch" in axis.get_ylabel() and axis.get_yscale() == "log"
+    of_old, of_new, critical = (list(line.get_ydata()) for line in axis.lines[:3])
+    assert of_old == of_new == [1.0] * 100 and critical == [0.5 * step for step in range(100)]
+    assert axis.lines[2].get_color() == axis.lines[1].get_color() != axis.lines[0].get_color()
+
+
 def test_a_run_with_one_evaluation_is_in_the_chart(tmp_path: Path, figures: list[Any]) -> None:
     runs = [report.Run(recorded(tmp_path / f"run-{n}", 100 if n else 300)) for n in range(2)]
     for run in runs:

@@ -14,6 +14,7 @@ DECAY = Decay(start=10 * BATCH, tokens=5 * BATCH + 3)
 POWER = dict(a=0.1, max_lr=0.004, warmup_tokens=3 * BATCH + 1, decay=DECAY)
 ADAPTERS = [
     (PowerLR, Power, POWER),
+    (PowerLR, Power, {**POWER, "cap": "smooth"}),
     (WSDLR, WSD, dict(lr=0.003, warmup_tokens=3 * BATCH + 1, decay=DECAY)),
     (CosineLR, Cosine, dict(lr=0.003, warmup_tokens=3 * BATCH + 1, total_tokens=15 * BATCH)),
     (ConstantLR, Constant, dict(lr=0.003, warmup_tokens=3 * BATCH + 1)),
@@ -101,6 +102,30 @@ def test_an_lr_in_a_tensor_is_written_in_place():
     assert optimizer.param_groups[0]["lr"] is held
     assert held.item() == 0.5 * Power(**POWER)(tokens=5 * BATCH, batch=4.0)
     assert all(type(value) is float for value in scheduler.state_dict()["base_lrs"])
+
+
+@pytest.mark.parametrize("cap", ["hard", "smooth"])
+def test_both_caps_by_hand_under_a_batch_that_grows(cap):
+    # η_max 0.004 and β · 0.1 · n^-0.5: the critical batch is 0.04 · √n, and 16 is above it to 160,000 tokens.
+    law = dict(a=0.1, b=-0.5, max_lr=0.004, warmup_tokens=0, cap=cap)
+    scheduler = PowerLR(make_optimizer(1.0, 0.25), batch_tokens=BATCH, **law)
+    above = []
+    for k in range(12):
+        if k == 6:
+            scheduler.set_batch_tokens(8 * BATCH)
+        n, beta = scheduler.tokens, scheduler.batch_tokens / 4096
+        uncapped = beta * 0.1 / math.sqrt(n) if n else math.inf
+        rate = min(0.004, uncapped) if cap == "hard" else 1 / (1 / 0.004 + (1 / uncapped if n else 0))
+        assert scheduler.get_last_lr() == pytest.approx([rate, 0.25 * rate], rel=1e-12)
+        above.append(scheduler.schedule.at_cap(n, beta))
+        assert above[k] == (beta > 0.04 * math.sqrt(n))
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert above == [True] + 5 * [False] + 2 * [True] + 4 * [False]
+    saved = scheduler.state_dict()
+    again = PowerLR(make_optimizer(1.0, 0.25), batch_tokens=BATCH, **law)
+    again.load_state_dict(saved)
+    assert again.get_last_lr() == scheduler.get_last_lr()
 
 
 def ramp(optimizer, scheduler, steps, first=0):

@@ -462,3 +462,58 @@ def test_one_expert_a_token_is_doubted() -> None:
     (doubt,) = doubts(composed([*make, "model.num_experts_per_tok=1"]))
     assert doubt.startswith("model.num_experts_per_tok is 1")
     assert list(doubts(composed([*make, "model.model_type=granite", "model.num_experts_per_tok=1"]))) == []
+
+
+@cache
+def _without_decay(*overrides: str) -> Config:
+    return composed([QUICK, "schedule.decay.tokens=0", *overrides])
+
+
+def batch_doubts(settings: dict[str, Any], *overrides: str) -> list[str]:
+    return list(config_module.batch_doubts(change(copy.deepcopy(_without_decay(*overrides)), settings)))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_no_experiment_trains_above_its_critical_batch(experiment: str) -> None:
+    assert list(config_module.batch_doubts(composed([f"+experiment={experiment}"]))) == []
+
+
+def test_a_batch_above_the_critical_batch_is_pointed_out_with_where_it_is() -> None:
+    # β = 4: (4 · 4 / 0.02)^(1/0.51) = 492,5xx of 1,200,000 tokens.
+    until, larger = math.ceil(800 ** (1 / 0.51)), {"batch.sequences": 64, "run.tokens": 1_200_000}
+    (doubt,) = batch_doubts(larger)
+    assert f"in {until / 1_200_000:.0%} of the run: 64 sequences from 0 to {until:,} tokens" in doubt
+    assert "no further" in doubt and "more tokens for the same loss" in doubt and "--ramp" in doubt
+    (smooth,) = batch_doubts({**larger, "schedule.cap": "smooth"})
+    assert "hardly" in smooth and f"to {until:,} tokens" in smooth
+    # A tenth of the run decides, by the run's own tokens; the law goes by the clock.
+    assert batch_doubts({**larger, "run.tokens": 10 * until}) == []
+    assert batch_doubts({**larger, "run.tokens": 10 * until - 100})
+    assert batch_doubts({**larger, "schedule.warmup_tokens": until}) == []
+    assert batch_doubts({**larger, "schedule.warmup_tokens": until - 1})
+    again = {**larger, "schedule.rewarmup.tokens": 1000, "schedule.warmup_tokens": 0}
+    assert f"from 0 to {until - 200_000:,} tokens" in batch_doubts({**again, "run.tokens_seen": 200_000})[0]
+    assert batch_doubts({**again, "run.tokens_seen": until}) == []
+    # A part of a ramp goes by its own tokens, and one behind the end by none.
+    late = {"batch.ramp": ramp((400_000, 64)), "run.tokens": 1_200_000}
+    assert batch_doubts({**late, "run.tokens": 1_400_000}) == []  # 92,5xx of its 1,000,000
+    assert f"64 sequences from 400,000 to {until:,} tokens" in batch_doubts(late)[0]
+    assert batch_doubts({**late, "batch.ramp": ramp((1_200_000, 640))}) == []
+    for other in ("wsd", "constant", "cosine"):
+        assert batch_doubts({**larger, "schedule.lr": 0.01, "schedule.warmup_tokens": 1000}, f"schedule={other}") == []
+    assert batch_doubts({**larger, "schedule.batch_exponent": 0.0}) == []  # no batch raises the rate
+
+
+def test_a_batch_that_grows_without_a_cap_is_warned_of() -> None:
+    grows = {"batch.ramp": ramp((300_000, 64)), "schedule.max_lr": 1000.0}
+    (doubt,) = batch_doubts(grows)
+    assert "grows from 16 to 64 sequences at 300,000 tokens" in doubt
+    assert "128" in doubt and "512" in doubt and "1.35 nats" in doubt and "schedule.max_lr 1000" in doubt
+    assert batch_doubts({**grows, "schedule.batch_exponent": 0.5}) == []
+    assert batch_doubts({**grows, "batch.sequences": 128}) == []  # it shrinks
+    assert batch_doubts({**grows, "run.tokens": 300_000}) == []  # it never does
+    # The power law gives 4 · 4 · 300,000^-0.51 there: of a cap that is near it, or below, nothing is said of the kind.
+    law = 16 * 300_000**-0.51
+    assert "1.35" in batch_doubts({**grows, "schedule.max_lr": 2.01 * law})[0]
+    for cap in (0.5, 1, 1.99):
+        assert not any("1.35" in doubt for doubt in batch_doubts({**grows, "schedule.max_lr": cap * law}))

@@ -62,6 +62,11 @@ def test_a_terminal_gets_a_bar_and_what_a_device_does(monkeypatch: pytest.Monkey
     assert "expert" not in shown  # a dense model has none
 
 
+def test_a_smooth_cap_is_not_reached_and_its_critical_batch_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = watched(False, 1, monkeypatch, ("schedule.cap=smooth",), at_cap=True)
+    assert "rate 1.00e-02 (trunk, 50% of the cap, above the critical batch)" in shown
+
+
 def test_collapsed_routing_is_said_once_and_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     step = 0
 

@@ -45,6 +45,19 @@ def test_fault_14_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(
     assert [line["phase"] for line in lines] == ["warmup"] * 2 + ["trunk"] * 8 + ["decay"] * 2
 
 
+def test_every_line_has_the_critical_batch_of_a_power_schedule_and_no_other(run: Callable[..., Path]) -> None:
+    # 0.02 / (4 · n^-0.51), in the unit of `batch`, which is 1/16: below it from 141 tokens on.
+    lines = read_lines(run("schedule.max_lr=0.02", "schedule.warmup_tokens=0") / "metrics.jsonl")
+    assert [line["critical_batch"] for line in lines] == pytest.approx([0.005 * (256 * k) ** 0.51 for k in range(12)])
+    trunk = [line for line in lines if line["phase"] == "trunk"]
+    assert {line["at_cap"] for line in trunk} == {True, False}
+    assert all(line["at_cap"] == (line["batch"] > line["critical_batch"]) for line in trunk)
+    again = ("run.tokens=1024", "schedule.decay.tokens=0", "schedule.rewarmup.tokens=512")
+    assert [line["critical_batch"] > 0 for line in read_lines(run(*again, "run.name=again") / "metrics.jsonl")][1:]
+    flat = ("run.tokens=1024", "schedule.decay.tokens=0", "schedule.batch_exponent=0", "run.name=flat")
+    assert not any("critical_batch" in line for line in read_lines(run(*flat) / "metrics.jsonl"))
+
+
 def test_the_total_is_the_sum_of_its_terms(run: Callable[..., Path]) -> None:
     for line in read_lines(run("balance.router_z_loss_coef=0.5") / "metrics.jsonl"):
         assert line["loss"] == pytest.approx(line["lm_loss"] + 0.01 * line["balance_loss"] + 0.5 * line["z_loss"])
@@ -100,6 +113,14 @@ def test_one_expert_a_token_is_warned_of_and_its_router_has_no_moments(
     moments = load_file(folder / "checkpoints/step-00000012/exp_avg_sq.safetensors")
     assert {bool(tensor.any()) for name, tensor in moments.items() if "router" not in name} == {True}
     assert {bool(tensor.any()) for name, tensor in moments.items() if "router" in name} == {False}
+
+
+def test_a_batch_above_the_critical_one_is_said_before_the_first_step(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("schedule.max_lr=0.0001", "run.tokens=1024", "schedule.decay.tokens=0")
+    said = capsys.readouterr().out
+    assert "Warning: The batch is above the schedule's critical batch in 100% of the run" in said.partition("step ")[0]
 
 
 def test_evaluation_changes_nothing(run: Callable[..., Path]) -> None:
