@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import least_squares
 
+from schedulers.cells import Array
+from schedulers.forms import PRIOR_B, PRIOR_B_SCALE
 from schedulers.law import MIN_HORIZONS
 
-Array = npt.NDArray[np.float64]
 Place = tuple[str, float, int]  # model, batch in units of 4096 tokens, horizon in tokens
 
 RATES = 4  # that a parabola takes, and a cell costs
@@ -26,8 +26,7 @@ DISCREPANCY = 0.2  # by which the law is off, and …
 DISTANCE = 1.0  # … over how much of log batch or log tokens it is off alike
 OFFSET = 0.1  # of a model's log learning rate from the others': small under muP
 CURVATURE = 0.03  # nats: a loss lies so much times log(η / best)² above the least one, until the cells tell
-PRIOR_B = -0.5
-PRIOR_SCALE = np.array([1.5, 0.2, 1.0])  # of log γ, b and log η_max
+PRIOR_SCALE = np.array([1.5, PRIOR_B_SCALE, 1.0])  # of log γ, b and log η_max
 WORTH = 0.02  # a cell has to lower the regret to expect by this share of it
 ENOUGH = 3e-4  # nats: less regret than any seed's noise
 
