@@ -1,6 +1,6 @@
 """So that `accelerate launch train.py +experiment=NAME` works; the code is in the package `train`."""
 
-from train.cli import main
+from powertrain.train.cli import main
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,9 @@
 
 import os
 
+if __name__ != "powertrain.data":
+    raise ImportError("This folder is the package powertrain.data; import it by that name.")
+
 
 class DataError(ValueError):
     """Something a user can put right: one readable paragraph with the value, the limit and the remedy."""

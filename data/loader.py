@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError
-from data.order import Order
-from data.tokens import TokenFile
+from powertrain.data import DataError
+from powertrain.data.order import Order
+from powertrain.data.tokens import TokenFile
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError
+from powertrain.data import DataError
 
 SLOTS = 65536
 

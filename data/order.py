@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 
-from data import DataError
-from data.mixture import SLOTS, Mixture, mixture_of
+from powertrain.data import DataError
+from powertrain.data.mixture import SLOTS, Mixture, mixture_of
 
 MASK = (1 << 64) - 1
 ROUNDS = 6  # with 4, orders of five or six windows are not all equally likely

@@ -40,10 +40,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError, bpe, expand
-from data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
-from data.tokenizer import load_tokenizer, save_tokenizer, wrap_tokenizer
-from data.tokens import TokenFile, dtype_for, write_index
+from powertrain.data import DataError, bpe, expand
+from powertrain.data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
+from powertrain.data.tokenizer import load_tokenizer, save_tokenizer, wrap_tokenizer
+from powertrain.data.tokens import TokenFile, dtype_for, write_index
 
 FORMAT = 1  # goes into HASH: raise it when the same inputs give other files
 END_OF_TEXT = "<|endoftext|>"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from data import DataError, expand
+from powertrain.data import DataError, expand
 
 if TYPE_CHECKING:
     import pyarrow

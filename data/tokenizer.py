@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data import DataError, expand
+from powertrain.data import DataError, expand
 
 FILE = "tokenizer.json"
 # Where tokenizers differ: case, digits, white space, contractions, composed characters, other scripts.

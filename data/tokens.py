@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data import DataError
+from powertrain.data import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from omegaconf import MISSING
 
-import schedulers
-from launch.trials import SweepConfig
-from train import config
+from powertrain import schedulers
+from powertrain.launch.trials import SweepConfig
+from powertrain.train import config
 
 HEAD = """# Every setting
 

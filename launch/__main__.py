@@ -1,4 +1,4 @@
-"""`powertrain VERB` and `python -m launch`: what there is to do, and doing it."""
+"""`powertrain VERB` and `python -m powertrain.launch`: what there is to do, and doing it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import sys
 from importlib.metadata import version
 
-from train import streams
+from powertrain.train import streams
 
 VERBS = {
     "train": "train a model: +experiment=NAME and Hydra overrides",
@@ -32,7 +32,7 @@ def main() -> None:
     streams.protect()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: powertrain VERB …          (or python -m launch.VERB …; VERB --help shows examples)\n")
+        print("usage: powertrain VERB …          (powertrain VERB --help shows examples)\n")
         for verb, purpose in VERBS.items():
             print(f"  {verb:<10} {purpose}")
         print(
@@ -48,7 +48,7 @@ def main() -> None:
         hint = f" Did you mean '{near[0]}'?" if near else ""
         print(f"powertrain: there is no verb '{verb}'; there are {', '.join(VERBS)}.{hint}", file=sys.stderr)
         sys.exit(2)
-    importlib.import_module(f"launch.{verb}").main(arguments[1:])
+    importlib.import_module(f"powertrain.launch.{verb}").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast this machine trains, beside its own limit and beside transformers.Trainer.
 
-usage: python -m launch.bench [--rounds N] [--steps N] [--out FILE] [+experiment=NAME] [KEY=VALUE …]
+usage: powertrain bench [--rounds N] [--steps N] [--out FILE] [+experiment=NAME] [KEY=VALUE …]
 
 Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, top-8 of 32 experts that are 128 wide,
 vocabulary 8192, 8 × 512 tokens a step, and one twice as wide; on two cores that takes a quarter of an hour. First
@@ -9,9 +9,9 @@ best of each is measured in turn with the machine's matrix products, round by ro
 thread for each core. Our batches hold documents, which attention keeps apart; Trainer sees the same tokens without.
 
 examples:
-  python -m launch.bench
-  python -m launch.bench --out bench.json --rounds 3
-  python -m launch.bench +experiment=powermoe_3b batch.micro_sequences=1 batch.sequences=4
+  powertrain bench
+  powertrain bench --out bench.json --rounds 3
+  powertrain bench +experiment=powermoe_3b batch.micro_sequences=1 batch.sequences=4
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from data.tokens import TokenWriter, dtype_for
-from train.cli import composed, guard
-from train.config import Config, RunFailed, check_batch
-from train.environment import available_cores, version
+from powertrain.data.tokens import TokenWriter, dtype_for
+from powertrain.train.cli import composed, guard
+from powertrain.train.config import Config, RunFailed, check_batch
+from powertrain.train.environment import available_cores, version
 
 _SHAPE = (
     "data.sequence_length=512",
@@ -126,7 +126,7 @@ class Shape:
         """Try everything once, then measure the best of each in turn."""
         import torch
 
-        from train import metrics
+        from powertrain.train import metrics
 
         flops = metrics.flops_per_token(self.config, metrics.parameters_of(self.config))
         moe = self.config.model.model_type == "granitemoe"
@@ -179,7 +179,7 @@ class Shape:
     def _run(self, *arguments: str) -> dict[str, Any]:
         print(f"{self.name}: {arguments[0]} …", file=sys.stderr)
         self.busy.append(psutil.cpu_percent(interval=1.0) / 100)
-        command = [sys.executable, "-P", "-m", "launch.contest", str(time.time()), *arguments]
+        command = [sys.executable, "-P", "-m", "powertrain.launch.contest", str(time.time()), *arguments]
         one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
         environment = os.environ | one_gpu | {"PYTHONIOENCODING": "utf-8"}
         ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)

@@ -1,7 +1,7 @@
 """See that a configuration does what it should.
 
-usage: python -m launch.check mup|coordinates|batch [+experiment=NAME] [KEY=VALUE …]
-       python -m launch.check run RUN [--steps N]
+usage: powertrain check mup|coordinates|batch [+experiment=NAME] [KEY=VALUE …]
+       powertrain check run RUN [--steps N]
 
   mup          each tensor's role, standard deviation asked and measured, rate multiplier, weight decay
   coordinates  train a few steps at four widths; no part of the model may change more, or less, as it gets wider
@@ -11,10 +11,10 @@ usage: python -m launch.check mup|coordinates|batch [+experiment=NAME] [KEY=VALU
 Exit status: 0 as it should be, 1 not.
 
 examples:
-  python -m launch.check mup +experiment=powermoe_3b
-  python -m launch.check coordinates mup.rule=fan_in --plot coordinates.png
-  python -m launch.check batch
-  python -m launch.check run runs/quickstart
+  powertrain check mup +experiment=powermoe_3b
+  powertrain check coordinates mup.rule=fan_in --plot coordinates.png
+  powertrain check batch
+  powertrain check run runs/quickstart
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from train.cli import composed, guard
-from train.config import Config, ConfigError, batch_doubts, doubts
+from powertrain.train.cli import composed, guard
+from powertrain.train.config import Config, ConfigError, batch_doubts, doubts
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +45,11 @@ def _check(arguments: list[str]) -> int:
         return 0 if arguments else 2
     name, *overrides = arguments
     if name == "coordinates":
-        from launch import coordinates
+        from powertrain.launch import coordinates
 
         return coordinates.main(overrides)
     if name == "run":
-        from launch import replay
+        from powertrain.launch import replay
 
         return replay.main(overrides)
     checks: dict[str, Callable[[Config], int]] = {"mup": check_mup, "batch": check_batch}
@@ -68,8 +68,8 @@ def check_mup(config: Config) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from train import optim
-    from train.model import granite, mup
+    from powertrain.train import optim
+    from powertrain.train.model import granite, mup
 
     rows = mup.table(config)
     model = granite.build(config, "meta")
@@ -152,11 +152,11 @@ def _gradients(
 
     import torch
 
-    from data.loader import IGNORE_INDEX
-    from train.balance import Balance
-    from train.loop import loss_terms, total_loss
-    from train.loss import LanguageModelLoss
-    from train.model import granite, mup
+    from powertrain.data.loader import IGNORE_INDEX
+    from powertrain.train.balance import Balance
+    from powertrain.train.loop import loss_terms, total_loss
+    from powertrain.train.loss import LanguageModelLoss
+    from powertrain.train.model import granite, mup
 
     model = granite.build(config)
     mup.initialize(model.named_parameters(), mup.table(config), config.run.seed)

@@ -1,6 +1,6 @@
 """Completion of verbs, experiments, groups and settings for the command `powertrain`, in bash and zsh.
 
-usage: python -m launch.completion bash|zsh
+usage: powertrain completion bash|zsh
 
 examples:
   source <(powertrain completion bash)        # in ~/.bashrc
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from launch.__main__ import VERBS
-from train.cli import group_names, guard, options
-from train.config import ConfigError, setting_names
+from powertrain.launch.__main__ import VERBS
+from powertrain.train.cli import group_names, guard, options
+from powertrain.train.config import ConfigError, setting_names
 
 # Only the word up to the cursor counts. bash breaks it at every = and replaces what follows the last one.
 _SCRIPT = """

@@ -1,6 +1,6 @@
 """One measurement of launch.bench, in a process of its own.
 
-usage: python -m launch.contest BEGIN WHAT [TOKENS STEPS [overrides]]
+usage: python -m powertrain.launch.contest BEGIN WHAT [TOKENS STEPS [overrides]]
 
 BEGIN is the time at which it was started. WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`:
 transformers.Trainer on the same model and tokens. Prints one JSON object on the last line.
@@ -21,18 +21,18 @@ from typing import Any
 import psutil
 import torch
 
-from data.loader import Batches, num_windows, window
-from data.order import Order, Stage
-from data.tokens import TokenFile
-from train.balance import Balance
-from train.cli import composed
-from train.config import Config
-from train.engine import Engine
-from train.environment import available_cores
-from train.loop import train_step
-from train.loss import LanguageModelLoss
-from train.model import granite, mup
-from train.state import State
+from powertrain.data.loader import Batches, num_windows, window
+from powertrain.data.order import Order, Stage
+from powertrain.data.tokens import TokenFile
+from powertrain.train.balance import Balance
+from powertrain.train.cli import composed
+from powertrain.train.config import Config
+from powertrain.train.engine import Engine
+from powertrain.train.environment import available_cores
+from powertrain.train.loop import train_step
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.model import granite, mup
+from powertrain.train.state import State
 
 PEAK_SECONDS = 1.5  # of products in each precision
 Clock = Callable[[float | None], None]  # called at the end of a step, with its loss

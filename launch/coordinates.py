@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.balance import Balance
-from train.cli import composed, guard
-from train.config import Config, ConfigError
-from train.loop import loss_terms, total_loss
-from train.loss import IGNORE_INDEX, LanguageModelLoss
-from train.model import granite, mup
-from train.optim import adamw, parameter_groups
+from powertrain.train.balance import Balance
+from powertrain.train.cli import composed, guard
+from powertrain.train.config import Config, ConfigError
+from powertrain.train.loop import loss_terms, total_loss
+from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
+from powertrain.train.model import granite, mup
+from powertrain.train.optim import adamw, parameter_groups
 
 WIDTHS = (1, 2, 4, 8)  # × model.hidden_size
 SEEDS = (0, 1, 2)

@@ -1,14 +1,14 @@
 """Branch a decay off a checkpoint of a run: the rate falls from where it is there, and the run itself is untouched.
 
-usage: python -m launch.decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
+usage: powertrain decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
        accelerate launch $(which powertrain) decay RUN --at STEP --tokens N …
 
 KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
 
 examples:
-  python -m launch.decay runs/quickstart --at 200 --tokens 200_000
-  python -m launch.decay runs/quickstart --at 200 --tokens 200_000 --shape linear --name quickstart-linear
-  python -m launch.decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
+  powertrain decay runs/quickstart --at 200 --tokens 200_000
+  powertrain decay runs/quickstart --at 200 --tokens 200_000 --shape linear --name quickstart-linear
+  powertrain decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from schedulers.decay import SHAPES
-from train.cli import leave, run_training
-from train.config import Config, ConfigError, load
+from powertrain.schedulers.decay import SHAPES
+from powertrain.train.cli import leave, run_training
+from powertrain.train.config import Config, ConfigError, load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def branch(options: argparse.Namespace) -> Config:
     Raises:
         ConfigError: there is no such checkpoint, it lies in warmup or in a decay, or a setting cannot be.
     """
-    from train import checkpoint
+    from powertrain.train import checkpoint
 
     name = options.name or f"{options.run.resolve().name}-decay-{options.at}-{options.tokens}"
     own = options.run.resolve().parent / name

@@ -1,6 +1,6 @@
 """What a run will take, before anything runs: memory, time, money, disk, its rates, and what would go wrong.
 
-usage: python -m launch.estimate [+experiment=NAME] [KEY=VALUE …] [cluster.KEY=VALUE …] [--plot FILE] [--ramp]
+usage: powertrain estimate [+experiment=NAME] [KEY=VALUE …] [cluster.KEY=VALUE …] [--plot FILE] [--ramp]
 
 Nothing is trained or prepared. Memory is counted by running a step's own code on tensors without contents.
 
@@ -18,8 +18,8 @@ Nothing is trained or prepared. Memory is counted by running a step's own code o
 Exit status: 0 it would run, 1 something would go wrong, 2 bad usage.
 
 examples:
-  python -m launch.estimate +experiment=quickstart cluster.gpu=cpu
-  python -m launch.estimate +experiment=powermoe_3b cluster.gpus=64 cluster.price=2.5 --plot rates.png
+  powertrain estimate +experiment=quickstart cluster.gpu=cpu
+  powertrain estimate +experiment=powermoe_3b cluster.gpus=64 cluster.price=2.5 --plot rates.png
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError, expand
-from launch.check import described
-from schedulers import Power, Rewarmup, power_of
-from train.cli import composed, guard
-from train.config import Config, ConfigError, RampConfig, batch_doubts, batch_problems, doubts, problems
-from train.console import human
+from powertrain.data import DataError, expand
+from powertrain.launch.check import described
+from powertrain.schedulers import Power, Rewarmup, power_of
+from powertrain.train.cli import composed, guard
+from powertrain.train.config import Config, ConfigError, RampConfig, batch_doubts, batch_problems, doubts, problems
+from powertrain.train.console import human
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +134,7 @@ def _plot_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def cluster_of(settings: list[str]) -> Cluster:
     """Raises ConfigError: a setting or GPU that is not known, or a value out of its range."""
-    from train.metrics import GPUS
+    from powertrain.train.metrics import GPUS
 
     try:
         given = OmegaConf.from_dotlist(settings)
@@ -165,8 +165,8 @@ def cluster_of(settings: list[str]) -> Cluster:
 
 def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[str], list[str]]:
     """Print everything; errors and warnings."""
-    from train import metrics
-    from train.model import mup
+    from powertrain.train import metrics
+    from powertrain.train.model import mup
 
     counts = metrics.parameters_of(config)
     flops = metrics.flops_per_token(config, counts)
@@ -220,8 +220,8 @@ def steps_of(config: Config) -> tuple[int, int]:
 
 def memory_section(console: Console, config: Config, cluster: Cluster) -> str | None:
     """Print what each engine takes, and what fits; the engine to take, or None."""
-    from launch import memory
-    from train import metrics
+    from powertrain.launch import memory
+    from powertrain.train import metrics
 
     ways = cluster.engines(config)
     limit, micro = USABLE * (cluster.memory or 0), config.batch.micro_sequences
@@ -554,17 +554,17 @@ def draw(config: Config, path: Path) -> None:
 
 def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:
     """Errors and warnings about corpora and tokenizer; print how often tokens are seen."""
-    from data import sources
-    from data.loader import windows_in
-    from data.mixture import mixture_of
-    from data.order import Stage, epochs
-    from data.prepare import find, rows_needed, skipped_records
-    from data.tokens import TokenFile
+    from powertrain.data import sources
+    from powertrain.data.loader import windows_in
+    from powertrain.data.mixture import mixture_of
+    from powertrain.data.order import Stage, epochs
+    from powertrain.data.prepare import find, rows_needed, skipped_records
+    from powertrain.data.tokens import TokenFile
 
     errors: list[str] = []
     data = config.data
     if config.evaluation.tasks:
-        from train import tasks
+        from powertrain.train import tasks
 
         try:
             tasks.load(config.evaluation.tasks, Path(config.evaluation.data) if config.evaluation.data else None)
@@ -603,7 +603,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
     vocabulary, whose = data.tokenizer.vocab_size, "The tokenizer to be trained (data.tokenizer.vocab_size)"
     own = Path(expand(data.tokenizer.path)) if data.tokenizer.path is not None else None
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
-        from data.tokenizer import load_tokenizer
+        from powertrain.data.tokenizer import load_tokenizer
 
         vocabulary = rows_needed(load_tokenizer(folder))
         whose = f"The tokenizer in {folder}"
@@ -626,7 +626,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
         if data.corpora[name].source in ("stdlib", "text"):
             windows[name] = sum(path.stat().st_size for path in sources.files(data.corpora[name])) // length
     warnings = [
-        f"{name} is not prepared yet, so it is not known how often its tokens will be seen; `python -m launch.prepare` "
+        f"{name} is not prepared yet, so it is not known how often its tokens will be seen; `powertrain prepare` "
         "tokenises it."
         for name in data.corpora
         if name not in windows
@@ -659,7 +659,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
 
 def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list[str], list[str]]:
     """Errors, which are about this machine where it is the one, and warnings: kernels, disk, checkpoints, nodes."""
-    from train.model import granite
+    from powertrain.train.model import granite
 
     errors: list[str] = []
     warnings: list[str] = []

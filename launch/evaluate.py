@@ -1,11 +1,11 @@
 """Judge a model: benchmarks by lm-eval beside random choice, and bits per byte of any text.
 
-usage: python -m launch.evaluate MODEL [--tasks TASK …] [--data DIR] [--text FILE …] [--limit N] [--out FILE] …
+usage: powertrain evaluate MODEL [--tasks TASK …] [--data DIR] [--text FILE …] [--limit N] [--out FILE] …
 
 examples:
-  python -m launch.evaluate runs/quickstart --text README.md
-  python -m launch.evaluate runs/quickstart --tasks arc boolq hellaswag openbookqa piqa winogrande --data datasets
-  python -m launch.evaluate /models/PowerMoE-3b --tasks table6
+  powertrain evaluate runs/quickstart --text README.md
+  powertrain evaluate runs/quickstart --tasks arc boolq hellaswag openbookqa piqa winogrande --data datasets
+  powertrain evaluate /models/PowerMoE-3b --tasks table6
 
 A task is one of lm-eval's, or table5, table6 or table7: the benchmarks of these tables of arXiv 2408.13359.
 docs/evaluation.md tells what they hold, and how folders of datasets look.
@@ -22,11 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.sources import decompressed
-from launch.generate import model_folder
-from train.cli import guard
-from train.config import ConfigError
-from train.environment import check_output
+from powertrain.data.sources import decompressed
+from powertrain.launch.generate import model_folder
+from powertrain.train.cli import guard
+from powertrain.train.config import ConfigError
+from powertrain.train.environment import check_output
 
 LONGEST_WINDOW = 4096  # tokens: whole logits of a longer one would want tens of GiB
 
@@ -79,7 +79,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     texts = {path: _read(path) for path in options.text}
     loaded: dict[str, Any] = {}
     if options.tasks:
-        from train import tasks
+        from powertrain.train import tasks
 
         loaded = tasks.load(options.tasks, options.data)
         unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
@@ -89,7 +89,7 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "--confirm-run-unsafe-code, inside a container, or leave them out."
             )
 
-    from train.export import load
+    from powertrain.train.export import load
 
     tokenizer, model = load(folder)
     report: dict[str, Any] = {
@@ -153,7 +153,7 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
     """
     import torch
 
-    from data.prepare import as_text, encode
+    from powertrain.data.prepare import as_text, encode
 
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(

@@ -1,10 +1,10 @@
 """Write a checkpoint of a run as a Hugging Face folder, with its tokenizer and a model card, and check its logits.
 
-usage: python -m launch.export RUN [--step N] [--out FOLDER]
+usage: powertrain export RUN [--step N] [--out FOLDER]
 
 examples:
-  python -m launch.export runs/quickstart
-  python -m launch.export runs/quickstart --step 200 --out /models/quickstart-200
+  powertrain export runs/quickstart
+  powertrain export runs/quickstart --step 200 --out /models/quickstart-200
 
 docs/export.md tells what is in the folder, and how llama.cpp reads it.
 """
@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from train.cli import guard
-from train.config import ConfigError, load
+from powertrain.train.cli import guard
+from powertrain.train.config import ConfigError, load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,12 +39,12 @@ def _export(options: argparse.Namespace) -> int:
 
     import torch
 
-    from train import checkpoint
-    from train.export import check_target, export, facts_of, in_working_precision
-    from train.loss import LanguageModelLoss, logits_of
-    from train.model import granite
-    from train.optim import BFloat16Weights
-    from train.track import read_lines
+    from powertrain.train import checkpoint
+    from powertrain.train.export import check_target, export, facts_of, in_working_precision
+    from powertrain.train.loss import LanguageModelLoss, logits_of
+    from powertrain.train.model import granite
+    from powertrain.train.optim import BFloat16Weights
+    from powertrain.train.track import read_lines
 
     checkpoints = run / "checkpoints"
     chosen = checkpoint.newest_valid(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)

@@ -1,13 +1,13 @@
 """Fit the law of the best rate to the ledger of a sweep, and make a schedule of it.
 
-usage: python -m launch.fit LEDGER [options]
-       python -m launch.fit LEDGER --predict batch=1024 tokens=1e12
-       python -m launch.fit LEDGER --predict sequences=64 [sequence_length=256] tokens=1e9
+usage: powertrain fit LEDGER [options]
+       powertrain fit LEDGER --predict batch=1024 tokens=1e12
+       powertrain fit LEDGER --predict sequences=64 [sequence_length=256] tokens=1e9
 
 examples:
-  python -m launch.fit runs/tiny/ledger.jsonl                         # what it says, and pictures in law/ beside it
-  python -m launch.fit runs/tiny/ledger.jsonl --name mine --out mine  # and mine/schedule/mine.yaml to train with
-  python -m train --config-dir mine +experiment=quickstart schedule=mine
+  powertrain fit runs/tiny/ledger.jsonl                         # what it says, and pictures in law/ beside it
+  powertrain fit runs/tiny/ledger.jsonl --name mine --out mine  # and mine/schedule/mine.yaml to train with
+  powertrain train --config-dir mine +experiment=quickstart schedule=mine
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
 sweep of constant learning rates with a decay at the end will do. --predict takes the batch in the same units, or as
@@ -29,14 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from schedulers import Power, forms
-from schedulers.cells import Cell
-from schedulers.held_out import Worth, distance
-from schedulers.law import Law, fit, name_of
-from train.cli import guard
-from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
-from train.environment import replace_text
-from train.report import plain
+from powertrain.schedulers import Power, forms
+from powertrain.schedulers.cells import Cell
+from powertrain.schedulers.held_out import Worth, distance
+from powertrain.schedulers.law import Law, fit, name_of
+from powertrain.train.cli import guard
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
+from powertrain.train.environment import replace_text
+from powertrain.train.report import plain
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -305,7 +305,7 @@ rewarmup: {{start: null, tokens: 0}}
 """
     configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
     if configs:
-        from train.model.mup import parametrisation
+        from powertrain.train.model.mup import parametrisation
 
         try:
             own = [

@@ -1,10 +1,10 @@
 """Continue a prompt with an exported model, loaded by Transformers alone.
 
-usage: python -m launch.generate MODEL PROMPT [--max-new-tokens N] [--seed N]
+usage: powertrain generate MODEL PROMPT [--max-new-tokens N] [--seed N]
 
 examples:
-  python -m launch.generate runs/quickstart/model "def read_lines(path):"
-  python -m launch.generate runs/quickstart "import os" --max-new-tokens 100 --seed 1
+  powertrain generate runs/quickstart/model "def read_lines(path):"
+  powertrain generate runs/quickstart "import os" --max-new-tokens 100 --seed 1
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from train.cli import guard
-from train.config import ConfigError
+from powertrain.train.cli import guard
+from powertrain.train.config import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def _generate(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise ConfigError("The prompt is empty; give at least one character to continue.")
 
-    from train.export import generate
+    from powertrain.train.export import generate
 
     print(generate(folder, options.prompt, options.max_new_tokens, options.seed))
     return 0
@@ -54,7 +54,7 @@ def model_folder(given: Path) -> Path:
     for folder in (given, given / "model"):
         if (folder / "config.json").is_file():
             return folder
-    hint = f" `python -m launch.export {given}` makes one." if (given / "checkpoints").is_dir() else ""
+    hint = f" `powertrain export {given}` makes one." if (given / "checkpoints").is_dir() else ""
     raise ConfigError(f"{given} is neither a model folder nor the folder of a run that has one in model/.{hint}")
 
 

@@ -1,6 +1,6 @@
 """How a step's cost grows: with tokens seen, the corpus, experts and layers; and that of records with a run's steps.
 
-usage: python -m launch.growth FOLDER
+usage: python -m powertrain.launch.growth FOLDER
 
 Writes FOLDER/growth.json and growth.png. What is compared is measured in turn, round by round, in one process; a
 value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens, and in place of
@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.loader import Batches, num_windows
-from data.order import Order, Stage
-from data.prepare import fingerprint, known_fingerprint
-from data.tokens import HEADER, MAGIC, VERSION, TokenFile
-from launch import bench
-from launch.contest import Ours, assemble
-from train.cli import composed
-from train.config import Config
-from train.environment import settings_text
-from train.loop import loss_terms, to_device, total_loss, train_step
-from train.report import runs_page
-from train.resume import check_steps_taken
-from train.state import State
-from train.track import cut_after, read_back
+from powertrain.data.loader import Batches, num_windows
+from powertrain.data.order import Order, Stage
+from powertrain.data.prepare import fingerprint, known_fingerprint
+from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
+from powertrain.launch import bench
+from powertrain.launch.contest import Ours, assemble
+from powertrain.train.cli import composed
+from powertrain.train.config import Config
+from powertrain.train.environment import settings_text
+from powertrain.train.loop import loss_terms, to_device, total_loss, train_step
+from powertrain.train.report import runs_page
+from powertrain.train.resume import check_steps_taken
+from powertrain.train.state import State
+from powertrain.train.track import cut_after, read_back
 
 ROUNDS, STEPS = 3, 3
 DOCUMENT = 1_000_000  # tokens

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import least_squares
 
-from schedulers.cells import Array
-from schedulers.forms import PRIOR_B, PRIOR_B_SCALE
-from schedulers.law import MIN_HORIZONS
+from powertrain.schedulers.cells import Array
+from powertrain.schedulers.forms import PRIOR_B, PRIOR_B_SCALE
+from powertrain.schedulers.law import MIN_HORIZONS
 
 Place = tuple[str, float, int]  # model, batch in units of 4096 tokens, horizon in tokens
 

@@ -23,15 +23,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.integrations import moe
 
-from train import loss as train_loss
-from train import optim
-from train.balance import Balance
-from train.loop import loss_terms, total_loss
-from train.loss import LanguageModelLoss
-from train.model import experts, granite
+from powertrain.train import loss as train_loss
+from powertrain.train import optim
+from powertrain.train.balance import Balance
+from powertrain.train.loop import loss_terms, total_loss
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.model import experts, granite
 
 if TYPE_CHECKING:
-    from train.config import Config
+    from powertrain.train.config import Config
 
 # DeepSpeed's defaults, which a run keeps, in elements: reduce_bucket_size, and of stage 3 max_live_parameters,
 # prefetch_bucket_size and param_persistence_threshold.

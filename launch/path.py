@@ -14,8 +14,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from train.cli import guard
-from train.config import ConfigError
+from powertrain.train.cli import guard
+from powertrain.train.config import ConfigError
 
 FILES = [
     *sorted((Path(__file__).parent / "accelerate").glob("*.yaml")),

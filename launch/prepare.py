@@ -1,11 +1,11 @@
 """Tokenise the corpora of a configuration into the cache, so that training starts at once.
 
-usage: python -m launch.prepare [+experiment=NAME] [data=NAME] [KEY=VALUE …] [--inspect]
+usage: powertrain prepare [+experiment=NAME] [data=NAME] [KEY=VALUE …] [--inspect]
 
 examples:
-  python -m launch.prepare +experiment=quickstart
-  python -m launch.prepare data=files data.corpora.files.path='/corpus/*.jsonl.zst' data.tokenizer.vocab_size=16384
-  python -m launch.prepare --config-dir DIR data=mine data.workers=8 --inspect
+  powertrain prepare +experiment=quickstart
+  powertrain prepare data=files data.corpora.files.path='/corpus/*.jsonl.zst' data.tokenizer.vocab_size=16384
+  powertrain prepare --config-dir DIR data=mine data.workers=8 --inspect
 
   data.workers=N   processes that tokenise; default: one for each core
   --inspect        also show what is in each corpus: lengths of documents, what was left out, a few windows of text
@@ -21,18 +21,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.loader import windows_in
-from data.order import Stage, epochs
-from train.cli import composed_data, guard
-from train.config import Config, ConfigError
-from train.environment import available_cores
+from powertrain.data.loader import windows_in
+from powertrain.data.order import Stage, epochs
+from powertrain.train.cli import composed_data, guard
+from powertrain.train.config import Config, ConfigError
+from powertrain.train.environment import available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from data.prepare import Prepared
-    from data.tokens import TokenFile
-    from train.config import DataConfig
+    from powertrain.data.prepare import Prepared
+    from powertrain.data.tokens import TokenFile
+    from powertrain.train.config import DataConfig
 
 VOCABULARY_MULTIPLE = 128  # of Megatron-LM's --make-vocab-size-divisible-by, for GPUs' matrix products
 SAMPLES, SAMPLE_TOKENS = 3, 96
@@ -70,8 +70,8 @@ def _prepare(arguments: list[str]) -> int:
 def _with_progress(data: DataConfig) -> Prepared:
     from rich import progress as shown
 
-    from data.prepare import prepare
-    from train.console import progress_lines
+    from powertrain.data.prepare import prepare
+    from powertrain.train.console import progress_lines
 
     def prepared(progress: Callable[[str, int, int | None], None]) -> Prepared:
         workers = data.workers or available_cores()
@@ -100,7 +100,7 @@ def _with_progress(data: DataConfig) -> Prepared:
 def _say_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer
 
-    from data.prepare import rows_needed
+    from powertrain.data.prepare import rows_needed
 
     size = rows_needed(Tokenizer.from_file(str(folder / "tokenizer.json")))
     padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -141,7 +141,7 @@ def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> Non
 
 
 def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
-    from data.prepare import corpus_facts, skipped_records
+    from powertrain.data.prepare import corpus_facts, skipped_records
 
     folder = prepared.folders.get(name)
     empty: dict[str, Any] = {"splits": {}, "skipped": {}}
@@ -183,8 +183,8 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     if tokenizer_folder is None:
         print("    name data.tokenizer.path to see text")
         return
-    from data.prepare import bytes_of_tokens
-    from data.tokenizer import load_tokenizer
+    from powertrain.data.prepare import bytes_of_tokens
+    from powertrain.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     draw = random.Random(0)

@@ -1,9 +1,9 @@
 """`check run RUN`: are its files whole, and does training from a checkpoint give again what metrics.jsonl says?
 
-usage: python -m launch.check run RUN [--steps N]
+usage: powertrain check run RUN [--steps N]
 
 examples:
-  python -m launch.check run runs/quickstart --steps 20
+  powertrain check run runs/quickstart --steps 20
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train.config import ConfigError, check, load
+from powertrain.train.config import ConfigError, check, load
 
 _EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")
 _LOSSES = ("lm_loss", "balance_loss", "z_loss", "loss", "grad_norm")
@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     config = load(options.run / "config.yaml")
     check(config)
 
-    from train import checkpoint, environment
-    from train.track import read_back
+    from powertrain.train import checkpoint, environment
+    from powertrain.train.track import read_back
 
     found = checkpoint.available(options.run / "checkpoints")
     for path in found:
@@ -63,11 +63,11 @@ def main(arguments: list[str]) -> int:
             f"instead of {options.steps}. Ask for --steps {last}, or keep more checkpoints (checkpoint.keep)."
         )
 
-    from train.engine import Engine
-    from train.environment import hardware
-    from train.loop import train_step
-    from train.run import assemble
-    from train.state import State
+    from powertrain.train.engine import Engine
+    from powertrain.train.environment import hardware
+    from powertrain.train.loop import train_step
+    from powertrain.train.run import assemble
+    from powertrain.train.state import State
 
     begun = environment.read_record(options.run / "run.json").get("starts")
     recorded = begun[-1].get("hardware") if isinstance(begun, list) and begun and isinstance(begun[-1], dict) else None

@@ -1,12 +1,12 @@
 """One self-contained HTML page of runs laid over each other, or of a sweep with the schedules that it compares.
 
-usage: python -m launch.report RUN [RUN …] [--out FILE]
-       python -m launch.report SWEEP [--out FILE]
+usage: powertrain report RUN [RUN …] [--out FILE]
+       powertrain report SWEEP [--out FILE]
 
 examples:
-  python -m launch.report runs/quickstart                         # runs/quickstart/report.html
-  python -m launch.report runs/power runs/wsd --out compared.html
-  python -m launch.report runs/compare                            # the folder of a sweep, with its ledger.jsonl
+  powertrain report runs/quickstart                         # runs/quickstart/report.html
+  powertrain report runs/power runs/wsd --out compared.html
+  powertrain report runs/compare                            # the folder of a sweep, with its ledger.jsonl
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from launch import fit
-from launch.fit import read
-from schedulers.cells import MOST
-from train.cli import guard
-from train.config import ConfigError
-from train.environment import check_output, replace_text
-from train.report import Run, legend, looks, overlays, page, picture, runs_page, table
+from powertrain.launch import fit
+from powertrain.launch.fit import read
+from powertrain.schedulers.cells import MOST
+from powertrain.train.cli import guard
+from powertrain.train.config import ConfigError
+from powertrain.train.environment import check_output, replace_text
+from powertrain.train.report import Run, legend, looks, overlays, page, picture, runs_page, table
 
 Line = dict[str, Any]
 Cell = tuple[str, float, int]  # model, batch, tokens

@@ -1,14 +1,14 @@
 """Train small models over batch × rate × horizon × model, all or a lean choice: a ledger that `fit` makes a law.
 
-usage: python -m launch.sweep +sweep=NAME [KEY=VALUE …] [--pilot | --slurm | --dry-run]
+usage: powertrain sweep +sweep=NAME [KEY=VALUE …] [--pilot | --slurm | --dry-run]
 
 examples:
-  python -m launch.sweep +sweep=lean                      # minutes: the trials that tell most for their tokens
-  python -m launch.sweep +sweep=tiny                      # minutes: a small grid on Python's own standard library
-  python -m launch.sweep +sweep=tiny --dry-run            # which trials, how many tokens; trains nothing
-  python -m launch.sweep +sweep=tiny --pilot              # the shortest horizon, then hours and the error of b
-  python -m launch.sweep +sweep=tiny --slurm              # the same workers as a job array
-  python -m launch.sweep --config-dir mine +sweep=mine    # mine/sweep/mine.yaml
+  powertrain sweep +sweep=lean                      # minutes: the trials that tell most for their tokens
+  powertrain sweep +sweep=tiny                      # minutes: a small grid on Python's own standard library
+  powertrain sweep +sweep=tiny --dry-run            # which trials, how many tokens; trains nothing
+  powertrain sweep +sweep=tiny --pilot              # the shortest horizon, then hours and the error of b
+  powertrain sweep +sweep=tiny --slurm              # the same workers as a job array
+  powertrain sweep --config-dir mine +sweep=mine    # mine/sweep/mine.yaml
 
 Stopped or killed, the same command goes on: a trial that is in the ledger is not run again, one that had begun goes on
 from its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run.
@@ -37,10 +37,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-import train.cli
-from data import expand
-from data.prepare import prepare
-from launch.trials import (
+import powertrain_command
+from powertrain.data import expand
+from powertrain.data.prepare import prepare
+from powertrain.launch.trials import (
     WITH_DECAY,
     Progress,
     SweepConfig,
@@ -59,13 +59,13 @@ from launch.trials import (
     result_of,
     sweep_config,
 )
-from schedulers.cells import MOST
-from schedulers.law import expected_error
-from train import streams
-from train.cli import composed, composed_sweep, guard
-from train.config import Config, ConfigError, RunFailed, doubts, load, setting_values
-from train.environment import available_cores, lock, read_record, replace_text
-from train.track import read_back
+from powertrain.schedulers.cells import MOST
+from powertrain.schedulers.law import expected_error
+from powertrain.train import cli, streams
+from powertrain.train.cli import composed, composed_sweep, guard
+from powertrain.train.config import Config, ConfigError, RunFailed, doubts, load, setting_values
+from powertrain.train.environment import available_cores, lock, read_record, replace_text
+from powertrain.train.track import read_back
 
 POLL_SECONDS = 0.5
 BAD_INPUT = 2
@@ -256,7 +256,7 @@ def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.
     if options.slurm:
         script = Path(__file__).parent / "slurm" / "sweep.sbatch"
         return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
-    worker = [sys.executable, "-P", "-m", "launch.sweep", f"--worker={os.getpid()}", *arguments]
+    worker = [sys.executable, "-P", "-m", "powertrain.launch.sweep", f"--worker={os.getpid()}", *arguments]
     return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
 
 
@@ -435,7 +435,7 @@ def work(options: argparse.Namespace) -> int:
     sweep = Sweep(options.overrides)
     check_launcher(sweep.sweep)
     if not sweep.sweep.launcher:
-        import train.run  # noqa: F401  # once, for the processes that are forked from this one
+        import powertrain.train.run  # noqa: F401  # once, for the processes that are forked from this one
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     while not orphaned(options.worker):
         progress = sweep.progress()
@@ -486,20 +486,19 @@ def _train(launcher: list[str], arguments: list[str], output: Path, claimed: IO[
             os.dup2(file.fileno(), descriptor)
     if launcher:
         os.set_inheritable(claimed.fileno(), True)
-        command = str(Path(__file__).resolve().parents[1] / "powertrain_command.py")
         try:
-            os.execvp(launcher[0], [*launcher, command, "train", *arguments])
+            os.execvp(launcher[0], [*launcher, powertrain_command.__file__, "train", *arguments])
         except OSError as error:
             print(f"powertrain: sweep.launcher '{launcher[0]}' cannot be started: {error.strerror}.", flush=True)
             os._exit(BAD_INPUT)
     # What `powertrain train` does, without importing everything again: half the time of a short trial.
     sys.argv[0] = "train"
-    train.cli.main(arguments)
+    cli.main(arguments)
 
 
 def begin_from(sweep: Sweep, progress: Progress, trial: Trial) -> list[str]:
     """The override that lets a trial begin where the decay of the one before it began."""
-    from train import checkpoint
+    from powertrain.train import checkpoint
 
     before = progress.before(trial)
     own = sweep.folder / trial.name / "checkpoints"
@@ -561,7 +560,7 @@ def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str,
     Raises:
         RunFailed: its records have been changed.
     """
-    from train.resume import TOKENIZER
+    from powertrain.train.resume import TOKENIZER
 
     folder = sweep.folder / trial.name
     evaluated = next((line for line in read_back(folder / "evals.jsonl") if line.get("corpus") == "overall"), {})

@@ -1,6 +1,6 @@
-"""`powertrain train`: the same as `python -m train` and `accelerate launch train.py`."""
+"""`powertrain train`: the same as `powertrain train` and `accelerate launch train.py`."""
 
-from train.cli import main
+from powertrain.train.cli import main
 
 if __name__ == "__main__":
     main()

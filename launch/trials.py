@@ -22,9 +22,9 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from launch.lean import Design, Place
-from schedulers.cells import MOST
-from train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
+from powertrain.launch.lean import Design, Place
+from powertrain.schedulers.cells import MOST
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
 WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk

@@ -1,9 +1,9 @@
 """Learning-rate schedules as pure functions of the tokens seen and the batch size.
 
-    from schedulers import Decay, Power
+    from powertrain.schedulers import Decay, Power
     lr = Power(decay=Decay(start=900_000_000_000, tokens=100_000_000_000))(tokens=26_000_000_000, batch=1024)
 
-Tokens are counted before the step; the batch is in units of 4096 tokens. `schedulers.adapters` has the same
+Tokens are counted before the step; the batch is in units of 4096 tokens. `powertrain.schedulers.adapters` has the same
 schedules as PyTorch's LRScheduler.
 """
 
@@ -18,6 +18,9 @@ from .decay import Decay
 from .power import Power
 from .rewarmup import Rewarmup
 from .wsd import WSD
+
+if __name__ != "powertrain.schedulers":
+    raise ImportError("This folder is the package powertrain.schedulers; import it by that name.")
 
 __all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build", "power_of"]
 

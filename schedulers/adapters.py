@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from schedulers import Cosine, Schedule, build
+from powertrain.schedulers import Cosine, Schedule, build
 
 
 def _whole(name: str, value: float, least: int) -> int:

@@ -14,7 +14,7 @@ noise scale that grows as T^-b. Where sizes disagree, η is multiplied by a powe
 Intervals are 95% ones from replicates of the whole fit. In a replicate each trunk, the run that all horizons of a
 (size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to its horizons; the best
 rates scatter around the law by as much as they do beyond that noise; all of them may be off by half of what the shape
-of the losses has moved them; and the middle of b's weak prior (schedulers.forms) is drawn from that prior.
+of the losses has moved them; and the middle of b's weak prior (powertrain.schedulers.forms) is drawn from that prior.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from train.config import Config
-    from train.loss import LanguageModelLoss
+    from powertrain.train.config import Config
+    from powertrain.train.loss import LanguageModelLoss
 
 # One thread a rank: two busy ranks with two threads each slow each other tenfold on two cores.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
@@ -93,7 +93,7 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval knows those of `benchmarks` alone: reading all its descriptions takes longer than a test should."""
     from lm_eval.tasks import TaskManager
 
-    from train import tasks
+    from powertrain.train import tasks
 
     folders = [
         Path(sys.modules["lm_eval.tasks"].__path__[0]) / name for name in ("piqa", "arc", "super_glue", "hellaswag")
@@ -110,8 +110,8 @@ def tiny_overrides(words: Path, cache: Path, folder: Path, *more: str) -> list[s
 
 def train_here(overrides: list[str]) -> Path:
     """Train in this process; the run's folder."""
-    from train.cli import composed
-    from train.run import train
+    from powertrain.train.cli import composed
+    from powertrain.train.run import train
 
     config = composed(overrides)
     train(config, ["test"])
@@ -128,7 +128,7 @@ def tiny(words: Path, cache: Path, tmp_path: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def run(tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train in this process; returns the run's folder. Its page is not drawn, which takes as long as all the rest."""
-    monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
+    monkeypatch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")
 
     return lambda *more: train_here(tiny(*more))
 
@@ -171,7 +171,7 @@ def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def assert_same_run(one: Path, other: Path, step: int = 12) -> None:
     """Metrics without timing, and at `step` every tensor, number and random state of the checkpoint: equal bits."""
-    from train.track import read_lines
+    from powertrain.train.track import read_lines
 
     lines, others = (without_timing(read_lines(folder / "metrics.jsonl")) for folder in (one, other))
     assert others == lines
@@ -185,7 +185,7 @@ def assert_same_run(one: Path, other: Path, step: int = 12) -> None:
 
 def cut_at(whole: Path, step: int, name: str) -> Path:
     """A copy of a run as it was when `step` was its newest checkpoint."""
-    from train import checkpoint
+    from powertrain.train import checkpoint
 
     folder = whole.with_name(name)
     shutil.copytree(whole, folder)
@@ -211,7 +211,7 @@ SMALL = (
 
 @functools.cache
 def _small(*overrides: str) -> Config:
-    from train.cli import composed
+    from powertrain.train.cli import composed
 
     return composed([*SMALL, *overrides])
 
@@ -227,8 +227,8 @@ def small_loss() -> Callable[..., LanguageModelLoss]:
     """The initialised model of a configuration in its loss module."""
 
     def make(config: Config, seed: int = 0) -> LanguageModelLoss:
-        from train.loss import LanguageModelLoss
-        from train.model import granite, mup
+        from powertrain.train.loss import LanguageModelLoss
+        from powertrain.train.model import granite, mup
 
         model = granite.build(config)
         mup.initialize(model.named_parameters(), mup.table(config), seed)

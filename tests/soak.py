@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import launch_command
 
-from train import checkpoint
-from train.track import read_lines
+from powertrain.train import checkpoint
+from powertrain.train.track import read_lines
 
 RUN = (
     "+experiment=quickstart",

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from train.config import setting_names
+from powertrain.train.config import setting_names
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -33,15 +33,13 @@ set -euo pipefail
 trap 'echo "FAILED: $BASH_COMMAND"' ERR
 smaller="{SMALLER}"
 shorter="run.tokens=40_960 schedule.warmup_tokens=4_096 schedule.decay.tokens=8_192"
-python() {{
-    case "${{2:-}}" in
-        train) case "$*" in *--cfg*|*--help*) command python "$@" ;; *) command python "$@" $smaller ;; esac ;;
-        launch.sweep) case "$*" in
-            *sweep=compare*) command python "$@" 'sweep.tokens=[122_880]' 'sweep.batch=[0.125]' ;;  # a quarter of it
-            *) command python "$@" ;;
-        esac ;;
-        launch.bench) command python "$@" $smaller batch.sequences=2 batch.micro_sequences=2 --rounds 1 ;;
-        *) command python "$@" ;;
+powertrain() {{
+    case "$*" in
+        *--cfg*|*--help*) command powertrain "$@" ;;
+        train*) command powertrain "$@" $smaller ;;
+        *sweep=compare*) command powertrain "$@" 'sweep.tokens=[122_880]' 'sweep.batch=[0.125]' ;;  # a quarter of it
+        bench*) command powertrain "$@" $smaller batch.sequences=2 batch.micro_sequences=2 --rounds 1 ;;
+        *) command powertrain "$@" ;;
     esac
 }}
 accelerate() {{
@@ -52,7 +50,7 @@ accelerate() {{
 }}
 pip() {{ case "$*" in *-e\\ *|*--editable*) true ;; *) command pip "$@" ;; esac; }}  # it is installed already
 make() {{ case "$1" in train) accelerate launch train.py +experiment=quickstart ;; test*) true ;; *) false ;; esac; }}
-export -f python accelerate pip make
+export -f powertrain accelerate pip make
 """
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import datetime
+import importlib
 import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,12 +19,12 @@ import pytest
 import torch
 from conftest import CONFIGS, ROOT
 
-from data import DataError, expand
-from train import environment
-from train.cli import composed, composed_sweep, guard, run_training
-from train.config import Config, ConfigError, RunConfig, RunFailed, load, setting_values
-from train.environment import settings_text
-from train.run import train
+from powertrain.data import DataError, expand
+from powertrain.train import environment
+from powertrain.train.cli import composed, composed_sweep, guard, run_training
+from powertrain.train.config import Config, ConfigError, RunConfig, RunFailed, load, setting_values
+from powertrain.train.environment import settings_text
+from powertrain.train.run import train
 
 QUICK = "+experiment=quickstart"
 
@@ -37,7 +39,7 @@ def test_a_wheel_works_in_a_folder_full_of_names_that_are_ours(words: Path, tmp_
     for name in map(os.fsdecode, filter(None, tracked)):
         if not name.startswith(("tests/", "docs/")):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", str(target), str(source)], check=True)
     trap = f"open({str(folder / 'ran.txt')!r}, 'a').write(__name__); raise SystemExit('somebody else was run')"
@@ -67,14 +69,38 @@ def test_a_wheel_works_in_a_folder_full_of_names_that_are_ours(words: Path, tmp_
     launcher = "sweep.launcher='accelerate launch --num_processes 1 --main_process_port 0'"
     assert "1 of 1 trials done" in run(f"powertrain sweep +sweep=words {text} {grid}")
     assert "1 of 1 trials done" in run(f'powertrain sweep +sweep=words {text} {grid} sweep.name=two "{launcher}"')
+    made = "runs/tiny"
+    for verb in (
+        f"prepare +experiment=tiny {text}",
+        f"check run {made} --steps 5",
+        f"estimate +experiment=tiny cluster.gpu=cpu {text}",
+        f"report {made}",
+        f"decay {made} --at 2 --tokens 512 threads=1",
+        f"export {made} --out exported",
+        "generate exported 'a b' --max-new-tokens 2",
+        f"evaluate exported --text '{words}/00.txt'",
+        "fit --help",
+        "bench --help",
+        "completion bash",
+    ):
+        run(f"powertrain {verb}")
     peak = "print(sorted(Shape('one', ['+experiment=quickstart'], 1)._run('peak')))"
-    (tmp_path / "peak.py").write_text(f"from launch.bench import Shape\n{peak}\n")
+    (tmp_path / "peak.py").write_text(f"from powertrain.launch.bench import Shape\n{peak}\n")
     assert run(f"python -P {tmp_path}/peak.py") == "['bfloat16', 'float32']\n"  # a process of bench's
     assert not (folder / "ran.txt").exists()
 
 
+def test_each_package_has_one_name() -> None:
+    """A folder on the path that is a checkout of ours gives no second copy of a module, whose classes are others."""
+    for name in ("train", "data", "schedulers", "launch", "configs"):
+        command = [sys.executable, "-c", f"import {name}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert f"This folder is the package powertrain.{name}; import it by that name." in done.stderr
+        assert Path(importlib.import_module(f"powertrain.{name}").__file__ or "").samefile(ROOT / name / "__init__.py")
+
+
 def test_files_for_other_commands_are_found_where_the_package_is(capsys: pytest.CaptureFixture[str]) -> None:
-    from launch import path
+    from powertrain.launch import path
 
     with pytest.raises(SystemExit):
         path.main(["zero1"])
@@ -101,7 +127,7 @@ def test_the_command_leaves_the_working_directory_out(tmp_path: Path) -> None:
     """As accelerate gives it to DeepSpeed's ranks."""
     for name in ("launch", "train"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
-    command = [sys.executable, str(ROOT / "powertrain_command.py"), "--version"]
+    command = [sys.executable, str(ROOT / "src/powertrain_command.py"), "--version"]
     own = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
     assert done.stdout == f"powertrain {environment.version('powertrain')}\n"
@@ -109,7 +135,7 @@ def test_the_command_leaves_the_working_directory_out(tmp_path: Path) -> None:
 
 def test_the_recorded_command_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[list[str]] = []
-    monkeypatch.setattr("train.run.train", lambda config, command: recorded.append(command))
+    monkeypatch.setattr("powertrain.train.run.train", lambda config, command: recorded.append(command))
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     run_training(Config(), "decay", ["runs/a", "--at", "6"])
     assert recorded == [["powertrain", "decay", "runs/a", "--at", "6"]]
@@ -119,7 +145,7 @@ def test_the_recorded_command_can_be_run_again(monkeypatch: pytest.MonkeyPatch) 
 
 SAYS = """
 import sys
-from train import streams
+from powertrain.train import streams
 streams.protect()
 for _ in range(3):
     print("2 × 3 −", "text " * 20_000)
@@ -293,7 +319,7 @@ def test_a_launchers_variables_without_a_launcher(
 
 
 def test_a_start_waits_so_long_and_work_longer() -> None:
-    from train.engine import _joining
+    from powertrain.train.engine import _joining
 
     def join(ranks: int) -> None:
         store = torch.distributed.TCPStore("127.0.0.1", 0, ranks, True, wait_for_workers=False)

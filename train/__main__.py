@@ -1,6 +1,6 @@
-"""`python -m train`, which works from an installed wheel too."""
+"""`powertrain train`, which works from an installed wheel too."""
 
-from train.cli import main
+from powertrain.train.cli import main
 
 if __name__ == "__main__":
     main()

@@ -23,8 +23,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.config import BalanceConfig
-from train.loss import Outputs
+from powertrain.train.config import BalanceConfig
+from powertrain.train.loss import Outputs
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 

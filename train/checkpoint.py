@@ -37,12 +37,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from train import faults as injected
-from train.balance import Balance
-from train.config import ConfigError, RunFailed
-from train.engine import MOMENTS, Engine, Read
-from train.environment import as_others_are, read_record, replace_text, settings_text
-from train.state import State
+from powertrain.train import faults as injected
+from powertrain.train.balance import Balance
+from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.engine import MOMENTS, Engine, Read
+from powertrain.train.environment import as_others_are, read_record, replace_text, settings_text
+from powertrain.train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")

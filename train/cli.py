@@ -29,9 +29,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data import DataError, expand
-from train import streams
-from train.config import (
+from powertrain.data import DataError, expand
+from powertrain.train import streams
+from powertrain.train.config import (
     Config,
     ConfigError,
     DataConfig,
@@ -47,7 +47,7 @@ from train.config import (
     setting_values,
     unchecked,
 )
-from train.environment import HIDDEN, settings_text, status_of, without_secrets
+from powertrain.train.environment import HIDDEN, settings_text, status_of, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -117,8 +117,8 @@ def run_training(config: Config, verb: str, arguments: list[str]) -> int:
         if value == HIDDEN:
             raise ConfigError(f"{name} is a secret, which config.yaml leaves out: give it again, as {name}=….")
     # Only now: a mistake in the configuration should not have to wait for these imports.
-    from train.loop import Stop
-    from train.run import train
+    from powertrain.train.loop import Stop
+    from powertrain.train.run import train
 
     def end(number: int, frame: object) -> None:
         Stop.early = number  # an exception is lost when it meets Python in a destructor
@@ -218,8 +218,8 @@ def _compose(overrides: list[str]) -> DictConfig:
     for argument in overrides:
         if argument in ("-m", "--multirun"):
             raise ConfigError(
-                "Hydra's multirun would start all trials in one process, which accelerate refuses. `python -m "
-                "launch.sweep +sweep=NAME` trains a grid, each trial in a process of its own."
+                "Hydra's multirun would start all trials in one process, which accelerate refuses. `powertrain "
+                "sweep +sweep=NAME` trains a grid, each trial in a process of its own."
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
@@ -229,7 +229,7 @@ def _compose(overrides: list[str]) -> DictConfig:
         OmegaConf.set_struct(OmegaConf.select(settings, name), False)
     ConfigStore.instance().store(name="settings", node=settings)
     try:
-        with initialize_config_module("configs", version_base="1.3"):
+        with initialize_config_module("powertrain.configs", version_base="1.3"):
             return compose("train", overrides=overrides)
     except YAMLError as error:
         raise ConfigError(f"A configuration file is not valid YAML: {' '.join(str(error).split())}.") from error
@@ -273,10 +273,6 @@ def guard(verb: Callable[[], int]) -> int:
 def _shield() -> None:
     """What this process starts, by whatever way, finds no module of its working directory: it is the user's."""
     os.environ["PYTHONSAFEPATH"] = "1"
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if sys.path[0] == root and paths[0] != root:  # a checkout that need not be installed
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])
 
 
 def leave(verb: Callable[[], int]) -> NoReturn:
@@ -354,7 +350,7 @@ def _did_you_mean(value: str, known: list[str]) -> str:
 
 
 def _configs() -> Path:
-    import configs
+    from powertrain import configs
 
     return Path(next(iter(configs.__path__)))
 

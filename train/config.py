@@ -19,11 +19,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import CollectionNode, MappingNode, Node, YAMLError
 
-import schedulers
-from data import DataError, expand
-from data.mixture import mixture_of
-from data.prepare import TokenizerSpec
-from data.sources import Corpus
+from powertrain import schedulers
+from powertrain.data import DataError, expand
+from powertrain.data.mixture import mixture_of
+from powertrain.data.prepare import TokenizerSpec
+from powertrain.data.sources import Corpus
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -353,7 +353,7 @@ def unchecked(composed: DictConfig, given: Collection[str] = ()) -> Config:
     """As `from_hydra`, without looking at what the values are; see `problems`."""
     config = typed(composed, Config)
     if config.run.init_from is not None:
-        from train.init_from import adopt  # imports Transformers
+        from powertrain.train.init_from import adopt  # imports Transformers
 
         adopt(config, given)
     return config
@@ -711,7 +711,7 @@ def batch_doubts(config: Config) -> Iterator[str]:
         yield (
             f"The batch is above the schedule's critical batch in {tokens_above / config.run.tokens:.0%} of the run: "
             f"{', '.join(above)}. There a larger batch {gains}, and needs more tokens for the same loss. Take a "
-            "smaller one, or begin with one: `python -m launch.estimate … --ramp` prints a batch.ramp that follows "
+            "smaller one, or begin with one: `powertrain estimate … --ramp` prints a batch.ramp that follows "
             "the critical batch (docs/schedule.md)."
         )
     if grown:

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 if TYPE_CHECKING:  # the preparation of data does without the seconds that these imports take
-    from train.config import Config
-    from train.engine import Engine
-    from train.state import State
+    from powertrain.train.config import Config
+    from powertrain.train.engine import Engine
+    from powertrain.train.state import State
 
 LINE_SHARE, LINE_SECONDS = 0.05, 600.0
 # Of steps in a row: in the quickstart's warmup routers lean on one expert for up to seven, and find back by themselves.
@@ -111,7 +111,7 @@ class Progressing:
 
     def _explain_first(self, loss: float) -> None:
         """Why a loss begins above that of a uniform guess, which looks like a mistake and is none."""
-        from train.model.mup import first_logits_std
+        from powertrain.train.model.mup import first_logits_std
 
         uniform, std = math.log(self.config.model.vocab_size), first_logits_std(self.config)
         if loss > uniform + NOTED_EXCESS:

@@ -25,11 +25,11 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from data import DataError
-from train import environment, optim
-from train.config import Config, ConfigError, RunFailed
-from train.loss import LanguageModelLoss, Outputs, logits_of
-from train.model import granite, mup
+from powertrain.data import DataError
+from powertrain.train import environment, optim
+from powertrain.train.config import Config, ConfigError, RunFailed
+from powertrain.train.loss import LanguageModelLoss, Outputs, logits_of
+from powertrain.train.model import granite, mup
 
 T = TypeVar("T")
 Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its elements [start, stop), flat

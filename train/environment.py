@@ -22,13 +22,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from data import DataError
-from train.config import Config, ConfigError, as_dict, load
+from powertrain.data import DataError
+from powertrain.train.config import Config, ConfigError, as_dict, load
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
     import torch
 
-    from train.engine import Engine
+    from powertrain.train.engine import Engine
 
 HIDDEN = "(hidden)"
 _UMASK = os.umask(0)  # which can only be read by setting it: here, before there are threads
@@ -328,7 +328,7 @@ def hardware(engine: Engine) -> dict[str, Any]:
     """What decides the last bits of a sum: kernels, device, ranks and threads."""
     import torch
 
-    from train.model import granite
+    from powertrain.train.model import granite
 
     return {
         "kernels": granite.kernels(engine.config, engine.device),

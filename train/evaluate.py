@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.loader import IGNORE_INDEX, window, windows_in
-from data.prepare import Prepared, bytes_of_tokens
-from data.tokens import TokenFile
-from train import faults
-from train.config import Config
-from train.engine import Engine
-from train.loop import to_device
-from train.state import State
+from powertrain.data.loader import IGNORE_INDEX, window, windows_in
+from powertrain.data.prepare import Prepared, bytes_of_tokens
+from powertrain.data.tokens import TokenFile
+from powertrain.train import faults
+from powertrain.train.config import Config
+from powertrain.train.engine import Engine
+from powertrain.train.loop import to_device
+from powertrain.train.state import State
 
 
 class Validation:

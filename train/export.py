@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
-from train.config import Config, ConfigError, RunFailed, setting_values
-from train.environment import replace_folder
-from train.metrics import parameters_of
-from train.model import granite
-from train.state import State
-from train.track import is_of_corpus
+from powertrain.data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
+from powertrain.train.config import Config, ConfigError, RunFailed, setting_values
+from powertrain.train.environment import replace_folder
+from powertrain.train.metrics import parameters_of
+from powertrain.train.model import granite
+from powertrain.train.state import State
+from powertrain.train.track import is_of_corpus
 
 _MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32

@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from data import expand
-from train import checkpoint
-from train.config import Config, ConfigError, ModelConfig, load
-from train.export import config_in
+from powertrain.data import expand
+from powertrain.train import checkpoint
+from powertrain.train.config import Config, ConfigError, ModelConfig, load
+from powertrain.train.export import config_in
 
 _SAME = (
     "model_type",
@@ -102,7 +102,7 @@ def model_folder(init_from: str) -> str:
     if not (folder / "model/config.json").is_file():
         raise ConfigError(
             f"run.init_from={init_from} is the folder of a run that has no model yet: let it finish, or export a "
-            f"checkpoint of it (python -m launch.export {init_from})."
+            f"checkpoint of it (powertrain export {init_from})."
         )
     return str(folder / "model")
 

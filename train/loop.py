@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loader import IGNORE_INDEX, Batches
-from schedulers import power_of
-from train import faults, metrics
-from train.balance import Balance
-from train.config import BalanceConfig, Config, ConfigError, Diverged
-from train.engine import Engine
-from train.loss import Outputs
-from train.state import State
+from powertrain.data.loader import IGNORE_INDEX, Batches
+from powertrain.schedulers import power_of
+from powertrain.train import faults, metrics
+from powertrain.train.balance import Balance
+from powertrain.train.config import BalanceConfig, Config, ConfigError, Diverged
+from powertrain.train.engine import Engine
+from powertrain.train.loss import Outputs
+from powertrain.train.state import State
 
 MAX_SKIPPED_IN_A_ROW = 10
 

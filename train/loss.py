@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.loader import IGNORE_INDEX
+from powertrain.data.loader import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from train.model.granite import CausalLM
+    from powertrain.train.model.granite import CausalLM
 
 _CHUNK_LOGITS = 1 << 25  # logits that exist at one time: 128 MiB in float32
 _CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache. No fewer than 128 rows

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from train.config import Config
-from train.model import granite
+from powertrain.train.config import Config
+from powertrain.train.model import granite
 
 # Dense bf16 peak in FLOP/s, and bytes of memory, by a part of the device's name, from the vendors' data sheets.
 GPUS = {

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from train.config import Config, ModelConfig, MupConfig, OptimizerConfig
-from train.loss import LanguageModelLoss
-from train.model.granite import CausalLM
-from train.model.mup import Row, role_of, table
+from powertrain.train.config import Config, ModelConfig, MupConfig, OptimizerConfig
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.model.granite import CausalLM
+from powertrain.train.model.mup import Row, role_of, table
 
 
 def parameter_groups(
@@ -51,8 +51,8 @@ def mup_groups(
     """muP's groups of a Transformers GraniteMoe or Granite model, for an optimizer and a loop of your own.
 
     They are those that a run trains with (see `parameter_groups`), and `lr` in each is its multiplier of the rate: a
-    scheduler of `schedulers.adapters` takes it so, and a loop of its own multiplies its rate with `lr_multiplier`.
-    Sizes and σ come from `model.config`; weights are initialised by `train.model.mup.initialize`.
+    scheduler of `powertrain.schedulers.adapters` takes it so, and a loop of its own multiplies its rate with
+    `lr_multiplier`. Sizes and σ come from `model.config`; `powertrain.train.model.mup.initialize` initialises weights.
 
     Args:
         mup: base width and rule; default: those of a run.

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from train.config import LAW_SEQUENCE_LENGTH, Config, load, setting_values
-from train.environment import read_record
-from train.track import read_spread
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, load, setting_values
+from powertrain.train.environment import read_record
+from powertrain.train.track import read_spread
 
 POINTS = 600  # of a curve at most: more of them are averaged
 _MEASURES = ("loss", "bits_per_byte")

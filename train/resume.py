@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.tokens import TokenFile
-from schedulers import Cosine, Power, Rewarmup, Schedule
-from train.checkpoint import load_state, read_state, trained_by
-from train.config import Config, ConfigError, as_dict, load
-from train.state import State
+from powertrain.data.tokens import TokenFile
+from powertrain.schedulers import Cosine, Power, Rewarmup, Schedule
+from powertrain.train.checkpoint import load_state, read_state, trained_by
+from powertrain.train.config import Config, ConfigError, as_dict, load
+from powertrain.train.state import State
 
 # How a step is computed or told of, never what it computes.
 _FREE = (

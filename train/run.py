@@ -15,26 +15,26 @@ from typing import Any
 
 import torch
 
-from data import DataError, expand
-from data.loader import Batches, num_windows
-from data.order import Order, Stage
-from data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
-from data.tokenizer import load_tokenizer, save_tokenizer
-from data.tokens import TokenFile
-from train import checkpoint, environment, init_from, report, resume
-from train.balance import Balance
-from train.config import Config, ConfigError, Diverged, RunFailed, batch_doubts, check_batch, doubts
-from train.console import Progressing, human, progress_lines
-from train.engine import Engine
-from train.evaluate import Validation
-from train.export import check_target, export, facts_of, generate, in_units, in_working_precision, loss_text
-from train.loop import Stop, train_loop
-from train.loss import LanguageModelLoss
-from train.metrics import count_parameters, flops_per_token, peak_flops
-from train.model import granite, mup
-from train.state import State
-from train.track import Tracker
-from train.watchdog import Watchdog
+from powertrain.data import DataError, expand
+from powertrain.data.loader import Batches, num_windows
+from powertrain.data.order import Order, Stage
+from powertrain.data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
+from powertrain.data.tokenizer import load_tokenizer, save_tokenizer
+from powertrain.data.tokens import TokenFile
+from powertrain.train import checkpoint, environment, init_from, report, resume
+from powertrain.train.balance import Balance
+from powertrain.train.config import Config, ConfigError, Diverged, RunFailed, batch_doubts, check_batch, doubts
+from powertrain.train.console import Progressing, human, progress_lines
+from powertrain.train.engine import Engine
+from powertrain.train.evaluate import Validation
+from powertrain.train.export import check_target, export, facts_of, generate, in_units, in_working_precision, loss_text
+from powertrain.train.loop import Stop, train_loop
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.metrics import count_parameters, flops_per_token, peak_flops
+from powertrain.train.model import granite, mup
+from powertrain.train.state import State
+from powertrain.train.track import Tracker
+from powertrain.train.watchdog import Watchdog
 
 Say = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     engine.first_rank_decides(lambda: check_batch(config, engine.world_size, tokens - config.run.tokens_seen))
     benchmarks = None
     if config.evaluation.tasks:
-        from train.tasks import Benchmarks  # with lm-eval, which takes seconds and may not be installed
+        from powertrain.train.tasks import Benchmarks  # with lm-eval, which takes seconds and may not be installed
 
         benchmarks = Benchmarks(config, engine)
 

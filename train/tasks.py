@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from datasets import DatasetDict, load_from_disk
 
-from data import expand
-from train.config import ConfigError
+from powertrain.data import expand
+from powertrain.train.config import ConfigError
 
 try:
     import lm_eval.api.task
@@ -38,9 +38,9 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from train.config import Config
-    from train.engine import Engine
-    from train.state import State
+    from powertrain.train.config import Config
+    from powertrain.train.engine import Engine
+    from powertrain.train.state import State
 
 # The benchmarks of tables 5 to 7 of arXiv 2408.13359. Table 5 compares 1B models without examples in the prompt, and
 # adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. How many
@@ -301,7 +301,7 @@ class Benchmarks:
         if writing := [name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]:
             raise ConfigError(
                 f"evaluation.tasks: {', '.join(writing)} have the model write text, which a run does not wait for. "
-                "Leave them out here; `python -m launch.evaluate` scores them on the exported model."
+                "Leave them out here; `powertrain evaluate` scores them on the exported model."
             )
         if taken := {*self.loaded["tasks"], *self.loaded["groups"]} & {*config.data.corpora, "overall"}:
             raise ConfigError(f"evaluation.tasks: '{min(taken)}' is also a corpus of this run; name that otherwise.")

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from train.config import Config, as_dict, setting_values
-from train.environment import add_to_start, read_record, without_secrets
+from powertrain.train.config import Config, as_dict, setting_values
+from powertrain.train.environment import add_to_start, read_record, without_secrets
 
 if TYPE_CHECKING:
-    from train.engine import Engine
-    from train.state import State
+    from powertrain.train.engine import Engine
+    from powertrain.train.state import State
 
 
 FILES = ("metrics.jsonl", "evals.jsonl")

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from train.engine import Engine
-from train.environment import replace_text
-from train.state import State
+from powertrain.train.engine import Engine
+from powertrain.train.environment import replace_text
+from powertrain.train.state import State
 
 BEAT_SECONDS = 10.0  # at most: a file system of many machines may show a file seconds late
 LOOKS_APART = 4  # beats

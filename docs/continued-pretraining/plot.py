@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from train.track import read_lines
+from powertrain.train.track import read_lines
 
 RUNS = Path("runs")
 COLOURS = {"power": "tab:blue", "wsd": "tab:orange", "cosine": "tab:green"}

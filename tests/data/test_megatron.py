@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokens import TokenFile, TokenWriter
+from powertrain.data.tokens import TokenFile, TokenWriter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it misses what only GPUs have

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from data import DataError
-from data.mixture import SLOTS, mixture_of
+from powertrain.data import DataError
+from powertrain.data.mixture import SLOTS, mixture_of
 
 
 def corpora(mixture, count=SLOTS):

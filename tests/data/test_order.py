@@ -4,8 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import DataError
-from data.order import Order, Stage, epochs, permute
+from powertrain.data import DataError
+from powertrain.data.order import Order, Stage, epochs, permute
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 127, 128, 255, 256, 257, 1000, 4096, 4097, 10_007])

@@ -16,13 +16,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.prepare
 import data.sources
-import data.tokens
-from data import DataError
-from data.prepare import TokenizerSpec, prepare
-from data.sources import Corpus
-from data.tokens import TokenWriter
+from powertrain import data
+from powertrain.data import DataError
+from powertrain.data.prepare import TokenizerSpec, prepare
+from powertrain.data.sources import Corpus
+from powertrain.data.tokens import TokenWriter
 
 TEXT = "the cat sat on a mat while café prices rose 12.5% in 2024 😀 def main(): return None"
 END = 0
@@ -255,7 +254,7 @@ def test_a_corpus_with_the_fingerprint_of_an_earlier_version(texts, tokenizer, t
 def test_a_killed_preparation_is_not_believed(texts, tokenizer, tmp_path):
     code = f"""
 import os, pathlib, signal
-from data.prepare import *
+from powertrain.data.prepare import *
 pathlib.Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # everything is written, nothing renamed
 prepare({{"a": Corpus("text", {str(texts[0] / "*.txt")!r}, validation_fraction=0.2)}},
         TokenizerSpec({str(tokenizer)!r}), {str(tmp_path)!r})
@@ -351,8 +350,8 @@ def test_a_preparation_that_was_killed_goes_on(
 
 KILLED = """
 import multiprocessing, os, signal, sys
-import data.prepare, data.sources
-from data.prepare import *
+from powertrain import data
+from powertrain.data.prepare import *
 if __name__ == "__main__":
     path, tokenizer, cache = sys.argv[1:]
     data.sources.BLOCK, data.prepare.SAVE_SECONDS, data.prepare.ALONE = 4000, 0.0, 0

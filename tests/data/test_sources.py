@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-import data.sources
-from data import DataError
-from data.sources import Corpus, Skipped, blocks, documents, files
+from powertrain import data
+from powertrain.data import DataError
+from powertrain.data.sources import Corpus, Skipped, blocks, documents, files
 
 
 def read(corpus: Corpus) -> tuple[list[str], Skipped]:

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from data import DataError
-from data.prepare import TokenizerSpec, prepare
-from data.sources import Corpus
-from data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
+from powertrain.data import DataError
+from powertrain.data.prepare import TokenizerSpec, prepare
+from powertrain.data.sources import Corpus
+from powertrain.data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
 
 END = "<|endoftext|>"
 TEXT = (Path(sysconfig.get_paths()["stdlib"]) / "textwrap.py").read_text(encoding="utf-8")

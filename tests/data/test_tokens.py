@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.tokens
-from data import DataError
-from data.tokens import TokenFile, TokenWriter, dtype_for
+from powertrain import data
+from powertrain.data import DataError
+from powertrain.data.tokens import TokenFile, TokenWriter, dtype_for
 
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9], [], [1, 2, 3, 4, 5, 0]]
 TOKENS = list(itertools.chain(*DOCUMENTS))

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError
-from data.loader import Batches, num_windows, window
-from data.order import Order, Stage
-from data.tokens import TokenFile, TokenWriter
+from powertrain.data import DataError
+from powertrain.data.loader import Batches, num_windows, window
+from powertrain.data.order import Order, Stage
+from powertrain.data.tokens import TokenFile, TokenWriter
 
 
 def make(path, lengths):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data.tokens import TokenFile
-from launch import bench
-from train import metrics
-from train.cli import composed
+from powertrain.data.tokens import TokenFile
+from powertrain.launch import bench
+from powertrain.train import metrics
+from powertrain.train.cli import composed
 
 TINY = (
     "model.vocab_size=64",

@@ -14,16 +14,16 @@ from conftest import tiny_overrides, train_here, without_timing
 from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
-from schedulers import Decay, Power
-from train import checkpoint
-from train.cli import composed, of_a_run
-from train.config import ConfigError
-from train.run import train
-from train.track import read_lines
+from powertrain.schedulers import Decay, Power
+from powertrain.train import checkpoint
+from powertrain.train.cli import composed, of_a_run
+from powertrain.train.config import ConfigError
+from powertrain.train.run import train
+from powertrain.train.track import read_lines
 
 
 def decay(*arguments: str) -> int:
-    from launch import decay as verb
+    from powertrain.launch import decay as verb
 
     with pytest.raises(SystemExit) as ended:
         verb.main(list(arguments))
@@ -31,7 +31,7 @@ def decay(*arguments: str) -> int:
 
 
 def replay(*arguments: str) -> int:
-    from launch import replay as verb
+    from powertrain.launch import replay as verb
 
     return verb.main(list(arguments))
 
@@ -138,7 +138,7 @@ def test_a_branch_is_extended_by_its_name_and_a_larger_budget(run: Callable[...,
 
 
 def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path], tmp_path: Path) -> None:
-    from train.cli import run_training
+    from powertrain.train.cli import run_training
 
     folder = run()
     settings = folder / "config.yaml"
@@ -304,7 +304,7 @@ def test_a_run_folder_stands_for_its_model_and_is_needed_only_to_begin(
     lines = without_timing(read_lines(whole / "metrics.jsonl"))
     shutil.rmtree(whole / "checkpoints/step-00000004")
     first.rename(tmp_path / "away")
-    monkeypatch.setattr("train.init_from.config_in", None)  # nothing of it is looked at
+    monkeypatch.setattr("powertrain.train.init_from.config_in", None)  # nothing of it is looked at
     again = run(*settings)
     assert without_timing(read_lines(again / "metrics.jsonl")) == lines
     branch = run(*settings, "run.name=branch", f"run.resume={whole}/checkpoints/step-00000002")
@@ -429,7 +429,7 @@ def test_replay_names_the_first_difference(
 
 @pytest.mark.parametrize("was", ["3.5", "NaN", '"3.5"', "null", "1" + "0" * 400, "{}"])
 def test_replay_tells_of_what_no_run_writes(was: str) -> None:
-    from launch.replay import _EXACT, _LOSSES, _difference
+    from powertrain.launch.replay import _EXACT, _LOSSES, _difference
 
     record = {**dict.fromkeys(_EXACT, 1), **dict.fromkeys(_LOSSES, 2.5)}
     assert _difference(record, record, 0.0) is None

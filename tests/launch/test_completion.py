@@ -26,7 +26,7 @@ def typed(shell: str, lines: list[str]) -> list[str]:
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "dumb", "PS1": "READY>"}
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=ROOT)
-    script = f"source <({sys.executable} -m launch.completion {shell})"
+    script = f"source <({sys.executable} -m powertrain.launch.completion {shell})"
     seen = ""
 
     def until(pattern: str) -> None:

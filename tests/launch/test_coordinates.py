@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from launch import coordinates
-from train.cli import composed
-from train.config import Config
-from train.model import mup
+from powertrain.launch import coordinates
+from powertrain.train.cli import composed
+from powertrain.train.config import Config
+from powertrain.train.model import mup
 
 FAMILIES = ("granitemoe", "granite")
 INTERNAL = ("attention", "attention_out", "router", "gate_up", "down")

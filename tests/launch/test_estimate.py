@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data.tokens import TokenWriter
-from launch import estimate
-from train.cli import composed
-from train.config import batch_doubts, check_batch
+from powertrain.data.tokens import TokenWriter
+from powertrain.launch import estimate
+from powertrain.train.cli import composed
+from powertrain.train.config import batch_doubts, check_batch
 
 TINY = ["+experiment=proxy_tiny", "cluster.gpu=cpu"]
 

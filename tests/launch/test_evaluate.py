@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import tiny_overrides, train_here
 
-import train
-from launch import evaluate
-from train.config import ConfigError
+from powertrain import train
+from powertrain.launch import evaluate
+from powertrain.train.config import ConfigError
 
 
 @pytest.fixture(scope="module")
 def exported(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.report.runs_page", lambda folders: "not drawn")
+        patch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")
         return train_here(tiny_overrides(words, cache, tmp_path_factory.mktemp("runs")))
 
 
@@ -68,8 +68,8 @@ def test_a_text_is_encoded_as_it_is_for_training(exported: Path, words: Path, tm
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    from data.prepare import TokenizerSpec, prepare
-    from data.sources import Corpus
+    from powertrain.data.prepare import TokenizerSpec, prepare
+    from powertrain.data.sources import Corpus
 
     model = AutoModelForCausalLM.from_pretrained(exported / "model")
     tokenizer = AutoTokenizer.from_pretrained(exported / "model")
@@ -88,7 +88,7 @@ def test_a_text_is_encoded_as_it_is_for_training(exported: Path, words: Path, tm
     assert got["tokens"] == len(trained_on) - 1
     assert seen[:20] == [tokenizer.eos_token_id, *trained_on[:19].tolist()]
     # lm-eval's side of it.
-    from train.tasks import Scorer
+    from powertrain.train.tasks import Scorer
 
     assert Scorer(model, tokenizer, 1).tok_encode(text, add_special_tokens=False) == trained_on[:-1].tolist()
     assert tokenizer.eos_token_id in tokenizer.encode(text)  # the given one is as it was
@@ -107,7 +107,7 @@ def test_scores_are_lm_evals(exported: Path, benchmarks: Path, capsys: Any) -> N
     from lm_eval import simple_evaluate
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from train import tasks
+    from powertrain.train import tasks
 
     names = ["arc_easy", "boolq", "hellaswag"]
     assert judge(exported, "--tasks", *names, "--data", benchmarks, "--limit", 20) == 0
@@ -199,7 +199,7 @@ def test_without_lm_eval(
     exported: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Texts need none; tasks name the extra."""
-    monkeypatch.delitem(sys.modules, "train.tasks", raising=False)
+    monkeypatch.delitem(sys.modules, "powertrain.train.tasks", raising=False)
     monkeypatch.delattr(train, "tasks", raising=False)
     for module in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, module)

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 sys.path.append(str(Path(__file__).parent.parent / "schedulers"))
 from test_law import BATCHES, RATES, TOKENS, around, planted
 
-from launch import fit, report
-from schedulers import Power, law
-from train.cli import composed
-from train.model.mup import unlike_the_law
+from powertrain.launch import fit, report
+from powertrain.schedulers import Power, law
+from powertrain.train.cli import composed
+from powertrain.train.model.mup import unlike_the_law
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.tokens import TokenFile
-from launch import growth
+from powertrain.data.tokens import TokenFile
+from powertrain.launch import growth
 
 
 def test_a_simulated_corpus_is_a_token_file_of_its_size(tmp_path: Path) -> None:

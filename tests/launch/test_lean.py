@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.lean import Design, Place, bracket, trained_tokens
-from launch.trials import Progress, lean_design, place_of, plan, sweep_config
-from schedulers.cells import Cell
-from schedulers.held_out import regret_of
-from schedulers.law import Form, fit
+from powertrain.launch.lean import Design, Place, bracket, trained_tokens
+from powertrain.launch.trials import Progress, lean_design, place_of, plan, sweep_config
+from powertrain.schedulers.cells import Cell
+from powertrain.schedulers.held_out import regret_of
+from powertrain.schedulers.law import Form, fit
 
 ROOT = Path(__file__).resolve().parents[2]
 Losses = dict[tuple[Place, float], float]

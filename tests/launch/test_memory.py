@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokens import TokenFile
-from launch.bench import write_tokens
-from launch.contest import assemble
-from launch.memory import BUCKET, Passes, Tally, needed
-from train.cli import composed
-from train.loop import train_step
-from train.state import State
+from powertrain.data.tokens import TokenFile
+from powertrain.launch.bench import write_tokens
+from powertrain.launch.contest import assemble
+from powertrain.launch.memory import BUCKET, Passes, Tally, needed
+from powertrain.train.cli import composed
+from powertrain.train.loop import train_step
+from powertrain.train.state import State
 
 SHAPE = (
     "+experiment=quickstart",

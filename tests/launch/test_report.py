@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from launch import growth
-from launch.report import main
-from train import report
-from train.report import runs_page  # here, for the `run` fixture replaces it
-from train.track import read_lines
+from powertrain.launch import growth
+from powertrain.launch.report import main
+from powertrain.train import report
+from powertrain.train.report import runs_page  # here, for the `run` fixture replaces it
+from powertrain.train.track import read_lines
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from train.track import read_lines
+from powertrain.train.track import read_lines
 
 SCRIPT = ROOT / "launch/slurm/train.sbatch"
 
@@ -29,7 +29,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "srun": 'export SLURM_NODEID=0; shift; exec "$@"',
         "python": f'exec {sys.executable} "$@"',
         "accelerate": f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"',
-        "powertrain": (ROOT / "powertrain_command.py").read_text(),
+        "powertrain": (ROOT / "src/powertrain_command.py").read_text(),
     }
     for name, body in stand_ins.items():
         (folder / name).write_text(f"#!{sys.executable if name == 'powertrain' else '/bin/sh'}\n{body}\n")

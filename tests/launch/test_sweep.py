@@ -24,10 +24,10 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from launch.sweep import Sweep, begin_from, check_ledger, in_common, main, result, summary, write_ledger
-from launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
-from train.config import ConfigError, RunFailed
-from train.track import read_lines
+from powertrain.launch.sweep import Sweep, begin_from, check_ledger, in_common, main, result, summary, write_ledger
+from powertrain.launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
+from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.track import read_lines
 
 SWEEP: dict[str, Any] = {
     "name": "s",
@@ -193,7 +193,7 @@ def test_tokens_trained_are_those_behind_the_decay_of_the_horizon_before() -> No
 
 @pytest.fixture
 def words_sweep(words: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
+    monkeypatch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")
 
     def arguments(*more: str) -> list[str]:
         return [
@@ -212,8 +212,8 @@ def words_sweep(words: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_trial_on_a_shared_trunk_equals_a_separate_run(
     words_sweep: Callable[..., list[str]], tmp_path: Path, schedule: str
 ) -> None:
-    from train.cli import composed
-    from train.run import train
+    from powertrain.train.cli import composed
+    from powertrain.train.run import train
 
     arguments = words_sweep()
     if schedule == "power":
@@ -249,7 +249,7 @@ def ledger(folder: Path) -> list[dict[str, Any]]:
 
 def sweep_process(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.sweep", *arguments],
+        [sys.executable, "-m", "powertrain.launch.sweep", *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -413,8 +413,8 @@ def test_a_result_of_another_shape_is_none(words_sweep: Callable[..., list[str]]
 
 def train_trial(arguments: list[str], trial: Trial, *more: str) -> Sweep:
     """One trial as a worker does it, in this process."""
-    from train.cli import composed
-    from train.run import train
+    from powertrain.train.cli import composed
+    from powertrain.train.run import train
 
     sweep = Sweep(arguments)
     start = begin_from(sweep, sweep.progress(), trial)
@@ -476,7 +476,7 @@ def test_a_trial_begins_further_back_when_the_trunk_is_damaged(words_sweep: Call
 
 
 def test_the_users_own_start_of_a_decay_does_not_beat_the_sweeps(words_sweep: Callable[..., list[str]]) -> None:
-    from train.cli import composed
+    from powertrain.train.cli import composed
 
     arguments = words_sweep("+schedule.decay.start=1024")
     sweep = Sweep(arguments)
@@ -497,7 +497,7 @@ def test_a_failed_trial_keeps_nobody_else_from_going_on() -> None:
 
 def test_train_takes_the_settings_of_a_sweep(words_sweep: Callable[..., list[str]]) -> None:
     """A trial's own command, which its output and run.json show, can be given again by hand."""
-    from train.cli import composed
+    from powertrain.train.cli import composed
 
     sweep = Sweep(words_sweep())
     config = composed([*words_sweep(), *overrides(sweep.sweep, sweep.trials[0], sweep.settings)])

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch
 
-from data.tokens import TokenWriter
-from launch.__main__ import VERBS
-from train.track import read_lines
+from powertrain.data.tokens import TokenWriter
+from powertrain.launch.__main__ import VERBS
+from powertrain.train.track import read_lines
 
 
 def verb(name: str, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"launch.{name}").main(list(arguments))
+        importlib.import_module(f"powertrain.launch.{name}").main(list(arguments))
     code = ended.value.code
     return code if isinstance(code, int) else 0
 
@@ -33,7 +33,7 @@ def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_list_of_verbs_and_a_misspelt_one() -> None:
-    command = [sys.executable, "-m", "launch"]
+    command = [sys.executable, "-m", "powertrain.launch"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"  {name} " in listed for name in VERBS)
     wrong = subprocess.run([*command, "exprot"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -180,7 +180,7 @@ def test_check_mup_prints_the_weight_decay_that_is_set(capsys: pytest.CaptureFix
 
 def test_check_batch_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert verb("check", "batch") == 0
-    from train.balance import Balance
+    from powertrain.train.balance import Balance
 
     original = Balance._frequency
 

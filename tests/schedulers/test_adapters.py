@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from schedulers import WSD, Constant, Cosine, Decay, Power
-from schedulers.adapters import WSDLR, ConstantLR, CosineLR, PowerLR
+from powertrain.schedulers import WSD, Constant, Cosine, Decay, Power
+from powertrain.schedulers.adapters import WSDLR, ConstantLR, CosineLR, PowerLR
 
 BATCH = 8192  # tokens of a step: beta = 2
 DECAY = Decay(start=10 * BATCH, tokens=5 * BATCH + 3)

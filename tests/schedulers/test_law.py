@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from schedulers import cells, forms, law
+from powertrain.schedulers import cells, forms, law
 
 Line = dict[str, Any]
 

@@ -7,8 +7,8 @@ from decimal import Decimal, localcontext
 
 import pytest
 
-import schedulers
-from schedulers import WSD, Constant, Cosine, Decay, Power, build
+from powertrain import schedulers
+from powertrain.schedulers import WSD, Constant, Cosine, Decay, Power, build
 
 B = 1_000_000_000
 INFINITE_OR_NAN = [math.inf, -math.inf, math.nan]

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.granitemoe.modeling_granitemoe import load_balancing_loss_func
 
-from train.balance import Balance
-from train.config import BalanceConfig, Config
-from train.loss import IGNORE_INDEX, LanguageModelLoss, Outputs
+from powertrain.train.balance import Balance
+from powertrain.train.config import BalanceConfig, Config
+from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss, Outputs
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 5, 2, 40
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from schedulers import WSD, Constant, Cosine, Power
-from train import config as config_module
-from train.cli import composed
-from train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch, load
-from train.environment import settings_text
+from powertrain.schedulers import WSD, Constant, Cosine, Power
+from powertrain.train import config as config_module
+from powertrain.train.cli import composed
+from powertrain.train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch, load
+from powertrain.train.environment import settings_text
 
 EXPERIMENTS = [
     "quickstart",
@@ -229,7 +229,7 @@ def test_a_setting_at_its_limit_is_accepted(quickstart: Config, settings: dict[s
         ([], ["batch.sequences", "run.tokens", "experiment"]),
         ([QUICK, "run.tokens=???"], ["run.tokens", "no value"]),
         ([QUICK, "batch.ramp=[{from_tokens: 5}]"], ["batch.ramp[0].sequences", "no value"]),
-        ([QUICK, "-m", "run.seed=1,2"], ["multirun", "launch.sweep"]),
+        ([QUICK, "-m", "run.seed=1,2"], ["multirun", "powertrain sweep"]),
         ([QUICK, "--sed=1"], ["'--sed=1'", "--help"]),
         ([QUICK, "--config-dir", "does/not/exist"], ["'does/not/exist'", "not a folder"]),
         ([QUICK, "just_a_word"], ["just_a_word"]),
@@ -455,7 +455,7 @@ def test_setting_names_are_every_leaf() -> None:
 
 
 def test_one_expert_a_token_is_doubted() -> None:
-    from train.config import doubts
+    from powertrain.train.config import doubts
 
     make = ["+experiment=quickstart"]
     assert list(doubts(composed(make))) == []

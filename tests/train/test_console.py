@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from train import console
-from train.cli import composed
-from train.console import Progressing, duration, human
-from train.state import State
+from powertrain.train import console
+from powertrain.train.cli import composed
+from powertrain.train.console import Progressing, duration, human
+from powertrain.train.state import State
 
 
 def watched(

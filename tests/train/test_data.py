@@ -12,12 +12,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.prepare import prepare
-from data.tokens import TokenFile
-from launch.estimate import data_problems
-from launch.prepare import _say_epochs
-from train.config import load
-from train.track import read_lines
+from powertrain.data.prepare import prepare
+from powertrain.data.tokens import TokenFile
+from powertrain.launch.estimate import data_problems
+from powertrain.launch.prepare import _say_epochs
+from powertrain.train.config import load
+from powertrain.train.track import read_lines
 
 SHORT = ("run.tokens=512", "schedule.warmup_tokens=0", "schedule.decay.tokens=0")
 
@@ -138,7 +138,7 @@ def test_a_validation_split_that_is_shorter_than_a_window(
 
 
 def test_overall_names_no_corpus(run: Callable[..., Path], words: Path) -> None:
-    from data import DataError
+    from powertrain.data import DataError
 
     with pytest.raises(DataError, match="'overall' cannot name a corpus"):
         run(f"+data.corpora.overall={{source: text, path: {words}/*.txt}}")
@@ -147,7 +147,7 @@ def test_overall_names_no_corpus(run: Callable[..., Path], words: Path) -> None:
 def test_fault_07_a_signal_while_the_tokenizer_is_trained(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data import bpe
+    from powertrain.data import bpe
 
     script = tmp_path / "endless.py"
     script.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)")
@@ -164,13 +164,13 @@ def test_fault_07_a_signal_while_the_tokenizer_is_trained(
 def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
     run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from data import bpe
+    from powertrain.data import bpe
 
     script = tmp_path / "endless.py"
     stop = tmp_path / "tiny/stop"
     script.write_text(f"import pathlib, time\npathlib.Path({str(stop)!r}).touch()\ntime.sleep(600)")
     monkeypatch.setattr(bpe, "__file__", str(script))
-    monkeypatch.setattr("train.run.SHORT_PREPARATION", 0.0)
+    monkeypatch.setattr("powertrain.train.run.SHORT_PREPARATION", 0.0)
     folder = run(*SHORT, f"data.cache_dir={tmp_path}/cache")
     assert json.loads((folder / "exit.json").read_text()) == {
         "code": 0,
@@ -180,6 +180,6 @@ def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
     assert "while the corpora were prepared. The same command goes on" in capsys.readouterr().out
     assert not (folder / "run.json").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("train.report.runs_page", lambda folders: "not drawn")
+    monkeypatch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")
     assert run(*SHORT, f"data.cache_dir={tmp_path}/cache") == folder
     assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"

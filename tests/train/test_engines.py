@@ -17,10 +17,10 @@ from conftest import launch, tiny_overrides, train_here
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from train.checkpoint import Stored
-from train.cli import composed
-from train.config import ConfigError
-from train.track import read_lines
+from powertrain.train.checkpoint import Stored
+from powertrain.train.cli import composed
+from powertrain.train.config import ConfigError
+from powertrain.train.track import read_lines
 
 Overrides = Callable[..., list[str]]
 
@@ -232,9 +232,9 @@ def test_compiled_layers_follow_the_others(
 
 
 def test_every_rank_draws_a_dropout_of_its_own(tiny: Overrides, run: Callable[..., Path], tmp_path: Path) -> None:
-    from train.engine import Engine
-    from train.run import assemble
-    from train.state import State
+    from powertrain.train.engine import Engine
+    from powertrain.train.run import assemble
+    from powertrain.train.state import State
 
     config = composed(tiny("model.attention_dropout=0.1"))
 

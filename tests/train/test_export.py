@@ -16,9 +16,9 @@ from conftest import ROOT
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.tokenizer import SAMPLE, save_tokenizer
-from train.config import RunFailed
-from train.export import generate
+from powertrain.data.tokenizer import SAMPLE, save_tokenizer
+from powertrain.train.config import RunFailed
+from powertrain.train.export import generate
 
 # Settings that another reader of config.json can miss; the dense model has two matrices for its vocabulary.
 SETTINGS = {
@@ -84,7 +84,7 @@ def test_b1_a_run_with_a_tokenizer_that_autotokenizer_rebuilds(run: Callable[...
     folder = run(f"data.tokenizer.path={theirs}", "run.name=second")
     for part in ("tokenizer", "model"):
         assert AutoTokenizer.from_pretrained(folder / part).encode(SAMPLE) == expected.encode(SAMPLE).ids
-    from train.export import load
+    from powertrain.train.export import load
 
     model_folder = folder / "model"  # and if somebody writes the class back, ours still go by the file
     settings = json.loads((model_folder / "tokenizer_config.json").read_text())
@@ -98,7 +98,7 @@ def test_b1_an_export_with_other_tokens_is_not_put_in_place(
     def with_another(tokenizer: object, folder: Path, **more: object) -> None:
         save_tokenizer(tokenizer, folder, **more, extra_special_tokens=["def"])
 
-    monkeypatch.setattr("train.export.save_tokenizer", with_another)
+    monkeypatch.setattr("powertrain.train.export.save_tokenizer", with_another)
     with pytest.raises(RunFailed, match="other tokens"):
         run("run.name=other")
 
@@ -125,7 +125,7 @@ def test_the_model_card_names_data_mixture_tokenizer_and_every_loss(run: Callabl
     (schedule,) = (line for line in card.splitlines() if line.startswith("| schedule |"))
     assert "{" not in schedule and "None" not in schedule and "decay.tokens 768, decay.shape exponential" in schedule
 
-    from launch.export import main
+    from powertrain.launch.export import main
 
     with pytest.raises(SystemExit) as ended:
         main([str(folder), "--out", str(folder / "again")])

@@ -32,12 +32,12 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-import train.run
-from train import checkpoint, faults
-from train.cli import composed
-from train.config import ConfigError, RunFailed
-from train.state import State
-from train.track import Tracker, read_lines
+from powertrain import train
+from powertrain.train import checkpoint, faults
+from powertrain.train.cli import composed
+from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.state import State
+from powertrain.train.track import Tracker, read_lines
 
 SETTINGS = ("model.attention_dropout=0.1", "checkpoint.every=3", "checkpoint.keep=9")
 Overrides = Callable[..., list[str]]
@@ -225,7 +225,7 @@ def test_fault_07_a_stop_while_the_run_is_starting(
         (tmp_path / "tiny/stop").touch()
         return assemble(*arguments)
 
-    monkeypatch.setattr("train.run.assemble", asked_meanwhile)
+    monkeypatch.setattr("powertrain.train.run.assemble", asked_meanwhile)
     ended = json.loads((run() / "exit.json").read_text())
     assert ended == {"code": 0, "reason": "the file 'stop' in the run folder", "step": 1}
     monkeypatch.undo()
@@ -425,7 +425,7 @@ def test_a_folder_that_is_gone_while_it_trains_is_not_made_anew(
         assert len(read_lines(run("checkpoint.every=2") / "metrics.jsonl")) == 12
 
 
-@pytest.mark.parametrize("after", ["train.run.assemble", "train.run.Tracker.close"])
+@pytest.mark.parametrize("after", ["powertrain.train.run.assemble", "powertrain.train.run.Tracker.close"])
 def test_a_folder_that_is_gone_before_records_or_the_export(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: str
 ) -> None:
@@ -448,7 +448,7 @@ def test_a_page_that_cannot_be_drawn_costs_no_model(
     def fail(folders: list[Path]) -> str:
         raise UnicodeEncodeError("latin-1", "−", 0, 1, "no such character")
 
-    monkeypatch.setattr("train.report.runs_page", fail)
+    monkeypatch.setattr("powertrain.train.report.runs_page", fail)
     folder = train_here(tiny())
     assert (folder / "model/model.safetensors").exists()
     assert json.loads((folder / "exit.json").read_text())["reason"] == "finished"
@@ -494,7 +494,7 @@ def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -
 
 
 def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from train.environment import without_secrets
+    from powertrain.train.environment import without_secrets
 
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
@@ -523,7 +523,7 @@ def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch
 
 
 def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from train.environment import without_secrets
+    from powertrain.train.environment import without_secrets
 
     secrets = """DB_PASS PASS SSHPASS SMTP_PASS_1 MYSQL_PWD DBPWD PGPASSWORD PASSPHRASE SSH_KEY KEY SIGNING_KEY
         SSH_KEY_B64 SERVICE_KEY2 AWS_ACCESS_KEY_ID GITHUB_PAT PAT AUTH NPM_CONFIG__AUTH PROXY_AUTHORIZATION
@@ -616,7 +616,7 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["model._target_", "data.corpora.words._target_", "tracker.init_kwargs.wandb._target_"])
 def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: str) -> None:
-    from train.cli import composed
+    from powertrain.train.cli import composed
 
     mark = tmp_path / "mark"
     evil = ("tracker=wandb", f"+{key}=os.mkdir", f"+{key.rpartition('.')[0]}.path={mark}")
@@ -640,7 +640,7 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
 
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-    from train import track
+    from powertrain.train import track
 
     off = read_lines(run("run.name=off") / "metrics.jsonl")
     never, shown = threading.Event(), []
@@ -674,7 +674,7 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
 def test_fault_27_a_tracker_that_takes_nothing_fills_no_memory() -> None:
     import threading
 
-    from train import track
+    from powertrain.train import track
 
     never, ended = threading.Event(), []
     passing = track._Passing("slow", lambda: never.wait(60), lambda name, why: ended.append((name, why)))

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from transformers import GraniteMoeConfig
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeExperts
 
-from train.model import experts
+from powertrain.train.model import experts
 
 # Of a whole tensor, relative to its norm; a few unit roundoffs (1e-16, 6e-8, 4e-3), which add up like a random walk.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import launch, start, train_here, without_timing
 
-from train import checkpoint
-from train.track import read_lines
+from powertrain.train import checkpoint
+from powertrain.train.track import read_lines
 
 LONG = ("run.tokens=38400", "checkpoint.every=3", "checkpoint.keep=2", "schedule.decay.tokens=7680")
 

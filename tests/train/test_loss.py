@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train.loss
-from train.config import Config
-from train.loss import IGNORE_INDEX, LanguageModelLoss, linear_cross_entropy
+from powertrain import train
+from powertrain.train.config import Config
+from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss, linear_cross_entropy
 
 N, H, V = 23, 12, 41
 

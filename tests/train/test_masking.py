@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import modeling_flash_attention_utils
 from transformers.integrations import flex_attention as flex
 
-from train.config import Config
-from train.loss import IGNORE_INDEX, LanguageModelLoss
-from train.optim import BFloat16Weights
+from powertrain.train.config import Config
+from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
+from powertrain.train.optim import BFloat16Weights
 
 # Lengths of the documents of each row: none or many boundaries, documents of one token first, inside and last.
 ROWS = [[6, 1, 5, 4], [16], [1, 1, 13, 1], [8, 8]]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 
-from schedulers import WSD, Power
-from train import metrics
-from train.balance import Balance
-from train.cli import composed
-from train.config import BalanceConfig, Config, ConfigError
-from train.loss import LanguageModelLoss
-from train.model import granite, mup
+from powertrain.schedulers import WSD, Power
+from powertrain.train import metrics
+from powertrain.train.balance import Balance
+from powertrain.train.cli import composed
+from powertrain.train.config import BalanceConfig, Config, ConfigError
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.model import granite, mup
 
 B, M = 1_000_000_000, 1_000_000
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import Config
-from train.model import granite, mup
+from powertrain.train.config import Config
+from powertrain.train.model import granite, mup
 
 # End of the name in Transformers' models -> role, by hand from table 1 of arXiv 2408.13359.
 ROLES = {

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from schedulers import Power
-from schedulers.adapters import PowerLR
-from train.config import Config, OptimizerConfig
-from train.engine import Engine
-from train.loss import LanguageModelLoss
-from train.model import granite, mup
-from train.optim import BFloat16Weights, adamw, mup_groups, parameter_groups
+from powertrain.schedulers import Power
+from powertrain.schedulers.adapters import PowerLR
+from powertrain.train.config import Config, OptimizerConfig
+from powertrain.train.engine import Engine
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.model import granite, mup
+from powertrain.train.optim import BFloat16Weights, adamw, mup_groups, parameter_groups
 
 # m_width 4; fan-in of down 24/8 = 3.
 PAPER = {"embedding": 1, "head": 1, "attention": 1 / 4, "attention_out": 1 / 4, "router": 1 / 4, "gate_up": 1 / 4}

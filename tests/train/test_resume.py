@@ -21,10 +21,10 @@ from conftest import assert_same_run, cut_at, tiny_overrides, train_here, withou
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from data.tokens import TokenFile
-from train import checkpoint
-from train.config import ConfigError, RampConfig
-from train.track import read_lines
+from powertrain.data.tokens import TokenFile
+from powertrain.train import checkpoint
+from powertrain.train.config import ConfigError, RampConfig
+from powertrain.train.track import read_lines
 
 # attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
 SETTINGS = ("model.attention_dropout=0.1", "checkpoint.every=1", "checkpoint.keep=20")
@@ -42,8 +42,8 @@ def go_on(whole: Path, tiny: Callable[..., list[str]], tmp_path: Path) -> Callab
     """Cut the undisturbed run at a step and go on in this process, with more overrides."""
 
     def resumed(step: int, *more: str, prepare: Callable[[Path], None] | None = None) -> Path:
-        from train.cli import composed
-        from train.run import train
+        from powertrain.train.cli import composed
+        from powertrain.train.run import train
 
         copy = cut_at(whole, step, f"cut-{tmp_path.name}")
         folder = tmp_path / "cut"
@@ -103,8 +103,8 @@ def test_fault_02_leaving_out_one_saved_item_shows(
 def test_fault_10_steps_skipped_before_the_cut_still_count(
     go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.config import RunFailed
-    from train.engine import Engine
+    from powertrain.train.config import RunFailed
+    from powertrain.train.engine import Engine
 
     def nine(folder: Path) -> None:
         path = folder / "checkpoints/step-00000006/state.json"
@@ -341,8 +341,8 @@ def test_fault_17_a_change_ahead_passes_and_is_recorded(
 def test_what_another_split_of_the_batch_changes_is_said(
     whole: Path, tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train import resume
-    from train.cli import composed
+    from powertrain.train import resume
+    from powertrain.train.cli import composed
 
     path = whole / "checkpoints/step-00000006"
     config = composed(tiny())
@@ -420,8 +420,8 @@ def test_fault_18_the_fingerprint_of_an_earlier_version(
     go_on: Callable[..., Path], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large corpus, of which a sample was hashed when the checkpoint was written."""
-    monkeypatch.setattr("data.tokens.BLOCK", 64)
-    monkeypatch.setattr("data.tokens.SAMPLED_BLOCKS", 4)
+    monkeypatch.setattr("powertrain.data.tokens.BLOCK", 64)
+    monkeypatch.setattr("powertrain.data.tokens.SAMPLED_BLOCKS", 4)
 
     def written_then(value: Callable[[str], str]) -> Callable[[Path], None]:
         def change(folder: Path) -> None:
@@ -459,7 +459,7 @@ def test_never_refuses_an_earlier_run(go_on: Callable[..., Path]) -> None:
 def test_fault_07_the_file_stop_stops_and_the_run_goes_on(
     whole: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from train.track import Tracker
+    from powertrain.train.track import Tracker
 
     original = Tracker.step
 
@@ -479,7 +479,7 @@ def test_fault_07_the_file_stop_stops_and_the_run_goes_on(
 def test_an_evaluation_that_a_stop_came_before_is_made_up_for(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from train.track import Tracker
+    from powertrain.train.track import Tracker
 
     settings, original = ("evaluation.every=4", "schedule.decay.tokens=0"), Tracker.step
 

@@ -14,9 +14,9 @@ from conftest import launch, without_timing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from schedulers import Decay, Power
-from train.config import ConfigError
-from train.track import read_lines
+from powertrain.schedulers import Decay, Power
+from powertrain.train.config import ConfigError
+from powertrain.train.track import read_lines
 
 
 def test_a_run_leaves_everything_and_learns(run: Callable[..., Path]) -> None:
@@ -133,10 +133,10 @@ def test_an_evaluation_before_the_first_step_is_of_the_initial_weights(
     run: Callable[..., Path], tiny: Callable[..., list[str]], cache: Path
 ) -> None:
     """By Transformers and cross-entropy alone, window by window."""
-    from data.loader import window
-    from data.prepare import prepare
-    from train.cli import composed
-    from train.model import granite, mup
+    from powertrain.data.loader import window
+    from powertrain.data.prepare import prepare
+    from powertrain.train.cli import composed
+    from powertrain.train.model import granite, mup
 
     first = read_lines(run("evaluation.every=100", "evaluation.sequences=100") / "evals.jsonl")[:2]
     assert [(line["step"], line["tokens"], line["corpus"]) for line in first] == [(0, 0, "overall"), (0, 0, "words")]
@@ -255,7 +255,7 @@ def test_a_tracker_that_is_not_installed_is_told_at_once(
 def test_fault_09_a_skipped_step_leaves_weights_and_moments(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.engine import Engine
+    from powertrain.train.engine import Engine
 
     original, seen = Engine.backward, {"calls": 0}
 
@@ -280,8 +280,8 @@ def test_fault_09_a_skipped_step_leaves_weights_and_moments(
 def test_fault_10_gradients_that_are_never_finite_stop_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.config import RunFailed
-    from train.engine import Engine
+    from powertrain.train.config import RunFailed
+    from powertrain.train.engine import Engine
 
     original = Engine.backward
     monkeypatch.setattr(Engine, "backward", lambda self, loss: original(self, loss * float("inf")))
@@ -292,8 +292,8 @@ def test_fault_10_gradients_that_are_never_finite_stop_the_run(
 def test_token_files_of_others_are_used_as_they_are(run: Callable[..., Path], tmp_path: Path) -> None:
     import numpy as np
 
-    from data import DataError
-    from data.tokens import TokenWriter
+    from powertrain.data import DataError
+    from powertrain.data.tokens import TokenWriter
 
     first = run("run.name=first")
     for name, top in (("good", 290), ("bad", 301)):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import assert_same_run, launch, without_timing
 
-from train.config import ConfigError
-from train.track import read_lines
+from powertrain.train.config import ConfigError
+from powertrain.train.track import read_lines
 
 TASKS = ("piqa", "arc_easy", "boolq", "hellaswag")
 
@@ -45,7 +45,7 @@ def test_a_run_scores_as_lm_eval_does_its_export(
     """Every answer's log-probability, where lm-eval loads the exported model by itself."""
     from lm_eval.models.huggingface import HFLM
 
-    from train import tasks
+    from powertrain.train import tasks
 
     asked: list[tuple[Any, Any]] = []
 
@@ -76,7 +76,7 @@ def test_an_answer_longer_than_the_window(small_config: Callable[..., Any], smal
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from train.tasks import Scorer
+    from powertrain.train.tasks import Scorer
 
     vocabulary = {word: i for i, word in enumerate([*"abcdefghij", "<eos>"])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
@@ -111,7 +111,7 @@ def test_boolq_as_it_was_published(benchmarks: Path) -> None:
     """Its labels are booleans named `answer`; lm-eval's task wants numbers named `label`."""
     from datasets import load_from_disk
 
-    from train.tasks import load
+    from powertrain.train.tasks import load
 
     task = load(["boolq"], benchmarks)["tasks"]["boolq"]
     rows = load_from_disk(str(benchmarks / "boolq/none/validation"))
@@ -120,7 +120,7 @@ def test_boolq_as_it_was_published(benchmarks: Path) -> None:
 
 
 def test_datasets_stay_as_they_are(benchmarks: Path) -> None:
-    from train.tasks import load
+    from powertrain.train.tasks import load
 
     before = sorted(benchmarks.rglob("*"))
     docs = load(["hellaswag"], benchmarks)["tasks"]["hellaswag"].eval_docs
@@ -162,7 +162,7 @@ def test_ranks_share_the_questions(
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from train.tasks import Scorer, load, score
+    from powertrain.train.tasks import Scorer, load, score
 
     folder = tmp_path / "judged/model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()

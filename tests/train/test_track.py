@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from schedulers import Schedule
-from train import environment, resume, track
-from train.config import Config, ConfigError
-from train.export import facts_of
-from train.state import State
-from train.track import Tracker, read_lines
+from powertrain.schedulers import Schedule
+from powertrain.train import environment, resume, track
+from powertrain.train.config import Config, ConfigError
+from powertrain.train.export import facts_of
+from powertrain.train.state import State
+from powertrain.train.track import Tracker, read_lines
 
 BAD = [
     b'{"step": 4, "lm_loss"',  # cut short
@@ -164,7 +164,7 @@ def walked(then: Config, now: Config, tokens: int) -> bool:
 
 def drawn(draw: random.Random, config: Config) -> Config:
     """A run of some 400 steps of 128 tokens under any schedule, ramp, decay and second warmup."""
-    from train.config import RampConfig
+    from powertrain.train.config import RampConfig
 
     config.batch.sequences = 8
     starts = sorted(draw.sample([2000, 10_000, 10_100, 20_000], draw.randint(0, 2)))
@@ -235,7 +235,7 @@ def test_a_run_of_ten_billion_steps_is_compared_at_once(small_config: Callable[.
 
 def test_all_schedules_have_their_edges_listed() -> None:
     """A schedule of another kind would be compared across edges that `resume._edges` does not know."""
-    import schedulers
+    from powertrain import schedulers
 
     assert set(Schedule.__args__) == {
         schedulers.Power,

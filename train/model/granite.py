@@ -12,11 +12,11 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from train.config import ConfigError
-from train.model import experts, mup
+from powertrain.train.config import ConfigError
+from powertrain.train.model import experts, mup
 
 if TYPE_CHECKING:
-    from train.config import Config
+    from powertrain.train.config import Config
 
 CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM
 

@@ -30,7 +30,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from train.config import Config
+    from powertrain.train.config import Config
 
 # Decided by name, never by shape: a sharded engine may have flattened or emptied the tensor.
 _PATTERNS = {

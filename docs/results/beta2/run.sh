@@ -2,7 +2,7 @@
 # Both rules at five batches, from the root of the repository: run.sh CORPUS.jsonl. What is in a ledger is not run again.
 set -eu
 one() { # name, batch (× 4096 tokens), β2, learning rates
-    OMP_NUM_THREADS=1 python -m launch.sweep --config-dir docs/results/law +sweep=beta2 \
+    OMP_NUM_THREADS=1 powertrain sweep --config-dir docs/results/law +sweep=beta2 \
         data.corpora.prose.path="$corpus" sweep.name="$1" sweep.batch="[$2]" "optimizer.betas=[0.9,$3]" \
         "sweep.schedules.wsd.lr=$4" sweep.ledger="docs/results/beta2/$1.jsonl"
 }

@@ -2,8 +2,9 @@
 
     python docs/results/beta2/slopes.py
 
-Best rates and losses are those of `fit` (schedulers.cells). Intervals are 95% ones, from 2000 repetitions with noise on
-every trunk as large as the ledgers show it; the runs at 16 sequences, which both rules share, have the same in both.
+Best rates and losses are those of `fit` (powertrain.schedulers.cells). Intervals are 95% ones, from 2000 repetitions
+with noise on every trunk as large as the ledgers show it; the runs at 16 sequences, which both rules share, have the
+same in both.
 """
 
 import json
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from schedulers.cells import Trials, noise_of, parabolas
-from schedulers.law import fit
+from powertrain.schedulers.cells import Trials, noise_of, parabolas
+from powertrain.schedulers.law import fit
 
 HERE, RULES, SEQUENCES = Path(__file__).parent, ("constant", "halflife"), (1, 2, 4, 8, 16)
 PARTS = (SEQUENCES, (1, 2, 4, 8), (1, 2, 4), (1, 2), (2, 4), (4, 8), (8, 16))

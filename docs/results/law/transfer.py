@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from schedulers.law import fit
+from powertrain.schedulers.law import fit
 
 
 def main() -> None:

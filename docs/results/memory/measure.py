@@ -18,8 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from launch.memory import BUCKET, Passes, Tally, needed
-from train.cli import composed
+from powertrain.launch.memory import BUCKET, Passes, Tally, needed
+from powertrain.train.cli import composed
 
 HERE = Path(__file__).parent
 SMALL_BUCKET = 1_500_000
@@ -108,12 +108,12 @@ def rank(bucket: int, overrides: list[str]) -> None:
 
     The smallest, as gloo's threads by chance hold a bucket of DeepSpeed's a moment longer than its reduction takes.
     """
-    from data.tokens import TokenFile
-    from launch.bench import write_tokens
-    from launch.contest import assemble
-    from train.engine import Engine
-    from train.loop import train_step
-    from train.state import State
+    from powertrain.data.tokens import TokenFile
+    from powertrain.launch.bench import write_tokens
+    from powertrain.launch.contest import assemble
+    from powertrain.train.engine import Engine
+    from powertrain.train.loop import train_step
+    from powertrain.train.state import State
 
     config = composed(overrides)
     configure = Engine._configure_deepspeed

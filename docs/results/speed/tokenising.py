@@ -18,8 +18,8 @@ from pathlib import Path
 import datasets
 from transformers import AutoTokenizer
 
-from data.prepare import TokenizerSpec, prepare
-from data.sources import Corpus, documents
+from powertrain.data.prepare import TokenizerSpec, prepare
+from powertrain.data.sources import Corpus, documents
 
 ROUNDS, COPIES, CORES = 3, 4, len(os.sched_getaffinity(0))
 

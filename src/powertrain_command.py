@@ -15,7 +15,7 @@ def main() -> None:
         if paths := os.environ.get("PYTHONPATH"):
             left = [path for path in paths.split(os.pathsep) if not _is_working_directory(path)]
             os.environ["PYTHONPATH"] = os.pathsep.join(left)
-    from launch.__main__ import main
+    from powertrain.launch.__main__ import main
 
     main()
 
