@@ -2,8 +2,8 @@
 
     python docs/results/compare/table.py
 
-A setting that the sweep pruned in a cell (its learning rate lay more than two above the best one) has no loss there. It is
-counted with the loss of the highest learning rate that was trained, which is less than its own would be: marked with ≥.
+A setting that the sweep pruned in a cell (its learning rate lay more than two above the best one) has no loss there. It
+is counted with the loss of the highest learning rate that was trained, less than its own would be, and marked with ≥.
 """
 
 from __future__ import annotations
