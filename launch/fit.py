@@ -118,7 +118,12 @@ def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[
         values = {name: float(value.replace("_", "")) for name, value in (part.split("=") for part in given)}
     except ValueError:
         values = {}
-    if set(values) not in ({"batch", "tokens"}, {"sequences", "tokens"}, {"sequences", "sequence_length", "tokens"}):
+    twice = len(values) < len(given)
+    if twice or set(values) not in (
+        {"batch", "tokens"},
+        {"sequences", "tokens"},
+        {"sequences", "sequence_length", "tokens"},
+    ):
         raise ConfigError(
             "--predict is written --predict batch=1024 tokens=1e12, the batch in units of 4096 tokens, or --predict "
             f"sequences=64 tokens=1e9, not {' '.join(given)}."
@@ -127,15 +132,15 @@ def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[
     if "sequences" in values:
         length = values["sequence_length"] if "sequence_length" in values else _sequence_length(ledger)
         batch = values["sequences"] * length / LAW_SEQUENCE_LENGTH
-    if not (0 < batch < math.inf and 0 < tokens < math.inf):
-        raise ConfigError(f"--predict has batch {batch:g} and tokens {tokens:g}; both are above 0.")
+    if not (1e-9 <= batch <= 1e24 and 1e-9 <= tokens <= 1e24):
+        raise ConfigError(f"--predict has batch {batch:g} and tokens {tokens:g}; both are above 0, from 1e-9 to 1e24.")
     return batch, tokens
 
 
 def _parameters(law: Law, given: float | None) -> float | None:
     """The number of parameters to predict for; None where the law is one for all sizes."""
-    if given is not None and not 0 < given < math.inf:
-        raise ConfigError(f"--parameters is {given:g}; it is a number above 0.")
+    if given is not None and not 1 <= given <= 1e24:
+        raise ConfigError(f"--parameters is {given:g}; it is a number from 1 to 1e24.")
     if law.chosen.central_parameters is None:
         return None
     return given or max(cell.parameters or 0 for cell in law.cells if cell.usable)
@@ -184,7 +189,7 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
         lines.append(
             f"Power: a {schedule.a:.4g}, b {schedule.b:.4g}, batch_exponent {schedule.batch_exponent:.4g}, cap "
             f"{schedule.cap}; the cap max_lr {schedule.max_lr:.4g} releases after {release:.3g} tokens"
-            + (": this run would be at the cap to its end" if release >= tokens else "")
+            + (": this run would be above the critical batch to its end" if release >= tokens else "")
         )
     if outside := law.outside(batch, tokens):
         lines.append(

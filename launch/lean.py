@@ -8,7 +8,7 @@ when no cell that the budget allows would help. The same losses give the same ne
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,30 +86,40 @@ class Design:
                 return self._affordable(place, rates, "is to be bracketed")
         best: tuple[float, Place] | None = None
         affordable = False
+        left = self.budget - self.trained
+        # While a fit lacks cells, no token goes to one after which those could not be paid for.
+        reserved = 0 < self.of_a_law(belief.points, belief.closed) <= left
         for place in self.grid:
             cost = self._cost(place)
-            if place in belief.closed or self.trained + cost > self.budget:
+            if place in belief.closed or cost > left:
+                continue
+            if reserved and cost + self.of_a_law([*belief.points, place], belief.closed) > left:
                 continue
             affordable = True
             helps = belief.regret > ENOUGH and belief.gain(place) >= WORTH * belief.regret
-            if helps or belief.lacks(place):
+            if helps or lacks(belief.points, place):
                 best = max(best or (0.0, place), (belief.gain(place) / cost, place))
-        if best is None and affordable:
-            return Step(
-                (), f"No cell would lower the regret to expect, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
-            )
-        if best is None:
-            left = self.budget - self.trained
-            return Step(
-                (),
-                f"No cell is left that could be bracketed with {left:,.0f} tokens."
-                if left < math.inf
-                else "All cells are bracketed.",
-            )
-        place = best[1]
-        return self._affordable(
-            place, bracket(self.grid[place], {}, belief.predicted(place)), "tells most for its tokens"
-        )
+        if best is not None:
+            place = best[1]
+            rates = bracket(self.grid[place], {}, belief.predicted(place))
+            return self._affordable(place, rates, "tells most for its tokens")
+        reason = "All cells are bracketed."
+        if affordable:
+            reason = f"No cell would lower the regret to expect, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
+        elif left < math.inf:
+            reason = f"No cell is left that could be bracketed with {left:,.0f} tokens."
+        if any(lacks(belief.points, place) for place in self.grid):
+            reason += f" That is too little for a law, which takes two batches and {MIN_HORIZONS} horizons."
+        return Step((), reason)
+
+    def of_a_law(self, known: Iterable[Place] = (), closed: Collection[Place] = ()) -> float:
+        """Tokens to bracket what a fit needs besides the `known` cells, the cheapest first, none of the `closed`."""
+        places, total = list(known), 0.0
+        while open_ := [place for place in self.grid if place not in closed and lacks(places, place)]:
+            cost, place = min((self._cost(place, places), place) for place in open_)
+            places.append(place)
+            total += cost
+        return total
 
     def _affordable(self, place: Place, rates: Sequence[float], reason: str) -> Step:
         trials = tuple((place, rate) for rate in rates)
@@ -118,12 +128,19 @@ class Design:
         model, batch, tokens = place
         return Step(trials, f"{model}, batch {batch:g}, {tokens:,} tokens {reason}.")
 
-    def _cost(self, place: Place) -> float:
-        """Tokens to bracket a cell, which begins where shorter horizons of its trunks ended."""
+    def _cost(self, place: Place, others: Iterable[Place] = ()) -> float:
+        """Tokens to bracket a cell, which begins where shorter horizons of its trunks ended, also those of `others`."""
         model, batch, tokens = place
-        before = [t for (m, b, t), _ in self.losses if (m, b) == (model, batch) and t < tokens]
+        trained = (*(place for place, _ in self.losses), *others)
+        before = [t for m, b, t in trained if (m, b) == (model, batch) and t < tokens]
         # The best rate has fallen since: about one of the trunks that there are is too high to be of use.
         return RATES * tokens - (RATES - 1) * (1 - self.decay_fraction) * max(before, default=0)
+
+
+def lacks(known: Iterable[Place], place: Place) -> bool:
+    """Whether a fit to the `known` cells, which takes several horizons and batches, lacks one and this cell has it."""
+    horizons, batches = {tokens for _, _, tokens in known}, {batch for _, batch, _ in known}
+    return (len(horizons) < MIN_HORIZONS and place[2] not in horizons) or (len(batches) < 2 and place[1] not in batches)
 
 
 def bracket(rates: Sequence[float], losses: Mapping[float, float], predicted: float) -> list[float]:
@@ -228,13 +245,6 @@ class _Belief:
     def predicted(self, place: Place) -> float:
         """The best learning rate to expect in a cell."""
         return math.exp(float(self._mean[self._places.index(place)]))
-
-    def lacks(self, place: Place) -> bool:
-        """Whether a fit, which takes several horizons and batches, still needs another and the cell has it."""
-        horizons, batches = {tokens for _, _, tokens in self.points}, {batch for _, batch, _ in self.points}
-        return (len(horizons) < MIN_HORIZONS and place[2] not in horizons) or (
-            len(batches) < 2 and place[1] not in batches
-        )
 
     def gain(self, place: Place) -> float:
         """By how many nats the regret to expect at the targets falls when the best rate of a cell is known, too."""

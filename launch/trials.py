@@ -18,12 +18,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from powertrain.launch.lean import Design, Place
 from powertrain.schedulers.cells import MOST
+from powertrain.schedulers.law import MIN_HORIZONS
 from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
@@ -109,6 +111,8 @@ def sweep_config(node: Any) -> SweepConfig:
     node = dict(node)
     if "schedules" in node:
         node["schedules"] = _whole_as_floats(node["schedules"])
+    if not isinstance(node.get("target", {}), (Mapping, DictConfig, NoneType)):
+        raise ConfigError(f"sweep.target is {node['target']}; it is written {{batch: 64, tokens: 1e9}}.")
     try:
         sweep = typed(OmegaConf.create(node), SweepConfig)
     except ConfigError as error:
@@ -152,13 +156,14 @@ def _check_design(sweep: SweepConfig) -> None:
         raise ConfigError(
             "A lean sweep brackets one number, the learning rate: sweep.schedules is to be wsd: {lr: [...]}."
         )
+    _finite("sweep.schedules.wsd", sweep.schedules["wsd"]["lr"], above=0)
     if len(set(sweep.schedules["wsd"]["lr"])) < 3:
         raise ConfigError(
             f"sweep.schedules.wsd.lr is {sweep.schedules['wsd']['lr']}; to bracket the best learning rate takes three "
             "or more, best a wide range of factors of 2, of which a lean sweep trains few."
         )
     if len(set(sweep.seeds)) > 1 or sweep.repeats:
-        raise ConfigError("A lean sweep trains one seed: leave out sweep.repeats, and all but one of sweep.seeds.")
+        raise ConfigError("A lean sweep trains one seed: sweep.repeats is to be [], and sweep.seeds one.")
     if sweep.target is not None:
         _finite("sweep.target", [sweep.target.batch, sweep.target.tokens], above=0)
     if sweep.budget_tokens is not None:
@@ -369,13 +374,31 @@ def fingerprint(corpora: Mapping[str, str]) -> str:
 
 
 def lean_design(sweep: SweepConfig, trials: list[Trial]) -> Design:
-    """The design of a lean sweep whose whole grid is `trials`."""
+    """The design of a lean sweep whose whole grid is `trials`.
+
+    Raises:
+        ConfigError: a grid or a budget that no law can be had from.
+    """
     grid: dict[Place, list[float]] = {}
     for trial in trials:
         place, rate = place_of(trial)
         grid.setdefault(place, []).append(rate)
     target = (sweep.target.batch, sweep.target.tokens) if sweep.target else None
-    return Design(grid, target, sweep.budget_tokens or math.inf, sweep.decay_fraction)
+    horizons, batches = ({trial.tokens for trial in trials}, {trial.batch for trial in trials})
+    if len(horizons) < MIN_HORIZONS or len(batches) < 2:
+        raise ConfigError(
+            f"A lean sweep is for a law, which takes {MIN_HORIZONS} horizons and two batches or more; with "
+            f"{sweep.min_steps} to {sweep.max_steps or 'any number of'} steps (sweep.min_steps, sweep.max_steps) this "
+            f"one has {len(horizons)} of sweep.tokens and {len(batches)} of sweep.batch. Give more, or a grid "
+            "(sweep.design=grid)."
+        )
+    design = Design(grid, target, sweep.budget_tokens or math.inf, sweep.decay_fraction)
+    if (least := design.of_a_law()) > design.budget:
+        raise ConfigError(
+            f"sweep.budget_tokens is {sweep.budget_tokens:,}, which gives no law: two batches and the shortest "
+            f"{MIN_HORIZONS} horizons take about {least:,.0f} tokens. Give as many, or shorter horizons."
+        )
+    return design
 
 
 def place_of(trial: Trial) -> tuple[Place, float]:

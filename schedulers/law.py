@@ -429,7 +429,7 @@ def _in_nats(law: Law, value: Worth) -> list[str]:
     if value.cannot_tell:
         said += (
             f" The ledger cannot tell it from {' and '.join(repr(name) for name in value.cannot_tell)}; "
-            "of such forms the schedule takes the paper's."
+            f"of such forms the schedule takes the paper's{'' if value.chosen == 'hard' else ' or the one nearest to it'}."
         )
     notes = [said]
     if not value.worth_having:

@@ -107,7 +107,7 @@ class Power:
 
     def _uncapped(self, tokens: int, batch: float) -> float:
         gain = self._gain(batch)
-        return gain * math.pow(tokens, self.b) if tokens > 0 else math.inf
+        return gain * math.pow(tokens, self.b) if tokens > 0 and gain < math.inf else math.inf
 
     def _gain(self, batch: float) -> float:
         if not 0 < batch < math.inf:

@@ -17,6 +17,7 @@ from powertrain.launch.trials import Progress, lean_design, place_of, plan, swee
 from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import regret_of
 from powertrain.schedulers.law import Form, fit
+from powertrain.train.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 Losses = dict[tuple[Place, float], float]
@@ -118,6 +119,51 @@ def test_a_budget_is_kept_and_a_fit_can_be_made_of_what_it_buys(budget: float) -
     assert "tokens" in design.step.reason or "No cell" in design.step.reason
     if budget > 1e7:
         fit([line for line in ledger if as_losses([line]).keys() <= design.losses.keys()], replicates=1)
+
+
+LEAN: dict[str, Any] = {
+    "name": "s", "design": "lean", "models": {"small": {"hidden_size": 32}}, "batch": [0.03125, 0.0625, 0.125],
+    "tokens": [10_240, 20_480, 40_960], "schedules": {"wsd": {"lr": [0.002 * 2**i for i in range(6)]}}, "min_steps": 20,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [245_760, 262_144, 300_000, 400_000])
+def test_what_a_fit_needs_comes_before_cells_that_tell_more(budget: int) -> None:
+    # By hand: 4 rates of 10,240 tokens at two batches; then 20,480 and 40,960 behind it, three of four on a trunk:
+    # 2 · 40,960 + (81,920 − 3 · 9,216) + (163,840 − 3 · 18,432) = 244,736. Greed alone buys two horizons.
+    sweep = sweep_config({**LEAN, "budget_tokens": budget})
+    design = lean_design(sweep, plan(sweep))
+    design.advance({
+        (place, rate): 3 + 0.05 * math.log(rate / (0.2 * place[1] * (place[2] / 20_480) ** -0.5)) ** 2
+        for place, rates in design.grid.items() for rate in rates
+    })  # fmt: skip
+    assert design.trained <= budget
+    assert len({tokens for (_, _, tokens), _ in design.losses}) == 3
+    assert len({batch for (_, batch, _), _ in design.losses}) >= 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget_tokens": 240_000}, "take about 244,736 tokens"),
+        ({"tokens": [10_240, 20_480]}, "has 2 of sweep.tokens and 3 of sweep.batch"),
+        ({"batch": [0.0625]}, "has 3 of sweep.tokens and 1 of sweep.batch"),
+        ({"max_steps": 50}, "20 to 50 steps"),
+    ],
+)
+def test_a_lean_sweep_that_no_law_could_come_from_is_refused(changes: dict[str, Any], said: str) -> None:
+    sweep = sweep_config({**LEAN, **changes})
+    with pytest.raises(ConfigError, match=said):
+        lean_design(sweep, plan(sweep))
+
+
+def test_a_sweep_that_ends_without_a_law_says_so() -> None:
+    sweep = sweep_config(LEAN)
+    design = lean_design(sweep, plan(sweep))
+    design.advance(
+        {(place, rate): rate for place, rates in design.grid.items() for rate in rates}
+    )  # the lowest is best
+    assert not design.step.trials and "too little for a law" in design.step.reason
 
 
 def test_a_target_draws_the_trials_towards_it() -> None:

@@ -108,6 +108,9 @@ def test_repeats_have_their_own_seeds_at_every_horizon() -> None:
         ({"design": "lean", "target": {"batch": 0, "tokens": 1e9}}, "above 0"),
         ({"design": "lean", "target": {"batch": 1}}, "target"),
         ({"design": "lean", "budget_tokens": 0}, "above 0"),
+        ({"design": "lean", "target": 64}, "is written {batch: 64, tokens: 1e9}"),
+        ({"design": "lean", "schedules": {"wsd": {"lr": [0, 0.1, 0.2]}}}, "above 0"),
+        ({"design": "lean", "schedules": {"wsd": {"lr": [-0.1, 0.1, 0.2]}}}, "above 0"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
