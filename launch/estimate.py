@@ -423,6 +423,7 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     schedule: Any = config.make_schedule()
     release, decay = cap_release(config), getattr(schedule, "decay", None)
     trunk_ends = config.end_tokens if decay is None else decay.start
+    warmup = schedule.warmup_tokens - config.run.tokens_seen  # what of it lies ahead
     if release is not None and release >= trunk_ends:
         smooth = config.schedule.get("cap") == "smooth"
         rate = "between half of max_lr and all of it to its end" if smooth else "max_lr to its end, as WSD's is"
@@ -430,13 +431,15 @@ def schedule_warnings(config: Config) -> Iterator[str]:
             f"The cap would release at {human(release)} tokens, and the trunk ends at {human(trunk_ends)}: the rate is "
             f"{rate}. Train longer, with a smaller batch, or with a higher schedule.max_lr."
         )
-    elif release is not None and release <= schedule.warmup_tokens and schedule.warmup_tokens:
+    elif release is not None and release <= schedule.warmup_tokens and warmup > 0:
+        smooth = config.schedule.get("cap") == "smooth"
+        rate = "the rate stays below half of max_lr" if smooth else "max_lr is never reached"
         yield (
             f"The cap would release at {human(release)} tokens, inside the warmup of {human(schedule.warmup_tokens)}: "
-            "max_lr is never reached. A shorter schedule.warmup_tokens comes nearer to it."
+            f"{rate}. A shorter schedule.warmup_tokens comes nearer to it."
         )
-    if schedule.warmup_tokens > 0.1 * config.end_tokens:
-        yield f"The warmup takes {schedule.warmup_tokens / config.end_tokens:.0%} of the run; 1 to 5% is common."
+    if warmup > 0.1 * config.run.tokens:
+        yield f"The warmup takes {min(1, warmup / config.run.tokens):.0%} of the run; 1 to 5% is common."
 
 
 def phase_warnings(config: Config) -> Iterator[str]:
@@ -512,11 +515,22 @@ def ramp_section(console: Console, config: Config, ranks: int) -> None:
     parts = ",".join(f"{{from_tokens:{begin},sequences:{sequences}}}" for begin, sequences in phases[1:])
     console.print(f"  batch.sequences={phases[0][1]} 'batch.ramp=[{parts}]'", soft_wrap=True)
     above = math.ceil(power.cap_release(config.beta(phases[0][1]))) - config.run.tokens_seen
-    console.print(
+    most = max(sequences for begin, sequences in config.batch_phases() if begin < config.run.tokens)
+    said = (
         f"{steps_of(changed)[0]:,} steps instead of {steps_of(config)[0]:,}. Sizes are {unit:,} sequences, "
         "batch.micro_sequences on each rank, times powers of two."
-        + (f" The first batch, the smallest, is above the critical one until {above:,} tokens." if above > 0 else "")
     )
+    if 2 * unit > most:
+        said += f" Twice that is more than the run's batch, {most:,}: a smaller batch.micro_sequences begins lower."
+    elif 2 * phases[-1][1] > most > phases[-1][1]:
+        said += f" The run's largest, {most:,}, is none of them."
+    elif phases[-1][1] < most:
+        said += f" The critical batch does not reach {2 * phases[-1][1]:,} before the decay or the end."
+    elif len(phases) == 1:
+        said += " The critical batch is larger than the run's from its first step on."
+    if above > 0:
+        said += f" The first batch, the smallest, is above the critical one until {above:,} tokens."
+    console.print(said)
 
 
 def draw(config: Config, path: Path) -> None:

@@ -67,14 +67,15 @@ def _fit(options: argparse.Namespace) -> int:
     if options.name and options.predict:
         raise ConfigError("--name writes a schedule and --predict prints a prediction: give one of them.")
     ledger = read(options.ledger)
+    asked = _predict_arguments(options.predict, ledger) if options.predict else None
     try:
         law = fit(ledger)
     except ValueError as error:
         raise ConfigError(f"{options.ledger}: {error}") from error
     parameters = _parameters(law, options.parameters)
     text = schedule(law, ledger, options.ledger, parameters) if options.name else ""
-    if options.predict:
-        print(prediction(law, *_predict_arguments(options.predict, ledger), parameters))
+    if asked is not None:
+        print(prediction(law, *asked, parameters))
         return 0
     out = options.out or options.ledger.parent
     print(report(law))

@@ -427,9 +427,10 @@ def _in_nats(law: Law, value: Worth) -> list[str]:
         f"{value.mean['constant']:.4f}; a loss has a noise of {noise:.4f}."
     )
     if value.cannot_tell:
+        paper = "the paper's" if value.chosen == "hard" else "the one nearest to the paper's"
         said += (
             f" The ledger cannot tell it from {' and '.join(repr(name) for name in value.cannot_tell)}; "
-            f"of such forms the schedule takes the paper's{'' if value.chosen == 'hard' else ' or the one nearest to it'}."
+            f"of such forms the schedule takes {paper}."
         )
     notes = [said]
     if not value.worth_having:

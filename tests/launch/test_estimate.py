@@ -238,6 +238,38 @@ def test_where_a_ramp_follows_by_hand() -> None:
     assert pasted([*settings, *later], 1) == ["batch.sequences=64", "batch.ramp=[]"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "ranks", "said"),
+    [
+        (["batch.micro_sequences=64"], 1, "Twice that is more than the run's batch, 64"),
+        (["batch.sequences=48"], 1, "The run's largest, 48, is none of them"),
+        (["batch.sequences=1024"], 1, "does not reach 1,024 before"),  # at √n = 200 · 16: 10.24M tokens
+        (["run.tokens_seen=400_000_000"], 1, "larger than the run's from its first step on"),
+    ],
+)
+def test_a_ramp_says_why_it_does_not_grow_further(settings: list[str], ranks: int, said: str) -> None:
+    out = io.StringIO()
+    base = ["+experiment=proxy_tiny", "batch.sequences=64", "schedule.warmup_tokens=0", "run.tokens=4_000_000"]
+    config = composed([*base, "schedule.b=-0.5", "schedule.decay.tokens=0", *settings], checked=False)
+    estimate.ramp_section(Console(file=out, width=1000), config, ranks)
+    assert said in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([], ["max_lr is never reached", "The warmup takes 50%"]),
+        (["schedule.cap=smooth"], ["stays below half of max_lr", "The warmup takes 50%"]),
+        (["run.tokens_seen=60_000"], ["max_lr is never reached", "The warmup takes 40%"]),
+        (["run.tokens_seen=300_000"], []),  # it lies behind
+    ],
+)
+def test_warnings_about_a_warmup_are_about_what_of_it_lies_ahead(settings: list[str], said: list[str]) -> None:
+    base = ["+experiment=proxy_tiny", "run.tokens=600_000", "schedule.warmup_tokens=300_000"]
+    found = list(estimate.schedule_warnings(composed([*base, *settings], checked=False)))
+    assert len(found) == len(said) and all(map(str.__contains__, found, said))
+
+
 def test_a_ramp_of_what_has_no_critical_batch(capsys: pytest.CaptureFixture[str]) -> None:
     for settings in (["schedule=wsd", "schedule.lr=0.01"], ["schedule.batch_exponent=0"]):
         code, said = ran(capsys, *TINY, "--ramp", *settings, "schedule.warmup_tokens=100")

@@ -263,6 +263,8 @@ def test_a_smooth_cap_holds_at_the_ends_of_the_numbers():
     assert Power(cap="smooth").critical_batch(0) == 0
     assert Power(cap="smooth", b=-300.0, warmup_tokens=0)(tokens=10**12, batch=8) == 0
     assert Power(batch_exponent=-1000.0, warmup_tokens=0)(tokens=10**9, batch=0.1) == 0.02  # beyond what a double holds
+    # A gain beyond a float is no number times nothing, but the cap.
+    assert Power(a=1e300, b=-300.0, cap="smooth", warmup_tokens=0)(tokens=500, batch=1e300) == 0.02
     assert Power(batch_exponent=0.0).critical_batch(10**12) == math.inf
     assert Power(batch_exponent=0.0).critical_batch(10) == 0
     with pytest.raises(ValueError, match="no cap 'soft'"):
