@@ -53,6 +53,7 @@ from powertrain.launch.trials import (
     lean_design,
     ledger_lines,
     overrides,
+    place_of,
     plan,
     quoted,
     read_ledger,
@@ -376,8 +377,11 @@ def summary(sweep: Sweep, progress: Progress) -> str:
     done = [t for t in sweep.trials if progress.done(t)]
     if sweep.design is not None:
         budget = f" of {sweep.sweep.budget_tokens:,}" if sweep.sweep.budget_tokens else ""
+        others = sum(place_of(trial) not in sweep.design.asked for trial in done)
+        known = f" ({others} more that these settings do not ask for are not counted)" if others else ""
         return (
-            f"{len(done)} trials done, {sweep.design.trained:,.0f}{budget} tokens trained. {sweep.design.step.reason}"
+            f"{len(done) - others} trials done, {sweep.design.trained:,.0f}{budget} tokens trained{known}. "
+            f"{sweep.design.step.reason}"
         )
     out = [t for t in sweep.trials if progress.left_out(t) and not progress.done(t)]
     trained, apart = sum(progress.trained_tokens(sweep.sweep, t) for t in done), sum(t.tokens for t in done)

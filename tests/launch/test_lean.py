@@ -7,12 +7,14 @@ import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from powertrain.launch.lean import Design, Place, bracket, trained_tokens
+from powertrain.launch.sweep import summary
 from powertrain.launch.trials import Progress, lean_design, place_of, plan, sweep_config
 from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import regret_of
@@ -155,6 +157,19 @@ def test_a_lean_sweep_that_no_law_could_come_from_is_refused(changes: dict[str, 
     sweep = sweep_config({**LEAN, **changes})
     with pytest.raises(ConfigError, match=said):
         lean_design(sweep, plan(sweep))
+
+
+def test_trials_that_other_settings_asked_for_are_not_counted() -> None:
+    sweep = sweep_config({**LEAN, "budget_tokens": 10**6})
+    trials = plan(sweep)
+    design = lean_design(sweep, trials)
+    asked = [trial for trial in trials if place_of(trial) in design.asked]
+    other = next(trial for trial in trials if trial.tokens == 40_960)
+    progress = Progress(trials, {trial.name: {"loss": 3.0 + dict(trial.fields)["lr"]} for trial in [*asked, other]})
+    held: Any = SimpleNamespace(sweep=sweep, trials=trials, design=design)
+    assert summary(held, progress).startswith(
+        "3 trials done, 0 of 1,000,000 tokens trained (1 more that these settings"
+    )
 
 
 def test_a_sweep_that_ends_without_a_law_says_so() -> None:
