@@ -485,5 +485,5 @@ def test_schedules_are_values():
 
 
 def test_the_pure_functions_do_not_need_torch():
-    code = "import sys, schedulers; sys.exit('torch' in sys.modules)"
+    code = "import sys, powertrain.schedulers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
