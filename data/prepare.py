@@ -1,9 +1,9 @@
-"""Tokenise corpora once, into a cache that is shared by every run with the same text and tokenizer.
+"""Tokenise corpora once, into a cache shared by all runs with the same text and tokenizer.
 
 CACHE/NAME-HASH/ holds train.bin and .idx, validation.bin and .idx, tokenizer/ and corpus.json, which describes them.
 HASH covers what the content depends on: the corpus's description, its files' sizes and times, and the tokenizer. A
-folder takes its name when it is whole. Until then it is .NAME-HASH.0: files that only grow, and a state that says how
-much of them counts, so that whoever prepares the same corpus next goes on with what a killed preparation left.
+folder gets its name when it is complete. Until then it is .NAME-HASH.0: append-only files, and a state that records how
+many of their bytes are valid. The next process that prepares the same corpus resumes from that state.
 """
 
 import errno
@@ -48,16 +48,16 @@ from powertrain.data.tokens import TokenFile, dtype_for, write_index
 FORMAT = 1  # goes into HASH: raise it when the same inputs give other files
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 64 << 20  # of text that a tokenizer is trained on
-AHEAD = 1 << 26  # bytes of blocks that wait for processes to tokenise them
-PIECE = 1 << 18  # characters encoded together at most
-BATCH = 1 << 22  # characters encoded in one call: the tokenizer takes a hundred times that in bytes
-ALONE = 64 << 20  # bytes of files below which other processes would take longer to start than they save
-SAVE_SECONDS = 10.0  # of work that a kill may cost
+AHEAD = 1 << 26  # bytes of blocks queued for the worker processes at most
+PIECE = 1 << 18  # characters of one encoded string at most
+BATCH = 1 << 22  # characters encoded in one call: the tokenizer needs about a hundred bytes of memory for each
+ALONE = 64 << 20  # bytes of files: for fewer, starting worker processes takes longer than it saves
+SAVE_SECONDS = 10.0  # of work that a kill may lose
 STATE = "state.json"
 TOKEN_BYTES = "validation.bytes"
-HASH = np.dtype("S16")  # of a text: a false match among 1e12 documents has a chance of 1 in 10^15
+HASH = np.dtype("S16")  # of a text: the probability of a collision among 1e12 documents is 1e-15
 LISTED = 100_000  # lines of skipped.jsonl at most
-MANY_SKIPPED = 0.01  # of a corpus's records: more are worth a warning
+MANY_SKIPPED = 0.01  # share of a corpus's skipped records above which it warns
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -65,21 +65,21 @@ Progress = Callable[[str, int, int | None], None]
 @dataclass
 class TokenizerSpec:
     """`path`: a Hugging Face tokenizer, name or folder. None trains a byte-level BPE of `vocab_size` on the training
-    documents of the corpora prepared with it, so that another corpus means another tokenizer: a run that may gain
-    corpora later should name the folder of a tokenizer trained once."""
+    documents of all corpora. Adding a corpus then changes the tokenizer: where corpora may be added later, train the
+    tokenizer once and give its folder as `path`."""
 
     path: str | None = None  # a Hugging Face tokenizer, name or folder; default: one is trained
-    vocab_size: int = 4096  # of a trained one
+    vocab_size: int = 4096  # of the trained tokenizer
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` made or found, by corpus name.
 
-    folders: of the corpora that were tokenised; each has a corpus.json. tokenizer_folder: loads with AutoTokenizer;
-    None when every corpus is a token file and no tokenizer was named. validation: the corpora that have one.
-    fingerprints: of the training files, `TokenFile.fingerprint`. token_bytes: bytes of text by token of a validation
-    file, (tokens,), where they were counted because `bytes_of_tokens` cannot tell them.
+    folders: of the tokenised corpora; each has a corpus.json. tokenizer_folder: loads with AutoTokenizer; None when
+    every corpus is a token file and no tokenizer was named. validation: of the corpora with a validation split.
+    fingerprints: of the training files, `TokenFile.fingerprint`. token_bytes: the bytes of text of each token of a
+    validation file, (tokens,), for tokenizers where `bytes_of_tokens` returns None.
     """
 
     folders: dict[str, Path]
@@ -99,18 +99,21 @@ def prepare(
 ) -> Prepared:
     """Tokenise every corpus that is not in the cache yet; each document is followed by the end-of-text token.
 
-    The same inputs give the same bytes, with any number of `workers` and however often it was killed: the next call
-    goes on from at most ten seconds before. Documents are split by a hash of their text, so equal ones never straddle
-    the split. `progress(description, bytes done, bytes in all or None)` is called now and then; bytes are those of the
-    files, or of the text where a data set has none; what it raises ends the preparation, which can go on later. Several
-    processes may prepare at once; the first to finish wins.
+    The same inputs give the same bytes, with any number of `workers` and however often the preparation was killed: the
+    next call resumes, and at most ten seconds of work are lost. The split of a document follows a hash of its text, so
+    equal documents are always on the same side. `progress(description, bytes done, total bytes or None)` is called now
+    and then, with bytes of the files, or of the text for a dataset without files. What it raises stops the preparation,
+    which can be resumed. Several processes may prepare the same corpus at once; the first to finish wins.
 
-    A corpus of 64 MB or more is tokenised by `workers` processes, when they are two or more; they are spawned, so a
-    script that asks for them needs its `if __name__ == "__main__"`. A smaller one, or a single worker, leaves it to
-    this process, in which the tokenizer has threads of its own unless TOKENIZERS_PARALLELISM says false.
+    With two or more `workers`, a corpus of 64 MB or more is tokenised by that many processes. They are spawned, so a
+    script that calls this needs `if __name__ == "__main__"`. Otherwise this process tokenises, and the tokenizer uses
+    threads unless TOKENIZERS_PARALLELISM is false.
 
-    DataErrors: names that are no file names, no text, no document on one side of the split, a tokenizer that cannot
-    be loaded or has no end-of-text token, files changed since.
+    Raises:
+        DataError: a name cannot be a file name, a corpus has no text, one side of a split has no document, a tokenizer
+            cannot be loaded or has no end-of-text token, or prepared files have changed.
+        ChildProcessError: a process that tokenises, or trains the tokenizer, was killed.
+        OSError: the disk is full; what is done is kept.
     """
     _check_names(corpora)
     cache = Path(expand(cache_dir))
@@ -145,9 +148,10 @@ def prepare(
 
 
 def find(corpora: Mapping[str, Corpus], tokenizer: TokenizerSpec, cache_dir: str | Path) -> Prepared:
-    """What `prepare` would find in place, and makes none of it; validation files are left out.
+    """What `prepare` would find in the cache; prepares nothing. Validation files are not looked up.
 
-    DataErrors: names that are no file names, paths that match no file.
+    Raises:
+        DataError: a name cannot be a file name, or a path matches no file.
     """
     _check_names(corpora)
     cache = Path(expand(cache_dir))
@@ -218,11 +222,11 @@ def _write_corpus(
 
 
 def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, report: Progress) -> None:
-    """Enter into `prepared` the splits that the folder's corpus.json lists with these very bytes."""
+    """Add to `prepared` the splits that corpus.json lists, after comparing fingerprints."""
     for split, facts in corpus_facts(folder)["splits"].items():
         opened = TokenFile(folder / split)
         found = fingerprint(opened, cache, report)
-        # Folders of before have the sampled one.
+        # Folders of earlier versions have the sampled fingerprint.
         changed = found != facts["fingerprint"] != opened.sampled_fingerprint()
         if split == "train":
             prepared.train[name], prepared.fingerprints[name] = opened, found
@@ -233,15 +237,15 @@ def _open_corpus(name: str, folder: Path, prepared: Prepared, cache: Path, repor
                 changed = changed or len(prepared.token_bytes[name]) != opened.num_tokens
         if changed:
             raise DataError(
-                f"{folder / split}.bin or .idx changed since it was prepared. Delete {folder} to prepare it anew."
+                f"{folder / split}.bin or .idx changed since it was prepared. Delete {folder} to prepare it again."
             )
 
 
 def corpus_facts(folder: Path) -> dict[str, Any]:
-    """What corpus.json says of a prepared corpus: `splits` and `skipped` among others.
+    """The content of a prepared corpus's corpus.json: `splits` and `skipped` among others.
 
     Raises:
-        DataError: it is torn, or has been edited.
+        DataError: it is truncated or was edited.
     """
     try:
         facts: dict[str, Any] = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
@@ -255,13 +259,13 @@ def corpus_facts(folder: Path) -> dict[str, Any]:
         if "train" not in facts["splits"]:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder / 'corpus.json'} is damaged. Delete {folder} to prepare the corpus anew.") from error
+        raise DataError(f"{folder / 'corpus.json'} is damaged. Delete {folder} to prepare the corpus again.") from error
     return facts
 
 
 def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]:
-    """What the preparation of a corpus skipped: records by kind, a sentence ("" for none), and whether it is a warning:
-    more than MANY_SKIPPED, duplicates aside, which the corpus asked for, or whatever was too long."""
+    """What the preparation of a corpus skipped: records by kind, a sentence ("" for none), and whether that is a
+    warning: more than MANY_SKIPPED (duplicates do not count, the corpus asked for it), or any document too long."""
     facts = corpus_facts(folder)
     counts = {kind: skipped["count"] for kind, skipped in facts["skipped"].items()}
     if not counts:
@@ -276,43 +280,42 @@ def skipped_records(name: str, folder: Path) -> tuple[dict[str, int], str, bool]
     if "missing_field" in counts:
         sentence += f" The field read is '{facts['corpus'].get('field')}'."
     if "too_long" in counts:
-        sentence += f" Longer than {LONGEST:,} bytes is too long: cut such documents."
+        sentence += f" A document may have {LONGEST:,} bytes: split longer ones."
     return counts, sentence, lost > MANY_SKIPPED * total or "too_long" in counts
 
 
 def fingerprint(file: TokenFile, cache: Path, report: Progress = lambda description, done, total: None) -> str:
-    """`file.fingerprint()`, which reads all of it, or what that was when its two files had the sizes, times and inodes
-    that they have now. That is written down in the cache, for whoever asks next: another rank, or the next start."""
-
+    """`file.fingerprint()`, cached because it reads the whole file: other ranks and later starts find it in the cache,
+    under the sizes, times and inodes of the two files."""
     path = known_fingerprint(file, cache)
     with open(f"{file.prefix}.idx", "rb") as lock:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one of several ranks reads the files, and the others wait
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank reads the files while the others wait
         with suppress(OSError):
             if len(found := path.read_text(encoding="utf-8")) == 64:
                 return found
         found = file.fingerprint(lambda done, total: report(f"reading {file.prefix}", done, total))
-        # Times are as coarse as two seconds: what is changed right after may keep them.
+        # File times may have a resolution of two seconds: a change right after this one could leave them equal.
         changed = max(os.stat(f"{file.prefix}.{suffix}").st_ctime for suffix in ("idx", "bin"))
         if path == known_fingerprint(file, cache) and time.time() - changed > 2:
-            with suppress(OSError):  # a full disk, or a cache that may only be read
+            with suppress(OSError):  # a full disk, or a read-only cache
                 path.parent.mkdir(exist_ok=True)
                 path.write_text(found, encoding="utf-8")
     return found
 
 
 def known_fingerprint(file: TokenFile, cache: Path) -> Path:
-    """Where `fingerprint` writes it down: named by sizes, times and inodes, which are new when anything is."""
+    """Where `fingerprint` caches it: named by the files' sizes, times and inodes."""
     states = [os.stat(f"{file.prefix}.{suffix}") for suffix in ("idx", "bin")]
     return cache / "fingerprints" / _short_hash([[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in states])
 
 
 def _no_document(name: str, corpus: Corpus, split: str, output: "_Output") -> DataError:
-    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(output.skipped.counts.items())) or "none"
+    skipped = ", ".join(f"{count} {kind}" for kind, count in sorted(output.skipped.counts.items())) or "none"
     total = sum(facts["documents"] for facts in output.statistics.values())
-    message = f"The {split} split of corpus {name!r} has no document, out of {total} (left out: {left_out}). "
+    message = f"The {split} split of corpus {name!r} has no document, out of {total} (skipped: {skipped}). "
     if "too_long" in output.skipped.counts:
-        message += f"Longer than {LONGEST:,} bytes is too long: cut such documents. "
+        message += f"A document may have {LONGEST:,} bytes: split longer ones. "
     if total == 0 or corpus.validation_path:
         return DataError(message + "Check its path and, for records, the name of the field that holds the text.")
     message += f"validation_fraction is {corpus.validation_fraction} and the split follows a hash of each text. "
@@ -326,10 +329,10 @@ def _no_document(name: str, corpus: Corpus, split: str, output: "_Output") -> Da
 
 
 class _Output:
-    """The files of a corpus in the making, which only grow, and the state that says how much of them counts.
+    """The append-only files of a corpus being prepared, and the state that records how many of their bytes are valid.
 
-    A context manager. Beside each split's tokens are its documents' lengths (int32), which become the index, and the
-    hashes of what was kept where equal texts are to be found. `place`: what to read next.
+    A context manager. Beside the tokens of each split are its documents' lengths (int32), which become the index, and,
+    to deduplicate, the hashes of the documents kept. `place`: where to read next.
     """
 
     def __init__(
@@ -363,11 +366,11 @@ class _Output:
         return self
 
     def _saved(self) -> Any:
-        """What `_save` wrote, if everything that it counts is there."""
+        """What `_save` wrote, if all the bytes it counts are there."""
         try:
             state = json.loads((self._folder.parent / STATE).read_text(encoding="utf-8"))
             whole = all(os.path.getsize(path) >= state["sizes"][name] for name, path in self._paths.items())
-        except (OSError, ValueError, LookupError, TypeError):  # a power cut can leave it so
+        except (OSError, ValueError, LookupError, TypeError):  # as a power cut can leave it
             return None
         return state if whole else None
 
@@ -390,13 +393,13 @@ class _Output:
         self._saved_at = time.monotonic()
 
     def add(self, new: "_Encoded", place: tuple[int, Place], done: int | None) -> None:
-        """Append the documents of a block that ends at `place`, where `done` bytes of the files are read."""
+        """Append the documents of a block that ends at `place`, `done` bytes into the files."""
         keep = np.ones(len(new.lengths), bool)
         if self._kept is not None:
             hashes = np.array(new.hashes, HASH)
             keep = self._kept.new(hashes)
             self._files["hashes"].write(hashes[keep].tobytes())
-            new.left_out += [("duplicate", new.identifiers[number]) for number in np.flatnonzero(~keep)]
+            new.skipped += [("duplicate", new.identifiers[number]) for number in np.flatnonzero(~keep)]
         for split, facts in self.statistics.items():
             chosen = keep & (new.validation == (split == "validation"))
             lengths = new.lengths[chosen]
@@ -408,7 +411,7 @@ class _Output:
             size = int(new.sizes[chosen].sum())
             for key, amount in (("documents", len(lengths)), ("tokens", len(tokens)), ("bytes", size)):
                 facts[key] += amount
-        for kind, identifier in new.left_out:
+        for kind, identifier in new.skipped:
             if self.skipped.counts.total() < LISTED:
                 line = json.dumps({"kind": kind, "document": identifier})
                 self._files["skipped.jsonl"].write(f"{line}\n".encode())
@@ -420,7 +423,7 @@ class _Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         for file in self._files.values():
-            with suppress(OSError) if kind else nullcontext():  # what a full disk did not take does not count
+            with suppress(OSError) if kind else nullcontext():  # the state does not count what a full disk refused
                 file.close()
         if kind is None:
             for split in self.statistics:
@@ -431,14 +434,14 @@ class _Output:
 
 
 class _Kept:
-    """Hashes of texts, in sorted arrays each of which is at least four times as long as the next: a set of Python's
-    would take five times the memory."""
+    """A set of text hashes, as sorted arrays each at least four times as long as the next: a Python set would take five
+    times the memory."""
 
     def __init__(self) -> None:
         self._arrays: list[npt.NDArray[np.bytes_]] = []
 
     def new(self, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
-        """Which of `hashes` (n,) were not there, nor before in `hashes`; they are now."""
+        """Add `hashes` (n,); True where one was in neither the set nor an earlier place of `hashes`, (n,)."""
         unknown, first = np.unique(hashes, return_index=True)
         for known in self._arrays:
             places = np.minimum(np.searchsorted(known, unknown), len(known) - 1)
@@ -448,7 +451,7 @@ class _Kept:
             self._arrays.append(unknown)
         while len(self._arrays) > 1 and len(self._arrays[-2]) < 4 * len(self._arrays[-1]):
             merged = np.concatenate([self._arrays.pop(), self._arrays.pop()])
-            merged.sort(kind="stable")  # which finds the two runs
+            merged.sort(kind="stable")  # merges the two sorted runs
             self._arrays.append(merged)
         is_new = np.zeros(len(hashes), bool)
         is_new[first] = True
@@ -465,27 +468,27 @@ class _Document:
     size: int  # bytes
     text: str
     identifier: str
-    digest: bytes  # of the text, a HASH, if equal ones are to be found
+    digest: bytes  # of the text, a HASH; b"" unless the corpus deduplicates
 
 
 def _split_documents(
     corpus: Corpus, stream: Iterable[tuple[str, str]], validation: bool = False
 ) -> Iterator[_Document]:
-    """Each (identifier, text) with its split, which is validation's for all of a validation_path."""
+    """Each (identifier, text) with its split; `validation`: all are of a validation_path."""
     fraction = 0.0 if corpus.validation_path else corpus.validation_fraction
     for identifier, text in stream:
         raw = text.encode()
-        # 53 bits: a float holds them exactly, and 1.0 cannot be reached.
+        # 53 bits: exact in a float, and always below 1.0.
         value = (int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") >> 11) / (1 << 53)
         split = "validation" if validation or value < fraction else "train"
         digest = hashlib.blake2b(raw, digest_size=HASH.itemsize).digest() if corpus.deduplicate else b""
         size = len(raw)
-        del raw  # which may be long, while the text is worked on
+        del raw  # it may be long, and the caller works on the text now
         yield _Document(split, 1.0 if validation else value, size, text, identifier, digest)
 
 
 def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str, _Document, bool]]]:
-    """Pieces of text in lists of bounded size, each with its document and whether it is the document's last."""
+    """Lists of at least `limit` characters in pieces, each with its document and whether it is the document's last."""
     batch: list[tuple[str, _Document, bool]] = []
     held = left = 0
     for document in stream:
@@ -503,16 +506,17 @@ def _batches(stream: Iterator[_Document], limit: int) -> Iterator[list[tuple[str
 
 @dataclass
 class _Encoded:
-    """A block's documents. tokens: of all of them (tokens,). Of each: lengths in tokens, sizes in bytes, validation
-    (documents,); hashes and identifiers where equal texts are to be found. left_out: (kind, identifier). token_bytes:
-    of the text, by token (tokens,), 0 in training documents; None where `bytes_of_tokens` knows them."""
+    """A block's documents. tokens: of all of them (tokens,). For each document (documents,): lengths in tokens, sizes
+    in bytes, validation, and, to deduplicate, hashes and identifiers. lowest: the smallest hash, for the error that
+    proposes a fraction. skipped: (kind, identifier). token_bytes: bytes of text of each token (tokens,), 0 in training
+    documents; None where `bytes_of_tokens` tells them."""
 
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
     sizes: npt.NDArray[np.int64]
     validation: npt.NDArray[np.bool_]
     lowest: float
-    left_out: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
     token_bytes: npt.NDArray[np.int32] | None
     hashes: list[bytes] = field(default_factory=list)
     identifiers: list[str] = field(default_factory=list)
@@ -526,10 +530,10 @@ class _Encoder:
         self._by_offsets = bytes_of_tokens(tokenizer_json) is None
 
     def __call__(self, corpus: Corpus, block: Block, validation: bool) -> _Encoded:
-        left_out: list[tuple[str, str]] = []
-        stream = read(corpus, block, lambda kind, identifier: left_out.append((kind, identifier)))
+        skipped: list[tuple[str, str]] = []
+        stream = read(corpus, block, lambda kind, identifier: skipped.append((kind, identifier)))
         ids, ends, encoded = array("i"), array("q", [0]), []
-        token_bytes, rest = array("i"), 0  # of the document's text so far, behind its last token
+        token_bytes, rest = array("i"), 0  # rest: bytes of the document after its last token so far
         for batch in _batches(_split_documents(corpus, stream, validation), self._batch):
             encodings = self._tokenizer.encode_batch_fast([piece for piece, *_ in batch], add_special_tokens=False)
             held = [piece for piece, document, _ in batch if self._by_offsets and document.split == "validation"]
@@ -546,7 +550,7 @@ class _Encoder:
                     ends.append(len(ids))
                     token_bytes.append(rest)
                     rest = 0
-                    # Not the text itself, so that a batch is held and not a block.
+                    # Without the text, so that memory holds one batch and not the block.
                     encoded.append((document.size, document.split, document.hash, document.digest, document.identifier))
         sizes, splits, values, digests, identifiers = zip(*encoded, strict=True) if encoded else ((),) * 5
         return _Encoded(
@@ -555,7 +559,7 @@ class _Encoder:
             np.array(sizes, np.int64),
             np.array(splits) == "validation" if encoded else np.empty(0, bool),
             min(values, default=1.0),
-            left_out,
+            skipped,
             np.array(token_bytes, "<i4") if self._by_offsets else None,
             *((list(digests), list(identifiers)) if corpus.deduplicate else ()),
         )
@@ -564,8 +568,8 @@ class _Encoder:
 def _encoded(
     corpus: Corpus, start: tuple[int, Place], tokenizer: tuple[str, int, np.dtype[Any]], workers: int
 ) -> Generator[tuple[_Encoded, tuple[int, Place], int | None], None, None]:
-    """Blocks from `start` on, in order, each with its end and the bytes of files read until there; by so many other
-    processes, or by this one when there are none."""
+    """Encoded blocks from `start` on, in order, each with its end and the bytes of files read so far. `workers`
+    processes encode them; with 0, this one does."""
 
     def work() -> Iterator[tuple[tuple[Corpus, Block, bool], tuple[int, Place], int | None]]:
         before = 0
@@ -582,7 +586,7 @@ def _encoded(
             yield encode(*arguments), place, done
         return
     ahead: deque[tuple[Future[_Encoded], tuple[int, Place], int | None, int]] = deque()
-    # Spawned, because a fork takes the locks of other threads with it and not the threads.
+    # Spawned: a fork copies the locks that other threads hold, but not the threads.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(*tokenizer, PIECE)
     )
@@ -599,20 +603,20 @@ def _encoded(
             yield future.result(), place, done
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            f"One of {workers} processes that tokenise was ended from outside, most likely for want of memory. Fewer "
-            "of them (data.workers) take less; the same command goes on from where it was."
+            f"One of the {workers} processes that tokenise was killed, most likely out of memory. Lower data.workers, "
+            "which needs less; the same command resumes."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: _Encoder  # of a process that `_start_worker` began
+_encoder: _Encoder  # of a worker process; `_start_worker` sets it
 
 
 def _start_worker(*arguments: Any) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a worker process already
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = _Encoder(*arguments)
 
@@ -639,15 +643,15 @@ def _train_tokenizer(
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
         raise DataError(
-            f"The tokenizer's vocab_size is {vocab_size}; a byte-level one takes at least {len(alphabet) + 1}: every "
-            "byte and the end of text. Raise it; 4096 suits small models."
+            f"The tokenizer's vocab_size is {vocab_size}; a byte-level one needs at least {len(alphabet) + 1}: every "
+            "byte and the end-of-text token. Raise it; 4096 suits small models."
         )
     folder = _trained_folder(sources, vocab_size, cache)
     if _complete(folder, "tokenizer.json"):
         return folder
 
     def sample() -> Iterator[str]:
-        """The first training documents of each corpus, the same number of bytes of each."""
+        """The first training documents of each corpus, the same number of bytes from each."""
         limit = SAMPLE_BYTES // len(corpora)
         for name, corpus in corpora.items():
             used, taken = 0, set()
@@ -662,7 +666,7 @@ def _train_tokenizer(
                 if used >= limit:
                     break
 
-    # No padding token: as the end of text is one, a model that is told of it would not train its embedding.
+    # No padding token: if end of text were one, a model's nn.Embedding(padding_idx=…) would not train its row.
     trained = Tokenizer.from_str(_trained_apart(list(sample()), vocab_size, report))
     with _building(folder) as temporary:
         save_tokenizer(wrap_tokenizer(trained, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT), temporary)
@@ -670,19 +674,19 @@ def _train_tokenizer(
 
 
 def _trained_apart(texts: list[str], vocab_size: int, report: Progress) -> str:
-    """The tokenizer.json that `bpe.train` makes of the texts in a process of its own, while this one heeds signals and
-    whatever `report` raises."""
+    """The tokenizer.json that `bpe.train` makes of the texts. It runs in a process of its own, so that this one still
+    handles signals and what `report` raises."""
     import tokenizers
 
     installed = str(Path(tokenizers.__file__).parent.parent)
     with tempfile.TemporaryFile() as written:
-        # -I: no folder but those of the installed packages is looked into for what it imports.
+        # -I: it imports from the installed packages only, never from the current folder.
         process = subprocess.Popen(
             [sys.executable, "-I", bpe.__file__, installed], stdin=subprocess.PIPE, stdout=written
         )
         assert process.stdin is not None
         try:
-            with suppress(BrokenPipeError):  # it has ended, which its status tells
+            with suppress(BrokenPipeError):  # it has exited; its status says why
                 pickle.dump((texts, vocab_size, END_OF_TEXT), process.stdin)
                 process.stdin.flush()
             while process.poll() is None:
@@ -696,8 +700,8 @@ def _trained_apart(texts: list[str], vocab_size: int, report: Progress) -> str:
                 process.stdin.close()
         if process.returncode:
             raise ChildProcessError(
-                f"The process that trains the tokenizer ended with status {process.returncode}; a negative one is a "
-                "signal, from outside, most likely for want of memory. Give it less text or more memory."
+                f"The process that trains the tokenizer exited with status {process.returncode}. A negative status is "
+                "the signal that killed it, most likely out of memory: give it less text or more memory."
             )
         written.seek(0)
         return written.read().decode()
@@ -710,7 +714,7 @@ def _trained_folder(sources: Mapping[str, Any], vocab_size: int, cache: Path) ->
 
 
 def _fetch_tokenizer(path: str, cache: Path) -> Path:
-    """A copy of the tokenizer in the cache, named by its content."""
+    """The folder of the tokenizer's copy in the cache, named by its content."""
     loaded, folder = _named_tokenizer(path, cache)
     if not _complete(folder, "tokenizer.json"):
         with _building(folder) as temporary:
@@ -719,15 +723,15 @@ def _fetch_tokenizer(path: str, cache: Path) -> Path:
 
 
 def _named_tokenizer(path: str, cache: Path) -> tuple[Any, Path]:
-    """The tokenizer, and where its copy in the cache is or would be."""
+    """The tokenizer, and the folder of its copy in the cache, which may not exist."""
     loaded = load_tokenizer(path)
     identity = _short_hash([loaded.backend_tokenizer.to_str(), loaded.eos_token_id])
     return loaded, cache / f"tokenizer-{identity}"
 
 
 def as_text(tokenizer_json: str) -> Any:
-    """The tokenizer (of `tokenizers`) as texts are encoded with it wherever they are trained on or judged: whole, and
-    "<|endoftext|>" written in a text is text and not the end of it."""
+    """The tokenizer (of `tokenizers`) as training and evaluation encode texts: without truncation or padding, and
+    "<|endoftext|>" inside a text is encoded as text, not as the end-of-text token."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -738,16 +742,16 @@ def as_text(tokenizer_json: str) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text, as a prepared corpus has them before its end-of-text token; `tokenizer`: of `as_text`."""
+    """The ids of a text as in a prepared corpus, without the end-of-text token; `tokenizer`: from `as_text`."""
     encodings = (tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0] for piece in _pieces(text))
     return [number for encoding in encodings for number in encoding.ids]
 
 
 def bytes_of_tokens(tokenizer_json: str) -> npt.NDArray[np.int64] | None:
-    """Bytes of text that each token stands for, by its id, (ids,); 0 for special ones.
+    """The bytes of text that each token stands for, by id, (ids,); 0 for special tokens.
 
-    None where only the text can tell, because the tokenizer does not keep all of it: it has unknown tokens, a
-    normalizer, or white space that it drops. What is known to keep it is BPE on bytes, with a token for each of them.
+    None where that depends on the text, because the tokenizer is not lossless: it has unknown tokens, a normalizer, or
+    drops white space. Lossless is a byte-level BPE that has a token for every byte.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -768,7 +772,7 @@ def bytes_of_tokens(tokenizer_json: str) -> npt.NDArray[np.int64] | None:
     )
     if not keeps_all:
         return None
-    sizes = {number: len(token) for token, number in model["vocab"].items()}  # written with a character for each byte
+    sizes = {number: len(token) for token, number in model["vocab"].items()}  # the vocab writes a byte as a character
     for token in facts["added_tokens"]:
         sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
     found = np.zeros(max(sizes) + 1, np.int64)
@@ -777,9 +781,8 @@ def bytes_of_tokens(tokenizer_json: str) -> npt.NDArray[np.int64] | None:
 
 
 def _bytes_by_offsets(text: str, offsets: list[tuple[int, int]], before: int) -> tuple[list[int], int]:
-    """Bytes from the end of each token's predecessor to its own, `before` more for the first; and those that are left.
-
-    So what lies between two tokens counts for the second one, and a character made of several tokens for its first.
+    """Bytes from the end of the token before to each token's end, `before` more for the first; and the bytes after the
+    last. So bytes between two tokens count for the second, and a character split into several tokens for the first.
     """
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     ends = np.cumsum(np.concatenate([[0], 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)]))
@@ -789,13 +792,13 @@ def _bytes_by_offsets(text: str, offsets: list[tuple[int, int]], before: int) ->
 
 
 def rows_needed(tokenizer: Any) -> int:
-    """Rows that an embedding needs for a tokenizer of `transformers` or `tokenizers`: its ids may have gaps."""
+    """The rows an embedding needs for a tokenizer of `transformers` or `tokenizers`: ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of bounded size, for encoding takes far more memory than text. A cut falls between a word and
-    a space, where byte-level tokenizers cut anyway; a piece without such a place is cut at its end."""
+    """The text in pieces of at most PIECE characters, because encoding needs far more memory than the text. Pieces end
+    between a word and a space, where byte-level pre-tokenizers split anyway; without such a place, after PIECE."""
     begin = 0
     while len(text) - begin > PIECE:
         cut = text.rfind(" ", begin + 1, begin + PIECE)
@@ -813,33 +816,33 @@ def _pieces(text: str) -> Iterator[str]:
 def _check_names(corpora: Mapping[str, Corpus]) -> None:
     for name in corpora:
         if name == "overall":
-            raise DataError("'overall' cannot name a corpus: evaluations have a line of all corpora under that name.")
+            raise DataError("'overall' cannot name a corpus: it names the evaluation over all corpora.")
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(
-                f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', no '-' or '.' first."
+                f"{name!r} cannot name a corpus: use letters, digits, '_', '-' and '.', with no '-' or '.' first."
             )
 
 
 def _describe(corpus: Corpus) -> dict[str, Any]:
-    """Everything about a corpus that decides its documents. A data set of the hub is taken to be what it was."""
+    """Everything that decides a corpus's documents. A dataset of the hub is assumed not to change."""
     facts: list[list[Any]] = [
         [str(path), os.path.getsize(path), os.stat(path).st_mtime_ns] for path in _all_files(corpus)
     ]
     description = {"format": FORMAT, "corpus": _settings(corpus), "files": facts}
-    if corpus.source == "stdlib":  # its times say when Python was installed
+    if corpus.source == "stdlib":  # its file times only tell when Python was installed
         description["files"] = [[platform.python_version()], *([path, size] for path, size, _ in facts)]
     if corpus.source == "text" and any(path.endswith(COMPRESSED) for path, *_ in facts):
-        description["decompressed"] = True  # which they once were not
+        description["decompressed"] = True  # the first version did not decompress them
     return description
 
 
 def _corpus_folder(cache: Path, name: str, source: Mapping[str, Any], tokenizer: str) -> Path:
-    """By what its content depends on: a description of the corpus, and the identity of the tokenizer."""
+    """Named by what its content depends on: the description of the corpus and the identity of the tokenizer."""
     return cache / f"{name}-{_short_hash([source, tokenizer])}"
 
 
 def _settings(corpus: Corpus) -> dict[str, Any]:
-    """A corpus as it is written down. What was added later is left out at its default, so that caches stay valid."""
+    """A corpus as recorded. A setting added later is omitted at its default, so that existing caches stay valid."""
     settings = asdict(corpus)
     if not corpus.deduplicate:
         del settings["deduplicate"]
@@ -851,7 +854,7 @@ def _all_files(corpus: Corpus) -> list[Path]:
 
 
 def _identity(tokenizer_folder: Path) -> str:
-    """SHA-256 of what the tokenizer does: its tokenizer.json and which token ends a text."""
+    """SHA-256 of the tokenizer.json and the end-of-text token."""
     end = json.loads((tokenizer_folder / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
     return _sha256((tokenizer_folder / "tokenizer.json").read_bytes() + json.dumps(end).encode())
 
@@ -865,7 +868,7 @@ def _sha256(raw: bytes) -> str:
 
 
 def _complete(folder: Path, last: str) -> bool:
-    """Whether the folder has the file that is written last. One without it was damaged, and is removed."""
+    """Whether the folder has the file that is written last. A folder without it is damaged, and removed."""
     if folder.exists() and not (folder / last).exists():  # in this order: a folder appears with all its files
         shutil.rmtree(folder)
     return (folder / last).exists()
@@ -873,10 +876,10 @@ def _complete(folder: Path, last: str) -> bool:
 
 @contextmanager
 def _building(folder: Path) -> Iterator[Path]:
-    """A folder that takes the name `folder`, synced, if the block ends without an error.
+    """A folder that is synced and renamed to `folder` if the block ends without an error.
 
-    It lies in .NAME.0, or .NAME.1 while another process has that one, beside what else is needed until then. What a
-    STATE there says is kept for the next time, unless the error is one of the data.
+    Until then it lies in .NAME.0 (or .NAME.1 while another process has that one), with what resuming needs. After an
+    error it stays there to be resumed if it has a STATE, unless it is a DataError.
     """
     slot, lock = _claim(folder)
     temporary = slot / "whole"
@@ -891,7 +894,7 @@ def _building(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
         except OSError:
             if not folder.exists():
-                raise  # else another process was faster, with the same content
+                raise  # else another process finished first, with the same content
         _sync(folder.parent)
         for other in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
             other_lock = None if other == slot else _lock(other)
@@ -905,8 +908,8 @@ def _building(folder: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
                 error.errno,
-                f"No space is left for {folder}. Free some, or choose another data.cache_dir; with this one the same "
-                "command goes on from where it was.",
+                f"No space is left for {folder}. Free some and give the same command: it resumes. Or choose another "
+                "data.cache_dir.",
             ) from error
         raise
     finally:
@@ -914,13 +917,13 @@ def _building(folder: Path) -> Iterator[Path]:
 
 
 def _claim(folder: Path) -> tuple[Path, IO[str]]:
-    """The first of the folders for making `folder` that no other process has, and the lock that says so."""
+    """The first temporary folder for `folder` that no other process has, and its lock."""
     for number in itertools.count():
         slot = folder.with_name(f".{folder.name}.{number}")
         slot.mkdir(exist_ok=True)
         try:
             lock = _lock(slot)
-        except OSError:  # a file system without locks: one that nobody else will look for
+        except OSError:  # a file system without locks: a folder with a unique name
             slot = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
             slot.mkdir()
             return slot, open(slot / "lock", "w", encoding="utf-8")
@@ -930,7 +933,7 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
 
 
 def _lock(slot: Path) -> IO[str] | None:
-    """None if another process has it, or has just removed it."""
+    """The lock of a temporary folder; None if another process has it, or has just removed the folder."""
     path = slot / "lock"
     try:
         lock = open(path, "w", encoding="utf-8")  # noqa: SIM115

@@ -58,7 +58,7 @@ def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     script.write_text("import os\nos.kill(os.getpid(), 9)")
     monkeypatch.setattr(bpe, "__file__", str(script))
     (tmp_path / "a.txt").write_text("a text" * 100_000)
-    with pytest.raises(ChildProcessError, match="ended with status -9"):
+    with pytest.raises(ChildProcessError, match="exited with status -9"):
         prepare({"a": Corpus("text", str(tmp_path / "a.txt"))}, TokenizerSpec(vocab_size=300), tmp_path / "cache")
 
 

@@ -16,7 +16,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data.sources
 from powertrain import data
 from powertrain.data import DataError
 from powertrain.data.prepare import TokenizerSpec, prepare
@@ -110,7 +109,7 @@ def test_a_second_call_reads_the_cache(texts, tokenizer, tmp_path, monkeypatch):
     assert again.folders == first.folders
 
 
-def test_changed_files_or_settings_are_prepared_anew(tokenizer, tmp_path):
+def test_changed_files_or_settings_are_prepared_again(tokenizer, tmp_path):
     write_texts(tmp_path / "texts", 30)
     specification = TokenizerSpec(str(tokenizer))
     folders = [prepare({"a": corpus_of(tmp_path / "texts")}, specification, tmp_path / "cache").folders["a"]]
@@ -392,7 +391,7 @@ def die(*_):
     os._exit(1)
 
 
-def test_a_worker_that_is_killed_is_told_of(texts, tokenizer, tmp_path, monkeypatch):
+def test_a_killed_worker_is_reported(texts, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data.prepare, "ALONE", 0)
     monkeypatch.setattr(data.prepare, "_encode_here", die)
     with pytest.raises(ChildProcessError, match=r"data\.workers"):
@@ -426,7 +425,7 @@ def test_a_full_disk_keeps_what_is_done_and_bad_data_nothing(texts, tokenizer, t
 
 
 @pytest.mark.parametrize("state", ["", "{}", "[]", '{"sizes": {}}'])
-def test_a_state_that_cannot_be_read_is_a_new_beginning(state, texts, tokenizer, tmp_path):
+def test_an_unreadable_state_starts_over(state, texts, tokenizer, tmp_path):
     specification = TokenizerSpec(str(tokenizer))
     whole = prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "whole").folders["a"]
     slot = tmp_path / "cache" / f".{whole.name}.0"
@@ -452,7 +451,7 @@ def test_what_others_left_is_removed_when_the_corpus_is_whole(texts, tokenizer, 
     assert [path.name for path in (tmp_path / "cache").glob(".*")] == [f".{name}.1"]
 
 
-def test_caches_of_before_stay_valid(tmp_path, monkeypatch):
+def test_caches_of_earlier_versions_stay_valid(tmp_path, monkeypatch):
     """The hash was computed by version 0.1.0 as it first was."""
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     os.utime(tmp_path / "a.jsonl", (1_700_000_000, 1_700_000_000))
@@ -483,7 +482,7 @@ def test_equal_texts_are_kept_once(texts, tokenizer, tmp_path):
         + [("duplicate", f"{second}:{number}") for number in (*range(12, 32), 33, 34, 35)]
     )
     assert first not in str(listed)
-    # A validation document that training has is left out, too.
+    # A validation document whose text training has is skipped, too.
     apart = replace(corpus, validation_path=str(tmp_path / "files" / "*.held"))
     splits = decoded(prepare({"a": apart}, specification, tmp_path / "cache"), "a")
     assert splits == {"train": texts[1], "validation": ["held " + texts[1][0]]}
@@ -505,7 +504,7 @@ def test_hashes_are_known_again_and_no_others():
     assert 100 < len(seen) < 10_000
 
 
-def test_the_list_of_what_was_left_out_is_bounded(tokenizer, tmp_path, monkeypatch):
+def test_the_list_of_skipped_records_is_bounded(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data.prepare, "LISTED", 10)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n' + "{}\n" * 100)
@@ -541,7 +540,7 @@ def test_splits_without_a_document(tokenizer, tmp_path):
         return str(error.value)
 
     (tmp_path / "a.txt").write_text("  ")
-    assert "train split of corpus 'a' has no document, out of 0 (left out: 1 empty)" in message(0)
+    assert "train split of corpus 'a' has no document, out of 0 (skipped: 1 empty)" in message(0)
     (tmp_path / "a.txt").write_text("one")
     assert "Set it to 0, or name other documents" in message(0.01)
     (tmp_path / "b.txt").write_text("two")
@@ -558,9 +557,7 @@ def test_splits_without_a_document(tokenizer, tmp_path):
 def test_documents_that_are_all_too_long(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data.sources, "LONGEST", 3)
     (tmp_path / "a.txt").write_text("abcd")
-    with pytest.raises(
-        DataError, match=r"left out: 1 too_long\)\. Longer than 134,217,728 bytes is too long: cut such"
-    ):
+    with pytest.raises(DataError, match=r"skipped: 1 too_long\)\. A document may have 134,217,728 bytes: split longer"):
         prepare({"a": corpus_of(tmp_path, 0)}, TokenizerSpec(str(tokenizer)), tmp_path / "cache")
 
 
@@ -595,5 +592,5 @@ def test_a_damaged_description_of_a_prepared_corpus_is_a_paragraph(texts, tokeni
     corpora, spec = {"a": corpus_of(texts[0])}, TokenizerSpec(path=str(tokenizer))
     folder = prepare(corpora, spec, tmp_path).folders["a"]
     (folder / "corpus.json").write_text(text)
-    with pytest.raises(DataError, match=r"corpus\.json is damaged\. Delete .* to prepare the corpus anew"):
+    with pytest.raises(DataError, match=r"corpus\.json is damaged\. Delete .* to prepare the corpus again"):
         prepare(corpora, spec, tmp_path)
