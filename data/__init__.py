@@ -1,4 +1,4 @@
-"""Text to token files to training samples; knows nothing of models, schedules or engines."""
+"""Text to token files to training sequences; knows nothing of models, schedules or engines."""
 
 import os
 
@@ -7,14 +7,14 @@ if __name__ != "powertrain.data":
 
 
 class DataError(ValueError):
-    """Something a user can put right: one readable paragraph with the value, the limit and the remedy."""
+    """An error that a user can correct: one readable paragraph with the value, the limit and the remedy."""
 
 
 def expand(path: str | os.PathLike[str]) -> str:
-    """The path with the home folder for a ~ at its beginning.
+    """The path, with a ~ at its beginning replaced by the home folder.
 
     Raises:
-        DataError: it is not known.
+        DataError: the home folder is not known.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):

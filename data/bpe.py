@@ -1,5 +1,5 @@
-"""Trains a byte-level BPE. As a script it does so in a process of its own, for only there can it be stopped: a process
-that trains one sees no signal until it is done."""
+"""Trains a byte-level BPE. Run as a script, in a process of its own, because only so can it be stopped: the training
+call handles no signal until it returns."""
 
 import os
 import pickle
@@ -9,14 +9,14 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
-LONGEST_WORD = 4096  # bytes; training takes time in proportion to its square
+LONGEST_WORD = 4096  # bytes; training time grows with its square
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_text: str) -> Any:
-    """A tokenizer (of `tokenizers`) whose merges are learned from the texts. It writes any text.
+    """A tokenizer (of `tokenizers`) whose merges are learned from the texts. It encodes any text.
 
-    What stands between two places where the tokenizer cuts, such as a run of letters, is learned from in parts of
-    LONGEST_WORD bytes. The tokenizer itself does not cut there.
+    Training splits words, as the pre-tokenizer makes them, into parts of LONGEST_WORD bytes. The tokenizer itself does
+    not split there.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -38,13 +38,13 @@ def train(texts: Iterable[str], vocab_size: int, end_of_text: str) -> Any:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # which returns when nobody can write there any more
+    os.read(0, 1)  # returns when the parent, which holds the other end, has ended
     os._exit(1)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, too
-    sys.path.append(sys.argv[1])  # where the parent has found `tokenizers`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    sys.path.append(sys.argv[1])  # where the parent found `tokenizers`
     arguments = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.buffer.write(train(*arguments).to_str().encode())

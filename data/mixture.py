@@ -1,4 +1,4 @@
-"""Weights of corpora to a cycle of slots whose every prefix is within one sample of each corpus's share."""
+"""Weights of corpora to a cycle of slots in which every prefix is within one sequence of each corpus's share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ SLOTS = 65536
 
 @dataclass(frozen=True)
 class Mixture:
-    """One cycle. `slots`: corpus → its slots of the 65,536. For every k and every corpus, the k samples from the
-    start on hold share·k of it, give or take less than one sample (share = slots / 65,536)."""
+    """One cycle of sequences. `slots`: corpus → its slots of the 65,536. For every k and every corpus, the first k
+    sequences have share·k of it, within less than one sequence (share = slots / 65,536)."""
 
     slots: dict[str, int]
     _names: list[str]
     _cycle: npt.NDArray[Any]  # (SLOTS,) index into _names
-    _earlier: npt.NDArray[np.uint16]  # (SLOTS,) slots of the same corpus before this one
+    _earlier: npt.NDArray[np.uint16]  # (SLOTS,) how many slots before this one are of the same corpus
     _positions: list[npt.NDArray[np.uint16]]  # per corpus, ascending
 
     def at(self, slot: int) -> tuple[str, int]:
-        """(corpus of the slot, how many slots before it in the cycle are the same corpus's)."""
+        """(corpus of the slot, how many slots before it in the cycle are of the same corpus)."""
         return self._names[self._cycle[slot]], int(self._earlier[slot])
 
     def counts(self, k: int) -> dict[str, int]:
-        """Corpus → its share of the first k samples, k ≥ 0; the cycle repeats."""
+        """Corpus → how many of the first k sequences are its own, k ≥ 0; the cycle repeats."""
         cycles, slot = divmod(k, SLOTS)
         return {
             name: cycles * self.slots[name] + int(np.searchsorted(positions, slot))
@@ -41,9 +41,10 @@ class Mixture:
 
 
 def mixture_of(weights: Mapping[str, float]) -> Mixture:
-    """The cycle for `weights` (corpus → weight > 0; only ratios count, the order of names does not).
+    """The cycle for `weights`: corpus → weight > 0. Only the ratios of the weights matter, not the order of names.
 
-    A weight that is not a positive number, or too small for a single slot, is a DataError.
+    Raises:
+        DataError: a weight is not a positive number, or too small for a single slot.
     """
     return _mixture(tuple(sorted(weights.items())))
 
@@ -78,8 +79,8 @@ def _slots(weights: tuple[tuple[str, float], ...]) -> dict[str, int]:
     for name, weight in weights:
         if slots[name] == 0:
             raise DataError(
-                f"The weight of corpus {name!r} is {weight} of {float(total)} in all, less than one sample in {SLOTS}. "
-                "Raise the weight or leave the corpus out."
+                f"The weight of corpus {name!r} is {weight} of a total of {float(total)}: less than one sequence in "
+                f"{SLOTS}. Raise the weight or leave the corpus out."
             )
     return slots
 
@@ -88,9 +89,9 @@ def _cycle(slots: list[int]) -> npt.NDArray[Any]:
     """The sequence (SLOTS,) of corpus indices: Tijdeman's chairman assignment.
 
     The j-th slot (from 0) of a corpus with n of the N slots must not come before floor(jN/n), or its count would run
-    ahead by a whole sample, nor after ceil((j+1)N/n) - 1, or it would fall behind by one. Among those that may come
-    the earliest deadline goes first, which meets all deadlines whenever that is possible; here it always is, since
-    the shares add up to one.
+    ahead by a whole sequence, nor after ceil((j+1)N/n) - 1, or it would fall behind by one. Of the corpora that may
+    come next, the one with the earliest deadline does. That meets all deadlines if it is possible at all, and it is,
+    because the shares add up to one.
     """
     cycle = np.zeros(SLOTS, dtype=np.uint8 if len(slots) <= 256 else np.uint16)
     if len(slots) == 1:
@@ -98,7 +99,7 @@ def _cycle(slots: list[int]) -> npt.NDArray[Any]:
     base = len(slots)
     ready = [-(-SLOTS // n) * base + corpus for corpus, n in enumerate(slots)]  # deadline and corpus in one integer
     heapify(ready)
-    waiting: list[list[int]] = [[] for _ in range(SLOTS + 1)]  # by the slot from which an entry may come
+    waiting: list[list[int]] = [[] for _ in range(SLOTS + 1)]  # by the first slot that an entry may take
     done = [0] * base
     for slot in range(SLOTS):
         for entry in waiting[slot]:

@@ -1,4 +1,5 @@
-"""Which window is sample i: a pure function of a seed, the stages and i. Nothing is shuffled, stored or restored."""
+"""The order of training: which sequence comes i-th is a pure function of a seed, the stages and i. Nothing is shuffled,
+stored or restored."""
 
 import hashlib
 from bisect import bisect_right
@@ -10,14 +11,14 @@ from powertrain.data import DataError
 from powertrain.data.mixture import SLOTS, Mixture, mixture_of
 
 MASK = (1 << 64) - 1
-ROUNDS = 6  # with 4, orders of five or six windows are not all equally likely
+ROUNDS = 6  # with 4, the orders of five or six sequences are not all equally likely
 
 
 def permute(index: int, size: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(size), chosen by the 64-bit `key`, sends `index`.
+    """The image of `index` under a pseudo-random permutation of range(size), chosen by the 64-bit `key`.
 
-    A Feistel network on a grid of a × b ≥ size cells. The grid is at most one column larger than size, so that walking
-    on from a cell outside ends at once on average; memory and time do not depend on size.
+    A Feistel network on a grid of a × b ≥ size cells, repeated while its output is outside range(size) (cycle walking).
+    The grid is at most one column larger than size, so repeats are rare; memory and time do not depend on size.
     """
     assert 0 <= index < size
     a = isqrt(size - 1) + 1
@@ -45,7 +46,7 @@ def _mix(x: int) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """From sample `start` on, corpora are drawn in proportion to the weights of `mixture` (name → weight)."""
+    """From sequence number `start` on, corpora are drawn in proportion to the weights of `mixture` (name → weight)."""
 
     start: int
     mixture: Mapping[str, float]
@@ -53,11 +54,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Order:
-    """The order of all samples. `windows`: corpus → its number of windows.
+    """The order of all sequences. `windows`: corpus → how many sequences it has.
 
-    A corpus goes on where it was when a stage begins, and starts a new epoch, in another order, when all its windows
-    were used. So a later stage or another corpus changes nothing before it. Stages that do not start at 0 or do not
-    ascend, and corpora without windows, are DataErrors.
+    A corpus continues across stages, and starts a new epoch, in another order, when all its sequences were used. So a
+    later stage or another corpus changes nothing before it.
+
+    Raises:
+        DataError: stages do not start at 0 or do not ascend, a mixture names a corpus without a sequence, or
+            `mixture_of` refuses a weight.
     """
 
     seed: int
@@ -65,19 +69,19 @@ class Order:
     windows: Mapping[str, int]
     _starts: list[int] = field(init=False, repr=False, compare=False)
     _mixtures: list[Mixture] = field(init=False, repr=False, compare=False)
-    _before: list[dict[str, int]] = field(init=False, repr=False, compare=False)  # samples before each stage
+    _before: list[dict[str, int]] = field(init=False, repr=False, compare=False)  # sequences before each stage
 
     def __post_init__(self) -> None:
         starts = [stage.start for stage in self.stages]
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
             raise DataError(
-                f"Stages start at samples {starts}; the first must start at 0 and each later one after the one before."
+                f"Stages start at sequences {starts}; the first must start at 0, and each later one after the previous."
             )
         for name in sorted({name for stage in self.stages for name in stage.mixture}):
             if self.windows.get(name, 0) < 1:
                 raise DataError(
-                    f"A mixture names the corpus {name!r}, which has {self.windows.get(name, 0)} windows; the corpora "
-                    f"are {sorted(self.windows)}. Name one of these, or give it more text than one sequence."
+                    f"A mixture names the corpus {name!r}, which has {self.windows.get(name, 0)} sequences; the "
+                    f"corpora are {sorted(self.windows)}. Name one of these, or give it more text than one sequence."
                 )
         mixtures = [mixture_of(stage.mixture) for stage in self.stages]
         before: list[dict[str, int]] = [{}]
@@ -87,7 +91,7 @@ class Order:
             object.__setattr__(self, name, value)
 
     def sample(self, i: int) -> tuple[str, int]:
-        """(corpus, window) of sample i ≥ 0; costs the same for every i."""
+        """(corpus, index of the sequence in it) of sequence number i ≥ 0 of training; costs the same for every i."""
         stage = bisect_right(self._starts, i) - 1
         mixture = self._mixtures[stage]
         cycles, slot = divmod(i - self._starts[stage], SLOTS)
@@ -98,15 +102,16 @@ class Order:
         return corpus, permute(position, windows, _key(self.seed, corpus, epoch))
 
     def counts(self, i: int) -> dict[str, int]:
-        """Corpus → how many of the samples before i are its own; corpora not seen in a stage so far are left out."""
+        """Corpus → how many of the first i sequences are its own; without corpora that no stage has had so far."""
         stage = bisect_right(self._starts, i) - 1
         return _add(self._before[stage], self._mixtures[stage].counts(i - self._starts[stage]))
 
 
 def epochs(stages: Sequence[Stage], windows: Mapping[str, int], samples: int) -> dict[str, float]:
-    """How often so many samples go through each corpus; one that `windows` does not have is left out.
+    """Epochs of each corpus of `windows` in the first `samples` sequences.
 
-    DataErrors: as those of an `Order`.
+    Raises:
+        DataError: as `Order` does.
     """
     unknown = {name: 1 for stage in stages for name in stage.mixture if name not in windows}
     counts = Order(0, stages, {**windows, **unknown}).counts(samples)
@@ -118,5 +123,5 @@ def _add(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
 
 
 def _key(seed: int, corpus: str, epoch: int) -> int:
-    # Not hash(), which differs from process to process.
+    # Not hash(), which differs between processes.
     return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{corpus}".encode(), digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """Where documents come from: files, Hugging Face datasets and Python's own standard library.
 
-A source is read in blocks of a few megabytes, cut where its content alone says. Whoever reads a source takes blocks
-from it one after another; whoever needs the documents makes them from a block, in whatever process.
+A source is read in blocks of a few megabytes, whose boundaries depend on its content alone. `blocks` reads them one
+after another; `read` makes documents of a block, in any process.
 """
 
 import errno
@@ -25,34 +25,37 @@ if TYPE_CHECKING:
     import pyarrow
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "huggingface", "tokens")
-STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 COMPRESSED = (".gz", ".zst")
 EXAMPLES = 5
-BLOCK = 1 << 22  # bytes that are read together, and a record more
-LONGEST = 1 << 27  # bytes of a document, or of its line: 134 MB. Several times as much is held to tokenise it
-ROWS = 64  # of a table taken together at most, for a document may be long
+BLOCK = 1 << 22  # bytes read at once, plus the rest of a record
+LONGEST = 1 << 27  # bytes of a document, or of its line: 134 MB. To tokenise it takes several times as much memory
+ROWS = 64  # of a table read at once at most, because a document may be long
 
 Skip = Callable[[str, str], None]
 
 
 @dataclass
 class Corpus:
-    """What one corpus is made of.
+    """One corpus: where its documents are, and which of them are held out.
 
     source: `stdlib` (the .py files of the running Python's standard library, without tests), `text` (each file a
         document), `jsonl` (an object a line), `parquet`, `arrow` (Arrow IPC files and streams, such as `datasets`
         saves), `huggingface` (through `datasets`) or `tokens` (a token file in Megatron's format, used as it is).
         Files of text and jsonl may be compressed, as .gz or .zst.
     path: a glob such as `books/**/*.txt` (text, jsonl, parquet, arrow); a dataset's name, or a folder that `datasets`
-        can load or has saved (huggingface); the token file's PREFIX (tokens).
+        can load or saved (huggingface); the token file's PREFIX (tokens).
     field: the key or column that holds the text (jsonl, parquet, arrow, huggingface).
     split, name: the split and the configuration of a dataset (huggingface).
-    validation_fraction: the share of documents, by a hash of their text, that is kept for validation: equal texts are
-        never on both sides. A token file is never split.
-    validation_path: the validation documents instead, a path of the same kind; the fraction is ignored then.
-    deduplicate: of documents with equal texts take only the first, in the order of the files; the validation_path's
-        come last, so that validation has no text of training either. A hash of 16 bytes is held for each document and,
-        now and then, copied: about 30 GB of memory for a billion documents.
+    validation_fraction: the share of documents held out for validation, by a hash of their text, so that equal texts
+        are never on both sides. A token file is never split.
+    validation_path: the validation documents instead, a path of the same kind; the fraction is then ignored.
+    deduplicate: keep only the first of documents with equal texts, in the order of the files. Those of validation_path
+        come last, so that validation has no text of training either. This takes about 30 GB of memory for a billion
+        documents: 16 bytes each, sometimes copied.
+
+    Raises:
+        DataError: an unknown source, or settings that do not go together.
     """
 
     source: str
@@ -69,23 +72,24 @@ class Corpus:
             raise DataError(f"The source {self.source!r} is unknown; the sources are {', '.join(SOURCES)}.")
         if (self.path is None) != (self.source == "stdlib"):
             raise DataError(
-                f"A corpus of source {self.source!r} has the path {self.path!r}; stdlib takes none, every other one."
+                f"A corpus of source {self.source!r} has the path {self.path!r}; stdlib takes no path, every other "
+                "source needs one."
             )
         if not 0 <= self.validation_fraction < 1:
             raise DataError(f"validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1.")
         if self.validation_path and self.source == "stdlib":
             raise DataError(f"validation_path is {self.validation_path!r}; stdlib takes only a validation_fraction.")
         if self.deduplicate and self.source == "tokens":
-            raise DataError("deduplicate is true, but a token file is used as it is; leave it out for this corpus.")
+            raise DataError("deduplicate is true, but a token file is used as it is; remove it for this corpus.")
 
     def parts(self) -> list["Corpus"]:
-        """This corpus, and the one of its validation_path where it has one."""
+        """This corpus and, if it has a validation_path, the corpus of that path."""
         return [self] + ([replace(self, path=self.validation_path)] if self.validation_path else [])
 
 
 @dataclass
 class Skipped:
-    """Records left out, by kind: how many, and the identifiers of the first few."""
+    """Skipped records, by kind: how many, and the identifiers of the first few."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[str]] = field(default_factory=dict)
@@ -97,8 +101,8 @@ class Skipped:
 
 
 class Place(NamedTuple):
-    """Between two records: how many files are read whole, and how far the next one is read, in records and in
-    decompressed bytes (jsonl; else 0)."""
+    """A position between two records: how many files are read to their end, and how far the next one is read, in
+    records and in decompressed bytes (jsonl; else 0)."""
 
     file: int = 0
     records: int = 0
@@ -106,9 +110,9 @@ class Place(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Records that follow one another. `content`: paths of files (text), lines (jsonl), an Arrow stream (tables) or
-    values (huggingface), of the file `path` after `first` records of it. `end`: where the next block begins. `done`:
-    bytes of the files read until there; None for a data set."""
+    """Consecutive records. `content`: paths of files (text), lines (jsonl), an Arrow stream (tables) or values
+    (huggingface), of the file `path` after its first `first` records. `end`: where the next block begins. `done`: bytes
+    of the files read so far; None for a dataset."""
 
     path: str
     first: int
@@ -118,10 +122,12 @@ class Block(NamedTuple):
 
 
 def documents(corpus: Corpus, skipped: Skipped | None = None) -> Iterator[tuple[str, str]]:
-    """(identifier, text) of each document of `corpus.path`, in an order that only the content decides.
+    """(identifier, text) of each document of `corpus.path`, in an order that depends on the content alone.
 
-    Records that are no text are left out and entered in `skipped`, as by `read`. Only one block is held at a time. A
-    path without files, a damaged file, or a data set that cannot be loaded is a DataError.
+    Records without a text are skipped and counted in `skipped`, as by `read`. One block at a time is in memory.
+
+    Raises:
+        DataError: no file matches the path, a file is damaged, or a dataset cannot be loaded.
     """
     skipped = Skipped() if skipped is None else skipped
     for block in blocks(corpus):
@@ -129,10 +135,13 @@ def documents(corpus: Corpus, skipped: Skipped | None = None) -> Iterator[tuple[
 
 
 def read(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, str]]:
-    """(identifier, text) of a block's documents; `skip(kind, identifier)` is called for records that are none.
+    """(identifier, text) of a block's documents; calls `skip(kind, identifier)` for every other record.
 
-    Kinds: invalid_utf8, invalid_json, missing_field, null, not_a_string, empty (nothing but white space) or too_long
-    (more than LONGEST bytes).
+    Kinds: invalid_utf8, invalid_json, missing_field, null, not_a_string, empty (only white space) or too_long (more
+    than LONGEST bytes).
+
+    Raises:
+        DataError: a compressed file is damaged.
     """
     for identifier, value in _READERS[corpus.source](corpus, block, skip):
         if value is None:
@@ -147,7 +156,7 @@ def read(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, str]]:
             skip("too_long", identifier)
         else:
             yield identifier, value
-        del value  # or it would be held while the next one is read
+        del value  # so that it is freed before the next one is read
 
 
 def _encoded_size(text: str) -> int | None:
@@ -158,19 +167,23 @@ def _encoded_size(text: str) -> int | None:
 
 
 def files(corpus: Corpus) -> list[Path]:
-    """The files that `documents` will read, sorted; none for a data set of the hub. No file is a DataError."""
+    """The files that `documents` will read, sorted; none for a dataset of the hub.
+
+    Raises:
+        DataError: no file matches, or something cannot be read.
+    """
     if corpus.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = []
         for folder, folders, names in _walk(root):
-            folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT]
+            folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
             found += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(found)
     pattern = expand(str(corpus.path))
     if corpus.source == "huggingface":
         inside = (os.path.join(folder, name) for folder, _, names in _walk(pattern) for name in names)
         return sorted(Path(path) for path in inside if _is_file(path))
-    # Each file once: a link to a folder above would make ** find it by dozens of paths.
+    # Each file once: with a link to a parent folder ** finds it under dozens of paths.
     _check_folders(pattern)
     names = sorted(name for name in glob.glob(pattern, recursive=True) if _is_file(name))
     found = list({os.path.realpath(name): Path(name) for name in reversed(names)}.values())
@@ -183,44 +196,44 @@ def files(corpus: Corpus) -> list[Path]:
 
 
 def _check_folders(pattern: str) -> None:
-    """A folder that a glob has to look into and cannot is a DataError: glob itself leaves it out."""
+    """Raise a DataError for a folder that the glob has to list and cannot: glob itself skips it silently."""
     parts = Path(pattern).parts
     for number, part in enumerate(parts):
         if glob.has_magic("".join(parts[: number + 1])):
-            above = parts[: number + (part == "**")]  # which looks into what it finds, too
+            above = parts[: number + (part == "**")]  # ** also lists the folders that it finds
             for folder in glob.iglob(os.path.join(*above, "") or "./", recursive=True):
                 if Path(folder).name == "lost+found":
-                    continue  # of a file system, and readable for nobody
+                    continue  # part of the file system, readable by root only
                 try:
                     if glob.has_magic(part):
                         os.scandir(folder).close()
                     else:
                         os.lstat(os.path.join(folder, part))
                 except OSError as error:
-                    _may_be_left_out(folder, error)
+                    _refuse_unreadable(folder, error)
 
 
 def _is_file(path: str) -> bool:
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
-        _may_be_left_out(path, error)
+        _refuse_unreadable(path, error)
         return False
 
 
-def _may_be_left_out(path: str | Path, error: OSError) -> None:
-    """Raises DataError, but for a path that is not there, or only there by going round in links."""
+def _refuse_unreadable(path: str | Path, error: OSError) -> None:
+    """Raise a DataError, except for a path that does not exist or is a loop of links."""
     if os.path.islink(path) and error.errno == errno.ENOENT:
-        raise DataError(f"{path} is a link to nothing. Restore its file, or remove it.") from error
+        raise DataError(f"{path} is a broken link. Restore its target, or remove it.") from error
     if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
         raise DataError(
-            f"{path} cannot be looked into: {error.strerror}. Make it readable, or give a path that leaves it out."
+            f"{path} cannot be read: {error.strerror}. Make it readable, or give a path that excludes it."
         ) from error
 
 
 def _walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
     def refuse(error: OSError) -> None:
-        _may_be_left_out(error.filename, error)
+        _refuse_unreadable(error.filename, error)
 
     return os.walk(root, onerror=refuse)
 
@@ -229,7 +242,12 @@ def _walk(root: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def blocks(corpus: Corpus, start: Place = Place()) -> Iterator[Block]:  # noqa: B008
-    """The source from `start` on. Blocks that start at the end of another are the same whatever was read before."""
+    """The blocks of a source from `start` on, which is the end of another block: they are the same however reading got
+    there.
+
+    Raises:
+        DataError: no file matches, a file is damaged, or a dataset cannot be loaded.
+    """
     if corpus.source == "huggingface":
         yield from _dataset_blocks(corpus, start)
         return
@@ -259,14 +277,14 @@ def blocks(corpus: Corpus, start: Place = Place()) -> Iterator[Block]:  # noqa: 
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """What the readers of damaged files raise."""
+    """What the readers raise on damaged files."""
     import pyarrow
 
     return OSError, EOFError, zlib.error, UnicodeDecodeError, pyarrow.ArrowException
 
 
 def _cannot_be_read(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read to its end: {error}. Replace the file or leave it out.")
+    return DataError(f"{path} cannot be read to its end: {error}. Replace the file or exclude it.")
 
 
 Split = Iterator[tuple[Any, int, Place, float]]  # content, records before it, place after it, share of the file
@@ -289,7 +307,7 @@ def _line_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
             first = records
             records += content.count(b"\n")
             offset += len(content)
-            while len(rest) == asked and not rest.endswith(b"\n"):  # of a line that is too long, as `_lines` will see
+            while len(rest) == asked and not rest.endswith(b"\n"):  # the line is too long: `_lines` skips it
                 rest = file.readline(asked := BLOCK)
                 records += rest.count(b"\n")
                 offset += len(rest)
@@ -298,20 +316,23 @@ def _line_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
 
 
 def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    """The bytes of an open file, decompressed if its name ends in one of COMPRESSED; damaged ones raise OSError,
-    EOFError or zlib.error."""
+    """The bytes of an open file, decompressed if its name ends in one of COMPRESSED.
+
+    Raises:
+        OSError, EOFError, zlib.error: when it is read, if it is damaged.
+    """
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     return io.BufferedReader(_Zstd(raw), 1 << 17) if path.suffix == ".zst" else raw
 
 
 class _Zstd(io.RawIOBase):
-    """All frames of a file, one after another. zstandard's own reader takes a file that was cut for a whole one."""
+    """All frames of a file, one after another. zstandard's own reader does not notice a truncated file."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
 
-        # Large windows, as `zstd --long=31` leaves them, are refused by default.
+        # By default it refuses large windows, as `zstd --long=31` writes them.
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self._error = zstandard.ZstdError
         self._raw, self._compressed, self._held = raw, b"", memoryview(b"")
@@ -322,10 +343,10 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._held:
-            self._compressed = self._compressed or self._raw.read(1 << 10)  # which may be 32 MB of one character
+            self._compressed = self._compressed or self._raw.read(1 << 10)  # may decompress to 32 MB
             if not self._compressed:
                 if self._frame is not None:
-                    raise EOFError("the last zstd frame is cut")
+                    raise EOFError("the last zstd frame is truncated")
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
             try:
@@ -382,7 +403,7 @@ def _arrow_blocks(corpus: Corpus, path: Path, place: Place) -> Split:
                 share = index / count if is_file else source.tell() / size
                 texts = batch.column(column)
                 bare = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-                # pyarrow trusts a damaged file's lengths. As bytes: bad UTF-8 is one row's fault, not the file's.
+                # pyarrow trusts a damaged file's lengths. As bytes, because bad UTF-8 skips a row, not the file.
                 texts.view(bare.get(texts.type, texts.type)).validate(full=True)
                 one = pyarrow.RecordBatch.from_arrays([texts], [corpus.field])
                 for begin in range(0, len(batch), ROWS):
@@ -404,7 +425,7 @@ def _column(corpus: Corpus, path: Path, schema: "pyarrow.Schema") -> int:
 
 
 def _table_blocks(place: Place, batches: Iterator[tuple["pyarrow.RecordBatch", float]]) -> Split:
-    """Arrow streams of a block each, from batches and the share of the file at their ends."""
+    """Arrow streams of one block each, from batches and the share of the file at their ends."""
     number, first, _ = place
     held: list[pyarrow.RecordBatch] = []
     size, share = 0, 0.0
@@ -448,12 +469,12 @@ def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
         values: list[Any] = []
         held = 0
         if first:
-            # A Dataset itself refuses to skip all that it has.
+            # Dataset.skip refuses to skip all rows.
             rows = (rows.to_iterable_dataset() if isinstance(rows, datasets.Dataset) else rows).skip(first)
         for record in rows:
-            value = record.get(corpus.field, ...)  # which stands for no such field
+            value = record.get(corpus.field, ...)  # ... stands for a missing field
             if value is not None and value is not ... and not isinstance(value, str):
-                value = 0  # for a picture can be large, and is not a string either way
+                value = 0  # skipped as not_a_string anyway, and an image would take memory
             values.append(value)
             records += 1
             held += len(value) if isinstance(value, str) else 1
@@ -462,9 +483,9 @@ def _dataset_blocks(corpus: Corpus, start: Place) -> Iterator[Block]:
                 first, values, held = records, [], 0
         if values:
             yield Block(path, first, values, Place(0, records), None)
-    except Exception as error:  # `datasets` raises what its many readers and the network raise
+    except Exception as error:  # `datasets` raises whatever its readers and the network raise
         raise DataError(
-            f"The data set {path!r} (configuration {corpus.name}, split {corpus.split}) cannot be read: "
+            f"The dataset {path!r} (configuration {corpus.name}, split {corpus.split}) cannot be read: "
             f"{type(error).__name__}: {error}. Check the name, or that this machine can reach the hub."
         ) from error
 
@@ -496,7 +517,7 @@ def _texts(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]
 
 
 def _lines(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]]:
-    # Line by line, because `datasets` gives up a whole file for one bad line.
+    # Line by line, because `datasets` fails on a whole file for one bad line.
     for number, line in enumerate(io.BytesIO(block.content), block.first + 1):
         identifier = f"{block.path}:{number}"
         if len(line) > LONGEST:
@@ -513,7 +534,7 @@ def _lines(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any]
         else:
             if isinstance(record, dict) and corpus.field in record:
                 value = record[corpus.field]
-                del line, record  # which may be long
+                del line, record  # they may be long
                 yield identifier, value
             else:
                 skip("missing_field", identifier)

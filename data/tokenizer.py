@@ -1,8 +1,8 @@
-"""A tokenizer is what its tokenizer.json says, whatever class its folder names: one way to load it and to write it.
+"""Loading and saving a tokenizer: it is what its tokenizer.json says, whatever class its folder names.
 
-Transformers' AutoTokenizer takes the file's vocabulary and rebuilds the rest as the named class has it: GPT2Tokenizer
-forgets that the file splits digits, and others its normalizer. A configuration can also add tokens or flags that the
-file does not have. Other tokens than those of training mean another text, so both are passed over here.
+Transformers' AutoTokenizer takes the vocabulary from the file and rebuilds the rest as the named class has it:
+GPT2Tokenizer drops the file's splitting of digits, others its normalizer. A configuration can also add tokens or flags
+that the file does not have. Both would change the ids of a text, so both are ignored here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SAMPLE = (
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a folder, or of a name that the hub knows, as a PreTrainedTokenizerFast of Transformers.
+    """The tokenizer of a folder or of a name on the hub, as a PreTrainedTokenizerFast of Transformers.
 
     It encodes and decodes as `tokenizers.Tokenizer.from_file` does with tokenizer.json, without the truncation and
-    padding that may be written there. Of its configuration it takes the names of the special tokens. Where there is no
-    tokenizer.json, vocabulary files are converted to one.
+    padding that may be set there. The names of special tokens come from its configuration. Without a tokenizer.json,
+    vocabulary files are converted to one.
 
     Raises:
-        DataError: nothing that can be loaded or converted, or no token that ends a text.
+        DataError: it cannot be loaded or converted, or has no end-of-text token.
     """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -46,18 +46,18 @@ def load_tokenizer(path: str | Path) -> Any:
             named = PreTrainedTokenizerFast.from_pretrained(place)
             backend = Tokenizer.from_file(file)
             if named.eos_token is None:
-                with suppress(Exception):  # whatever stops it from being built; its class may have names of its own
+                with suppress(Exception):  # its class may define an eos_token, if it can be built at all
                     named = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with a file or the network
+    except Exception as error:  # anything that is wrong with a file or the network
         raise DataError(
             f"No tokenizer could be loaded from {str(path)!r}: {type(error).__name__}: {error} Give a folder with a "
-            "tokenizer.json, or with a SentencePiece tokenizer.model (pip install sentencepiece protobuf, and it is "
-            "converted), a name that the hub knows, or no path to train one."
+            "tokenizer.json or a SentencePiece tokenizer.model (converted after pip install sentencepiece protobuf), a "
+            "name on the hub, or no path to train one."
         ) from error
     if backend is None:
         raise DataError(
-            f"The tokenizer {str(path)!r} has no tokenizer.json, and a conversion of its vocabulary would not be sure "
-            "to give the same tokens. Convert it to a tokenizer.json first, and compare."
+            f"The tokenizer {str(path)!r} has no tokenizer.json, and a conversion of its vocabulary might give other "
+            "tokens. Convert it to a tokenizer.json first, and compare."
         )
     if named.eos_token is None:
         raise DataError(
@@ -75,7 +75,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def wrap_tokenizer(backend: Any, **special_tokens: str) -> Any:
-    """A `tokenizers.Tokenizer` with names for its special tokens, as a PreTrainedTokenizerFast of Transformers."""
+    """A PreTrainedTokenizerFast of Transformers from a `tokenizers.Tokenizer` and names for its special tokens."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -94,23 +94,23 @@ def save_tokenizer(tokenizer: Any, folder: Path, **more: Any) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     for name in ("backend", "is_local", "local_files_only"):  # of the object that was saved
         settings.pop(name, None)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | more  # 5 writes a class that 4 does not know
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"} | more  # 5 writes a class that 4 does not have
     path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _converted(place: str) -> tuple[Any, Any]:
-    """(a tokenizer from the vocabulary files of a folder without tokenizer.json, its backend or None if that is not
-    known to give the same tokens)."""
+    """(the tokenizer made of the vocabulary files of a folder without tokenizer.json, its backend). The backend is
+    None if it may give other tokens."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file
 
     if cached_file(place, "tokenizer.model", _raise_exceptions_for_missing_entries=False):
-        # By what the model itself says: a class would put its own normalizer in the place of the model's.
+        # From the model itself: a named class would replace its normalizer by one of its own.
         named = PreTrainedTokenizerFast.from_pretrained(place)
     else:
         named = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     vocabulary = str(getattr(named, "vocab_file", None))
-    same = os.path.isfile(vocabulary)  # else a class that did not find the files that it reads, and is empty
+    same = os.path.isfile(vocabulary)  # else the class did not find its files, and the tokenizer is empty
     if vocabulary.endswith(".model"):
         from sentencepiece import SentencePieceProcessor
 

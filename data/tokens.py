@@ -1,8 +1,9 @@
-"""Megatron-LM's indexed token files: PREFIX.bin holds the tokens, PREFIX.idx says where documents are.
+"""Megatron-LM's indexed token files: PREFIX.bin holds the tokens, PREFIX.idx where documents begin.
 
 The index, little-endian throughout: the magic, the version (uint64), the code of the token dtype (uint8), the
 number of sequences n (uint64), the number of document indices d (uint64), n lengths in tokens (int32), n positions
-in bytes (int64), and d sequence numbers (int64) where a document starts, the last one being n.
+in bytes (int64), and d sequence numbers (int64) where a document starts, the last one being n. A sequence here is
+Megatron's, a part of a document; elsewhere a sequence is what one row of a batch holds.
 """
 
 import hashlib
@@ -27,19 +28,19 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64
 
 BLOCK = 1 << 20  # bytes
 SAMPLED_BLOCKS = 256
-SCAN = 1 << 22  # elements looked at together by `check`
+SCAN = 1 << 22  # elements that `check` reads at once
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """The dtype Megatron takes for a vocabulary: uint16 below 65,500 tokens, else int32."""
+    """The dtype that Megatron uses for a vocabulary: uint16 below 65,500 tokens, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class TokenWriter:
     """Writes PREFIX.bin and PREFIX.idx; a context manager.
 
-    Both are written under temporary names beside their own, and take these when the block ends without an error, so
-    that a file which exists is whole. Existing files are replaced.
+    Both are written under temporary names and renamed when the block ends without an error, so that a file that exists
+    is complete. Existing files are replaced.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
@@ -52,7 +53,11 @@ class TokenWriter:
         return self
 
     def add(self, tokens: npt.ArrayLike) -> None:
-        """Append one document of any number of tokens, none included; an id outside the dtype is a DataError."""
+        """Append one document of any number of tokens, or none.
+
+        Raises:
+            DataError: an id does not fit the dtype.
+        """
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and not np.iinfo(self.dtype).min <= ids.min() <= ids.max() <= np.iinfo(self.dtype).max:
             raise DataError(
@@ -70,7 +75,7 @@ class TokenWriter:
             if kind is None:
                 _sync_and_close(self._bin)
                 write_index(partial["idx"], self.dtype, np.array(self._lengths, dtype="<i4"))
-                # Never a new .bin beside an old .idx: without its index a file does not open.
+                # A new .bin must never lie beside an old .idx; without an index a token file does not open.
                 Path(f"{self.prefix}.idx").unlink(missing_ok=True)
                 for suffix, path in partial.items():
                     path.replace(f"{self.prefix}.{suffix}")
@@ -81,7 +86,7 @@ class TokenWriter:
 
 
 def write_index(path: str | Path, dtype: np.dtype[Any], lengths: npt.NDArray[np.int32]) -> None:
-    """The index of a file whose documents, one sequence each, follow one another: `lengths` (documents,) in tokens."""
+    """Write the index of a file of contiguous documents, one sequence each: `lengths` (documents,) in tokens."""
     code = {name: code for code, name in DTYPES.items()}[dtype.name]
     ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
     with open(path, "wb") as file:
@@ -101,9 +106,11 @@ def _sync_and_close(file: Any) -> None:
 class TokenFile:
     """A token file, memory-mapped read-only: opening costs the same for any size. Can be pickled.
 
-    `tokens`: every token in file order, a flat array (num_tokens,) of the file's dtype. A file that is missing,
-    truncated, of another version or kind, or whose two halves disagree is a DataError. What needs a whole scan is
-    left to `check`.
+    `tokens`: every token in file order, a flat array (num_tokens,) of the file's dtype. `check` tests what takes a scan
+    of the whole file.
+
+    Raises:
+        DataError: a file is missing, truncated, or of another version or kind, or the two files disagree.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -130,8 +137,8 @@ class TokenFile:
             )
         if np.dtype(DTYPES.get(code, "float32")).kind not in "iu":
             raise DataError(
-                f"{index_path}: dtype code {code} ({DTYPES.get(code, 'unknown')}) is not one of an integer type; "
-                "tokens are integers. Prepare the corpus again."
+                f"{index_path}: dtype code {code} ({DTYPES.get(code, 'unknown')}) is not an integer type; tokens are "
+                "integers. Prepare the corpus again."
             )
         self._dtype = np.dtype(DTYPES[code]).newbyteorder("<")
 
@@ -177,13 +184,13 @@ class TokenFile:
 
     @property
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """Offset in tokens of each document, (num_documents,); computed anew, 8 bytes a document."""
+        """Offset in tokens of each document, (num_documents,); computed at each call, 8 bytes a document."""
         return self._starts(0, self.num_documents)
 
     def starts_between(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Ascending offsets in tokens of the documents that start in [begin, end); reads only these."""
+        """The offsets in tokens, ascending, of the documents that start in [begin, end); reads only these."""
         numbers = range(self.num_documents)
-        # Not np.searchsorted: the mapped arrays are unaligned, and it would copy them whole.
+        # Not np.searchsorted: it would copy the mapped arrays, which are unaligned.
         first = bisect_left(numbers, begin, key=self._start)
         return self._starts(first, bisect_left(numbers, end, lo=first, key=self._start))
 
@@ -201,12 +208,12 @@ class TokenFile:
         return starts
 
     def fingerprint(self, progress: Callable[[int, int], None] = lambda done, total: None) -> str:
-        """SHA-256 (hex) of both files' sizes and bytes, all of which it reads; `progress(bytes done, bytes in all)`."""
+        """SHA-256 (hex) of the sizes and all bytes of both files; `progress(bytes done, total bytes)`."""
         return self._digest(False, progress)
 
     def sampled_fingerprint(self) -> str:
-        """What `fingerprint` once was: of a file beyond 256 MiB only 256 evenly spaced blocks of 1 MiB. Checkpoints and
-        prepared corpora of then have it."""
+        """The fingerprint of earlier versions, which checkpoints and prepared corpora still have: of a file above
+        256 MiB it covers only 256 evenly spaced blocks of 1 MiB."""
         return self._digest(True, lambda done, total: None)
 
     def _digest(self, sampled: bool, progress: Callable[[int, int], None]) -> str:
@@ -227,8 +234,11 @@ class TokenFile:
         return digest.hexdigest()
 
     def check(self, vocab_size: int) -> None:
-        """Read both files whole, in pieces. A token id outside range(vocab_size), sequences that do not follow one
-        another without a gap, or documents out of order are a DataError. Costs about what reading the disk does."""
+        """Check both files to their ends, piece by piece; takes about as long as reading them from disk.
+
+        Raises:
+            DataError: a token id outside range(vocab_size), sequences with gaps, or documents out of order.
+        """
         for begin in range(0, len(self._pointers), SCAN):
             pointers = self._pointers[begin : begin + SCAN + 1]
             lengths = self._lengths[begin : begin + SCAN]

@@ -167,7 +167,7 @@ def test_a_special_token_that_is_written_is_text(tmp_path: Path) -> None:
         assert [*ids, 0] == file.tokens[begin:end].tolist() and 0 not in ids
 
 
-def test_a_preparation_goes_on_with_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_preparation_keeps_its_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("powertrain.data.sources.BLOCK", 1)
     monkeypatch.setattr(data.prepare, "SAVE_SECONDS", 0.0)
     (tmp_path / "whole").mkdir()

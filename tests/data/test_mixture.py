@@ -13,7 +13,7 @@ def corpora(mixture, count=SLOTS):
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 10, 25, 50])
-def test_every_prefix_is_within_one_sample_of_every_share(number):
+def test_every_prefix_is_within_one_sequence_of_every_share(number):
     rng = random.Random(number)
     begin = time.process_time()
     mixture = mixture_of({f"corpus{i}": rng.random() ** 3 + 1e-4 for i in range(number)})
@@ -59,7 +59,7 @@ def test_more_corpora_than_a_byte_counts():
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), 1e-9])
-def test_weights_that_mean_nothing_are_refused(weight):
+def test_invalid_weights_are_refused(weight):
     with pytest.raises(DataError, match=r"'tiny'.*[Ll]eave"):
         mixture_of({"a": 1, "tiny": weight})
 

@@ -45,7 +45,7 @@ def test_large_ranges_are_spread_evenly_at_constant_cost():
 ORDER = Order(3, [Stage(0, {"a": 3, "b": 1}), Stage(1000, {"b": 1, "c": 1})], {"a": 11, "b": 7, "c": 5})
 
 
-def test_every_epoch_covers_each_window_once():
+def test_every_epoch_covers_each_sequence_once():
     seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
     for i in range(2000):
         corpus, window = ORDER.sample(i)
@@ -72,7 +72,7 @@ def test_a_later_stage_or_another_corpus_changes_nothing_before():
     assert [first.sample(i) for i in range(1000)] == samples[:1000]
     assert [third.sample(i) for i in range(1500)] == samples
     assert [third.sample(i)[0] for i in range(1500, 1510)] == ["d"] * 10
-    # b's own sequence of windows is the same whatever it is mixed with.
+    # b's own order is the same whatever it is mixed with.
     alone = Order(3, [Stage(0, {"b": 1})], {"b": 7})
     b = [window for corpus, window in samples if corpus == "b"]
     assert [alone.sample(i)[1] for i in range(len(b))] == b
@@ -109,6 +109,6 @@ def test_stages_must_start_at_zero_and_ascend(starts):
 
 
 @pytest.mark.parametrize("windows", [{}, {"a": 0}])
-def test_a_corpus_without_windows_is_refused(windows):
+def test_a_corpus_without_a_sequence_is_refused(windows):
     with pytest.raises(DataError, match="'a'"):
         Order(0, [Stage(0, {"a": 1})], windows)

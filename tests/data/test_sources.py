@@ -125,7 +125,7 @@ def write_table(path: Path, table: pyarrow.Table) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "file", "stream", "huggingface"])
-def test_reading_goes_on_at_the_end_of_any_block(tmp_path, kind, monkeypatch):
+def test_reading_resumes_at_the_end_of_any_block(tmp_path, kind, monkeypatch):
     datasets.disable_progress_bars()
     monkeypatch.setattr(data.sources, "BLOCK", 3000)
     monkeypatch.setattr(data.sources, "ROWS", 16)
@@ -258,7 +258,7 @@ def test_no_file_matches(tmp_path):
         ({"source": "tokens", "path": "x", "deduplicate": True}, "as it is"),
     ],
 )
-def test_corpora_that_mean_nothing(corpus, words):
+def test_invalid_corpora(corpus, words):
     with pytest.raises(DataError, match=words):
         Corpus(**corpus)
 
@@ -284,7 +284,7 @@ def test_fault_19_lines_that_are_too_long_are_counted(tmp_path, suffix, monkeypa
         assert len(block.content) <= 64 + 1001
 
 
-def test_fault_19_no_document_is_held_that_is_too_long(tmp_path, monkeypatch):
+def test_fault_19_a_document_that_is_too_long_takes_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(data.sources, "BLOCK", 1 << 16)
     monkeypatch.setattr(data.sources, "LONGEST", 1 << 20)
     line = b'{"text": "one"}\n{"text": "' + b"a" * 50_000_000 + b'"}\n{"text": "two"}\n'
@@ -361,19 +361,17 @@ def test_folders_that_cannot_be_read_are_named(folder_for_all):
                 if (mode, pattern) == (0o111, "a/*/x.txt"):
                     assert files(Corpus("text", f"{root}/{pattern}")) == [root / "a/b/x.txt"]
                     continue
-                with pytest.raises(
-                    DataError, match=r"a/b.* cannot be looked into: Permission denied\. Make it readable"
-                ):
+                with pytest.raises(DataError, match=r"a/b.* cannot be read: Permission denied\. Make it readable"):
                     files(Corpus("text", f"{root}/{pattern}"))
     (root / "a/b").chmod(0)
-    with without_rights(), pytest.raises(DataError, match=r"a/b cannot be looked into"):
+    with without_rights(), pytest.raises(DataError, match=r"a/b cannot be read"):
         files(Corpus("huggingface", str(root / "a")))
 
 
-def test_a_link_to_nothing_is_named(tmp_path):
+def test_a_broken_link_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"b\.txt is a link to nothing"):
+    with pytest.raises(DataError, match=r"b\.txt is a broken link"):
         files(Corpus("text", f"{tmp_path}/**/*.txt"))
     (tmp_path / "b.txt").unlink()
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")

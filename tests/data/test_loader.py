@@ -36,14 +36,14 @@ def reference(lengths, index, S):
     [
         [9],
         [1] * 9,
-        [4, 4, 4],  # boundaries at the edges of windows
+        [4, 4, 4],  # boundaries at the edges of sequences
         [5, 3, 1, 8],
-        [1, 30, 2],  # a document over several windows
+        [1, 30, 2],  # a document over several sequences
         [0, 3, 0, 0, 5, 0],  # documents of no token
         [4, 0, 4, 1],
     ],
 )
-def test_windows_against_a_reference(tmp_path, lengths):
+def test_sequences_against_a_reference(tmp_path, lengths):
     file = make(tmp_path / "a", lengths)
     for S in (1, 2, 3, 4, 7):
         for index in range(num_windows(file.num_tokens, S)):
@@ -62,20 +62,20 @@ def test_random_documents_against_a_reference(tmp_path):
             assert [part.tolist() for part in window(file, index, S)] == list(reference(lengths, index, S))
 
 
-def test_windows_cover_every_target_once(tmp_path):
+def test_sequences_cover_every_target_once(tmp_path):
     file = make(tmp_path / "a", [6, 1, 10, 4])
     labels = np.concatenate([window(file, i, 5)[1] for i in range(num_windows(21, 5))])
-    # 21 tokens make 4 windows of 5 targets; the first token of a document (1, 7, 8, 18) is never one.
+    # 21 tokens make 4 sequences of 5 targets; the first token of a document (1, 7, 8, 18) is never one.
     assert sorted(set(range(1, 22)) - set(labels.tolist())) == [1, 7, 8, 18]
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(5, 1), (8, 1), (9, 2), (10, 2)])
-def test_number_of_windows(tokens, windows):
+def test_number_of_sequences(tokens, windows):
     assert num_windows(tokens, 4) == windows
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4])
-def test_fault_21_a_corpus_smaller_than_one_window(tokens):
+def test_fault_21_a_corpus_smaller_than_one_sequence(tokens):
     with pytest.raises(DataError, match=rf"books has {tokens} tokens.*= 5.*shorter sequence_length"):
         num_windows(tokens, 4, "books")
 
