@@ -31,14 +31,14 @@ _SCHEDULES: dict[str, type[Named]] = {"power": Power, "wsd": WSD, "cosine": Cosi
 
 
 def build(name: str, **fields: Any) -> Named:
-    """Make a schedule from the values of a config.
+    """Make a schedule from its name and the values of its fields.
 
     Args:
         name: power, wsd, cosine or constant.
         fields: the fields of that dataclass; `decay` may be a mapping of Decay's fields, or None.
 
     Raises:
-        ValueError: an unknown name or field, a field without a value, or a value that the schedule refuses.
+        ValueError: an unknown name or field, a missing field, or a value that the schedule refuses.
     """
     if name not in _SCHEDULES:
         raise ValueError(_unknown("There is no schedule", name, _SCHEDULES))
@@ -49,7 +49,7 @@ def build(name: str, **fields: Any) -> Named:
 
 
 def power_of(schedule: Schedule) -> Power | None:
-    """The Power schedule that this one is, or warms up to again; None for the others."""
+    """The schedule itself, or the one that it warms up to again, if that is a Power; else None."""
     inner = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
     return inner if isinstance(inner, Power) else None
 

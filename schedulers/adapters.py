@@ -4,9 +4,9 @@
     scheduler = PowerLR(optimizer, batch_tokens=64 * 4096, warmup_tokens=100_000_000)
     trainer = Trainer(model, args, optimizers=(optimizer, scheduler), ...)
 
-THE OPTIMIZER'S lr IS A MULTIPLIER. A group's rate is the schedule's rate times the lr that the group was made
-with: 1.0 for plain training, 1 / m_width for the internal matrices under muP. torch's default for AdamW
-is 1e-3 and would train a thousand times too slowly, so a largest lr below 0.01 gives a warning.
+THE OPTIMIZER'S lr IS A MULTIPLIER. A group's learning rate is the schedule's times the lr that the group was created
+with: 1.0 for plain training, 1 / m_width for the internal matrices under muP. torch's default for AdamW, 1e-3, would
+divide every learning rate by a thousand, so the adapters warn when the largest lr is below 0.01.
 """
 
 import warnings
@@ -20,24 +20,24 @@ from powertrain.schedulers import Cosine, Schedule, build
 
 
 def _whole(name: str, value: float, least: int) -> int:
-    # A plain int whatever came in: torch.load(weights_only=True) refuses a state with NumPy's.
+    # Always a plain int: torch.load(weights_only=True) refuses a state with NumPy's integers.
     if value != int(value) or value < least:
         raise ValueError(f"{name} must be a whole number of tokens, {least} or more; it is {value!r}.")
     return int(value)
 
 
 class _TokenLR(LRScheduler):
-    """Sets the rate from an integer count of tokens, so that it holds when the batch changes during training.
+    """Sets the learning rate from an integer count of tokens, so that the batch may change during training.
 
     With a constant batch, step k (from 0) gets `schedule(tokens=tokens_seen + k * batch_tokens,
-    batch=batch_tokens / 4096)`. Call `step()` once after every `optimizer.step()`. `Accelerator.prepare` on
-    several processes would call it once a process, so keep it out of `prepare`, as Trainer does.
+    batch=batch_tokens / 4096)`. Call `step()` once after every `optimizer.step()`. Do not pass it to
+    `Accelerator.prepare`, as Trainer does not: with several processes it would count a step once for each.
 
-    The state has the clock, the batch and the multipliers and not the schedule's fields: a run that resumes
-    goes on at the rates it would have had, and one that resumes with a decay added decays.
+    The state has the token count, the batch and the multipliers, but not the schedule's fields: a resumed run gets the
+    learning rates of an uninterrupted one, and one that is resumed with a decay added decays.
 
     Args:
-        optimizer: its groups' lr are multipliers of the schedule's rate; use lr=1.0.
+        optimizer: its groups' lr are multipliers of the schedule's learning rate; use lr=1.0.
         batch_tokens: tokens of one optimizer step, over all ranks and accumulated micro-batches.
         tokens_seen: tokens already trained when step 0 begins.
         last_epoch: index of the last step done, -1 for none; `load_state_dict` sets it on resume.
@@ -47,7 +47,7 @@ class _TokenLR(LRScheduler):
         tokens: tokens before the next step.
 
     Raises:
-        ValueError: an unknown field, a value out of its range, or a decay that is no longer than a step.
+        ValueError: an unknown field, a value out of its range, or a decay in which no step begins.
     """
 
     _name: ClassVar[str]
@@ -63,7 +63,7 @@ class _TokenLR(LRScheduler):
     ) -> None:
         self.schedule: Schedule = build(self._name, **fields)
         self.batch_tokens = _whole("batch_tokens", batch_tokens, least=1)
-        # LRScheduler's constructor takes one step, which brings the count to that of the next step.
+        # LRScheduler's constructor calls step() once, which brings the count to that of the next step.
         self.tokens = _whole("tokens_seen", tokens_seen, least=0) + last_epoch * self.batch_tokens
         super().__init__(optimizer, last_epoch)
         self._check_decay()
@@ -71,17 +71,17 @@ class _TokenLR(LRScheduler):
         if largest < 0.01:
             warnings.warn(
                 f"The optimizer's largest lr is {largest:g}, and {type(self).__name__} multiplies the "
-                "schedule's rate by it. If it was meant as a rate, make the optimizer with lr=1.0.",
+                "schedule's learning rate by it. If it is meant as one, create the optimizer with lr=1.0.",
                 stacklevel=2,
             )
 
     def set_batch_tokens(self, batch_tokens: int) -> None:
         """Set the tokens of the next step and of those after it.
 
-        Call it between `step()` and the next `optimizer.step()`; the rate of that step changes at once.
+        Call it between `step()` and the next `optimizer.step()`; the learning rate of that step changes at once.
 
         Raises:
-            ValueError: `batch_tokens` is not a whole number above 0, or no shorter than a decay that lies ahead.
+            ValueError: `batch_tokens` is not a whole number above 0, or no step of it begins in a decay to come.
         """
         before, self.batch_tokens = self.batch_tokens, _whole("batch_tokens", batch_tokens, least=1)
         try:
@@ -92,23 +92,23 @@ class _TokenLR(LRScheduler):
         self._write_rates()
 
     def step(self, epoch: int | None = None) -> None:
-        """Count the step just done and set the rate of the next one.
+        """Count the step just done and set the learning rate of the next one.
 
         Raises:
-            ValueError: `epoch` was given; the clock is the token count.
+            ValueError: `epoch` was given.
         """
         if epoch is not None:
-            raise ValueError(f"{type(self).__name__}.step takes no epoch: its clock is the tokens trained.")
+            raise ValueError(f"{type(self).__name__}.step takes no epoch: it counts the tokens trained.")
         self.tokens += self.batch_tokens
         super().step()
 
     def get_lr(self) -> list[Any]:
-        """The next step's rate of every parameter group."""
+        """The next step's learning rate of every parameter group."""
         rate = self.schedule(tokens=self.tokens, batch=self.batch_tokens / 4096)
         return [rate * float(multiplier) for multiplier in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """The clock, the batch and the multipliers, as plain numbers."""
+        """The token count, the batch and the multipliers, as plain numbers."""
         return {
             "tokens": self.tokens,
             "batch_tokens": self.batch_tokens,
@@ -118,7 +118,7 @@ class _TokenLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`; the batch is the saved one, until `set_batch_tokens` changes it."""
+        """Resume from `state_dict`; the batch is the saved one, until `set_batch_tokens` changes it."""
         super().load_state_dict(state_dict)
         self._write_rates()
 
@@ -128,12 +128,12 @@ class _TokenLR(LRScheduler):
         if isinstance(self.schedule, Cosine):
             start = self.schedule.warmup_tokens
             length = self.schedule.total_tokens - start
-        # A step's rate is that at the tokens before it, and at the decay's start that is the full one.
+        # A step's learning rate is that at the tokens before it; at the decay's start it is still the trunk's.
         first = self.tokens + ((start - self.tokens) // self.batch_tokens + 1) * self.batch_tokens
         if length > 0 and self.tokens <= start and first >= start + length:
             raise ValueError(
                 f"{type(self).__name__}: the decay from {start:,} tokens on takes {length:,}, and no step of "
-                f"{self.batch_tokens:,} begins in it: none would see it. Make it longer than a step, or leave it out."
+                f"{self.batch_tokens:,} begins in it, so it has no effect. Make it longer than a step, or remove it."
             )
 
     def _write_rates(self) -> None:

@@ -1,6 +1,6 @@
-"""The ledger of a sweep as cells: one (size, horizon, batch) each, with its best learning rate and how sure that is.
+"""The ledger of a sweep as cells: one (size, horizon, batch) each, its best learning rate and how reliable that is.
 
-Batches are in units of 4096 tokens, learning rates those of the trunk, losses in nats.
+Batches are in units of 4096 tokens, learning rates (called rates) those of the trunk, losses in nats.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Size = tuple[str, int]  # family, hidden_size
 
-MOST = 1e18  # of any number in a ledger
-SAME_HORIZON = 1.03  # horizons within this factor are one, rounded to whole steps of several batches
+MOST = 1e18  # the upper limit of any number in a ledger
+SAME_HORIZON = 1.03  # horizons within this factor are the same one, rounded to whole steps of different batches
 NEEDED = ("hidden_size", "batch", "lr", "tokens", "loss")
-WINDOW = math.log(8) / 2  # rates within this factor of the best one, or the four nearest, make the parabola
-MOST_LOPSIDED = 0.3  # beyond it the losses would turn down again within the window
+WINDOW = math.log(8) / 2  # log factor around the best rate; at least its four nearest
+MOST_LOPSIDED = 0.3  # with more, the losses would turn down again within the window
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cell:
     """One (size, horizon, batch): losses over rates, and the minimum of the parabola through those near the best.
 
     flag: "" when `lr` is well determined, else why it is not used ("edge low", "edge high", "diverges above",
-    "no minimum", "too few rates") or, for "three rates", why it should be trusted less.
+    "no minimum", "too few rates") or why it is less reliable ("three rates").
     """
 
     size: Size
@@ -40,7 +40,7 @@ class Cell:
     lr: float  # nan when there is no minimum
     loss: float  # at `lr`, by the parabola
     flag: str
-    parameters: float | None = None  # of a model of this size, where the ledger has them
+    parameters: float | None = None  # of a model of this size, if the ledger has them
 
     @property
     def usable(self) -> bool:
@@ -51,9 +51,13 @@ class Cell:
 
 
 def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float, str, float]:
-    """(size, tokens, batch, learning rate, seed, loss) of a line of the ledger; the loss is inf where it diverged."""
+    """(size, tokens, batch, learning rate, seed, loss) of a line of the ledger; the loss is inf if it diverged.
+
+    Raises:
+        ValueError: a field is missing or out of its range.
+    """
     if lacking := [name for name in NEEDED if name not in line]:
-        raise ValueError(f"Line {number} of the ledger has no {', '.join(lacking)}; a fit needs {', '.join(NEEDED)}.")
+        raise ValueError(f"Line {number} of the ledger lacks {', '.join(lacking)}; a fit needs {', '.join(NEEDED)}.")
     for name in ("hidden_size", "batch", "lr", "tokens", "loss"):
         value = line[name]
         if name == "loss" and (value is None or value in (math.inf, math.nan) or value != value):
@@ -61,11 +65,11 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
         number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number_given or not (-MOST if name == "loss" else 0) < value < MOST:
             limits = f"a number {f'between -{MOST:g} and' if name == 'loss' else 'above 0 and below'} {MOST:g}"
-            raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it has to be {limits}.")
+            raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it must be {limits}.")
     for name in ("hidden_size", "tokens"):
         if line[name] != int(line[name]):
             raise ValueError(
-                f"Line {number} of the ledger has {name} {line[name]!r}; it has to be a whole number (tokens, not "
+                f"Line {number} of the ledger has {name} {line[name]!r}; it must be a whole number (tokens, not "
                 "millions of them)."
             )
     loss = line["loss"]
@@ -80,7 +84,7 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
 
 
 def _horizons(tokens: set[int]) -> dict[int, int]:
-    """Each number of tokens → the least one that is the same horizon."""
+    """Each token count → the smallest count of the same horizon."""
     same: dict[int, int] = {}
     for value in sorted(tokens):
         last = next(reversed(same.values()), 0)
@@ -106,7 +110,7 @@ class Trials:
         for size, own_tokens, batch, rate, seed, loss in read:
             trunk = trunks.setdefault((size, batch, rate, seed), len(trunks))
             cell = self.losses.setdefault((size, horizon[own_tokens], batch), {})
-            cell[rate] = [*{**dict(cell.get(rate, [])), trunk: loss}.items()]  # of a trial given twice, the later line
+            cell[rate] = [*{**dict(cell.get(rate, [])), trunk: loss}.items()]  # the last line of a repeated trial
         self.trunks = len(trunks)
         self.cells = sorted(self.losses)
         self.groups = list(dict.fromkeys((size, tokens) for size, tokens, _ in self.cells))
@@ -143,8 +147,8 @@ class Trials:
 
 @dataclass
 class Parabola:
-    """Of each row of losses: the minimum (log_lr, loss), the curvature, and the cubic term beside it; of row 0: the
-    first rate of the window, the residuals in it and the flag."""
+    """For each row of losses: the minimum (log_lr, loss), the curvature and the cubic term. For row 0 also: the first
+    rate of the window, the residuals in the window and the flag."""
 
     log_lr: Array  # (R,)
     loss: Array
@@ -157,14 +161,14 @@ class Parabola:
 
 
 def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
-    """One for each cell, with noise (R, groups, trunks) on the losses.
+    """One for each cell, with noise (R, groups, trunks) added to the losses.
 
-    Losses rise faster above the best rate than below it, and a parabola's minimum then lies beside theirs. How
-    lopsided they are, the cubic term over the quadratic one, is taken to be the same in all cells, since a single one
-    cannot tell it from noise.
+    Losses rise faster above the best rate than below it, which shifts the minimum of a plain parabola. The asymmetry,
+    the cubic over the quadratic term, is assumed to be the same in all cells, because one cell cannot separate it from
+    noise.
 
     Returns:
-        The parabolas, and by how much the lopsidedness moved the log of the best rates, on average.
+        The parabolas, and by how much the asymmetry moved the log of the best rates, on average.
     """
     losses = [trials.cell_losses(cell) + trials.in_cell(noise, cell) for cell in range(len(trials.cells))]
     plain = [_parabola(trials.log_rates(cell), y, np.zeros(len(y))) for cell, y in enumerate(losses)]
@@ -180,7 +184,7 @@ def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
 
 
 def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
-    """The minimum of curvature · (d² + lopsided · d³), d the distance from it, through the rates near the best one."""
+    """Fit curvature · (d² + lopsided · d³), d the distance from the minimum, to the rates near the best one."""
     finite = np.isfinite(losses[0])
     diverges_above = not finite.all() and bool(finite.any()) and not finite[np.flatnonzero(finite)[-1] :].all()
     x, y = log_rates[finite], losses[:, finite]
@@ -190,7 +194,7 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
     if count < 3:
         return Parabola(log_lr, loss, curvature, cubic, np.zeros(rows, bool), 0, np.zeros(0), "too few rates")
 
-    # ---- the window of each row: rates within a factor of the best one, and the better neighbours up to four
+    # ---- the window of each row: rates within a factor of the best one, widened by the better neighbour up to four
     best = y.argmin(axis=1)
     first = np.searchsorted(x, x[best] - WINDOW - 1e-9)
     last = np.searchsorted(x, x[best] + WINDOW + 1e-9) - 1
@@ -210,7 +214,7 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
         if len(u) > 3:
             cubic[chosen] = v @ np.linalg.pinv(np.vander(u, 4)).T[:, 0]
         bent = np.zeros_like(v)
-        for _ in range(4):  # the cubic part around the minimum so far is taken off, and the rest is a parabola
+        for _ in range(4):  # subtract the cubic part around the current minimum, then fit a parabola to the rest
             with np.errstate(divide="ignore", invalid="ignore"):
                 minimum = -fitted[:, 1:2] / (2 * fitted[:, 0:1])
                 bent = np.nan_to_num(skew * np.maximum(fitted[:, 0:1], 0.0) * (u - minimum) ** 3, posinf=0, neginf=0)
@@ -255,9 +259,9 @@ def cell_of(trials: Trials, index: int, fitted: Parabola) -> Cell:
 
 
 def noise_of(trials: Trials, fitted: list[Parabola]) -> tuple[dict[Any, float], float]:
-    """Standard deviation of a loss by (size, tokens), and the share of its variance that a trunk's horizons share.
+    """Standard deviation of a loss by (size, tokens), and the fraction of its variance that a trunk's horizons share.
 
-    From what the parabolas leave over, and from trials that differ in their seed alone.
+    Estimated from the residuals of the parabolas and from trials that differ only in their seed.
     """
     squares, freedom = dict.fromkeys(trials.groups, 0.0), dict.fromkeys(trials.groups, 0.0)
     left: dict[tuple[Any, ...], dict[tuple[Size, int], float]] = {}  # trunk or (rate of a cell) → group → residual
@@ -277,7 +281,7 @@ def noise_of(trials: Trials, fitted: list[Parabola]) -> tuple[dict[Any, float], 
                 for (trunk, _), value in zip(entries, values - values.mean(), strict=True):
                     left.setdefault((trunk,), {})[size, tokens] = float(value)
     total = sum(squares.values()) / max(1.0, sum(freedom.values()))
-    # A horizon with few degrees of freedom borrows two from all the others.
+    # Shrinkage: the pooled variance counts as two degrees of freedom in each group.
     sigma = {group: math.sqrt((squares[group] + 2 * total) / (freedom[group] + 2)) for group in trials.groups}
     product = square = 0.0
     for by_group in left.values():  # of one size, so that sorted groups are sorted horizons

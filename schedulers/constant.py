@@ -1,4 +1,4 @@
-"""A constant rate after a warmup."""
+"""A constant learning rate after a warmup."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from .decay import Phase, equation_8, require
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """Linear warmup to `lr`, then `lr` for good. `WSD` is the one with a decay.
+    """Linear warmup to `lr`, then `lr` for good. `WSD` is this with a decay.
 
     Args:
-        lr: the rate after the warmup.
+        lr: the learning rate after the warmup.
         warmup_tokens: length of the warmup.
 
     Raises:
@@ -24,7 +24,7 @@ class Constant:
         require(self, lr="a finite number > 0", warmup_tokens="a whole number of tokens >= 0")
 
     def __call__(self, *, tokens: int, batch: float) -> float:
-        """The learning rate of the step after `tokens` tokens; `batch` is taken and ignored."""
+        """The learning rate of the step after `tokens` tokens; `batch` is ignored."""
         return self.lr * equation_8(tokens, self.warmup_tokens, None)[1]
 
     def phase(self, tokens: int) -> Phase:

@@ -1,4 +1,4 @@
-"""The cosine schedule, the baseline that has to know its horizon."""
+"""The cosine schedule, the baseline that needs its horizon in advance."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from .decay import Decay, Phase, equation_8, require
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """Linear warmup to `lr`, then half a cosine down to `floor * lr` at `total_tokens`, and that rate after.
+    """Linear warmup to `lr`, then half a cosine down to `floor * lr` at `total_tokens`, and `floor * lr` after.
 
     Args:
-        lr: the rate at the end of the warmup.
+        lr: the learning rate at the end of the warmup.
         warmup_tokens: length of the warmup.
         total_tokens: tokens at which the cosine ends, warmup included.
-        floor: the last rate as a fraction of `lr`.
+        floor: the final learning rate as a fraction of `lr`.
 
     Raises:
         ValueError: a value out of its range, or a warmup that is not shorter than `total_tokens`.
@@ -39,7 +39,7 @@ class Cosine:
             )
 
     def __call__(self, *, tokens: int, batch: float) -> float:
-        """The learning rate of the step after `tokens` tokens; `batch` is taken and ignored."""
+        """The learning rate of the step after `tokens` tokens; `batch` is ignored."""
         length = self.total_tokens - self.warmup_tokens
         curve = Decay(start=self.warmup_tokens, tokens=length, shape="cosine", floor=self.floor)
         return self.lr * equation_8(tokens, self.warmup_tokens, curve)[1]
@@ -47,6 +47,6 @@ class Cosine:
     def phase(self, tokens: int) -> Phase:
         """The part of the schedule after `tokens` tokens: "warmup", then "trunk".
 
-        The cosine falls from the first step of its trunk; no part of it is a decay that was branched off.
+        The cosine falls throughout its trunk; no part of it is a decay that could be branched off.
         """
         return equation_8(tokens, self.warmup_tokens, None)[0]

@@ -1,4 +1,4 @@
-"""What the schedules share: the decay's shapes, the phases of equation 8, and the check of numbers."""
+"""What the schedules share: the decay and its shapes, the phases of equation 8, and the check of fields."""
 
 import math
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Literal
 
 Phase = Literal["warmup", "trunk", "decay"]
 
-# Each shape takes the elapsed fraction x and y = 1 - x. Both come from integers, so a value next to 0 or 1
-# keeps its digits, and every shape is exactly 1 at (0, 1) and exactly 0 at (1, 0).
+# Each shape takes the elapsed fraction x and y = 1 - x. Both come from integers, so neither loses precision near 0 or
+# 1, and every shape is exactly 1 at (0, 1) and exactly 0 at (1, 0).
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "exponential": lambda x, y: math.expm1(y) / math.expm1(1.0),
     "linear": lambda x, y: y,
@@ -28,7 +28,11 @@ _RULES: dict[str, Callable[[float], bool]] = {
 
 
 def require(owner: object, **rules: str) -> None:
-    """Hold attributes of `owner` to a rule of `_RULES` each, or raise a ValueError that names the value."""
+    """Check attributes of `owner` by name against rules of `_RULES`.
+
+    Raises:
+        ValueError: an attribute breaks its rule; the message has the value.
+    """
     for name, rule in rules.items():
         value = getattr(owner, name)
         if (
@@ -42,17 +46,17 @@ def require(owner: object, **rules: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Decay:
-    """The last part of a run: the rate falls from its value at `start` to `floor` times that value.
+    """The last part of a run: the learning rate falls from its value at `start` to `floor` times that value.
 
     It is f of equations 2 and 8 (arXiv 2408.13359), which the paper lets fall exponentially to 0:
     f = floor + (1 - floor) * s(x), where x = (n - start) / tokens, held at 1 after the decay's end.
 
     Args:
-        start: reading of the clock when the decay begins (N - N_d in the paper).
+        start: tokens seen when the decay begins (N - N_d in the paper).
         tokens: length of the decay in tokens (N_d).
         shape: s(x): "exponential" (e^(1-x) - 1) / (e - 1), "linear" 1 - x, "cosine" (1 + cos(pi x)) / 2
             or "sqrt" 1 - sqrt(x).
-        floor: what is left at the end, as a fraction of the rate at `start`.
+        floor: the learning rate at the end, as a fraction of that at `start`.
 
     Raises:
         ValueError: a value out of its range, or a shape that is not in the list.
@@ -81,7 +85,11 @@ class Decay:
 
 
 def check_decay(warmup_tokens: int, decay: Decay | None) -> None:
-    """Raise a ValueError unless `decay` is None or a Decay that starts at the end of the warmup or later."""
+    """Check that `decay` is None or a Decay that starts at the end of the warmup or later.
+
+    Raises:
+        ValueError: it is not.
+    """
     if decay is None:
         return
     if not isinstance(decay, Decay):
@@ -94,11 +102,11 @@ def check_decay(warmup_tokens: int, decay: Decay | None) -> None:
 
 
 def equation_8(tokens: int, warmup_tokens: int, decay: Decay | None) -> tuple[Phase, float, int]:
-    """Where equation 8 (arXiv 2408.13359) stands after `tokens` tokens.
+    """Equation 8 (arXiv 2408.13359) after `tokens` tokens.
 
     Returns:
-        The phase; the factor on the trunk's rate; and the token count at which the trunk is read, which is
-        the end of the warmup during warmup and the start of the decay during decay.
+        The phase; the factor on the trunk's learning rate; and the token count at which the trunk is evaluated: the
+        end of the warmup during warmup, the start of the decay during decay.
 
     Raises:
         ValueError: `tokens` is negative or not a number.

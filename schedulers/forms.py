@@ -1,8 +1,8 @@
 """The forms of the law: log η as a function of log tokens, log batch and log parameters, and their fit.
 
-A form's numbers are (log γ, b, third, d) along the last axis: γ is the learning rate of a batch of 1 where log tokens
-and log parameters are 0, `third` is log η_max of `hard` and `smooth`, c of `plane` and unused in `power`, and d is the
-exponent of the parameters.
+The coefficients of a form, called its numbers, are (log γ, b, third, d) along the last axis: γ is the learning rate of
+a batch of 1 where log tokens and log parameters are 0, `third` is log η_max of `hard` and `smooth`, c of `plane` and
+unused in `power`, and d is the exponent of the parameters.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from scipy.optimize import least_squares
 
 from .cells import Array
 
-NUMBERS = {"power": 2, "hard": 3, "smooth": 3, "plane": 3}  # of the law, from the one to take first
+NUMBERS = {"power": 2, "hard": 3, "smooth": 3, "plane": 3}  # how many each form has; the preferred form first
 CAPPED = ("hard", "smooth")
-SCALE = 0.2  # of a log learning rate: residuals above it count less than squared
-# What is known of b before a sweep: −0.51 in arXiv 2408.13359. It counts as much as one cell that is a factor e of the
-# horizon away, so it holds b where a sweep has a dozen cells and is not felt where it has a hundred.
+SCALE = 0.2  # of a log learning rate: larger residuals count less than squared (soft L1)
+# The prior of b, which is −0.51 in arXiv 2408.13359. It weighs as much as one cell whose horizon is a factor e away
+# from the mean, so it determines b in a sweep of a dozen cells and has no effect in one of a hundred.
 PRIOR_B, PRIOR_B_SCALE = -0.5, 0.2
 
 
@@ -53,10 +53,10 @@ def solve(
     start: Array | None = None,
     prior_b: float = PRIOR_B,
 ) -> Array:
-    """The numbers (4,) of a form through `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
+    """The numbers (4,) of a form fitted to `values` (n,) by robust least squares (soft L1); d is 0 without parameters.
 
-    In a form with a cap, where few cells cannot tell b from the cap, b has a weak prior, `prior_b` ± PRIOR_B_SCALE.
-    Without a `start` several are tried: a cap makes more than one minimum.
+    In a form with a cap, where few cells cannot separate b from the cap, b has a weak prior, `prior_b` ± PRIOR_B_SCALE.
+    Without a `start` it tries several, because with a cap the cost has more than one minimum.
     """
     free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
     size = np.zeros_like(values) if log_parameters is None else log_parameters

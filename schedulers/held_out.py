@@ -1,8 +1,8 @@
-"""What a law is worth: nats above the least loss of cells that were held out of its fit.
+"""What a law is worth: its regret, in nats above the lowest loss, on cells held out of its fit.
 
-Beside the forms stand two learning rates that need no law: the best swept one of the nearest cell, unchanged, and the
-one that is best for all cells together. Between two swept learning rates a loss is interpolated (Akima), beyond them
-extrapolated along its last slope.
+The forms are compared with two baselines that need no law: the best swept learning rate of the nearest cell, and the
+one constant learning rate that is best for all cells together. Losses are interpolated between swept learning rates
+(Akima) and extrapolated beyond them along the last slope.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from . import forms
 from .cells import Array, Cell
 
 LEAST_CELLS = 6  # to fit a form to
-DRAWS = 1000
-LOW = 2.5  # percentile of a difference that has to lie above 0
-MATERIAL = 0.1  # of the noise of a loss: nobody trains a sweep for less
+DRAWS = 1000  # of the bootstrap
+LOW = 2.5  # percentile of a difference that must lie above 0
+MATERIAL = 0.1  # of the noise of a loss: a smaller gain is not worth a sweep
 WITHOUT_LAW = ("nearest", "constant")
 LARGEST_SIZE = "the largest size"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cells held out together. regrets: nats by form and by what needs no law, one for each cell in `held_out`."""
+    """Cells held out together. regrets: nats by form and by baseline, one for each cell in `held_out`."""
 
     name: str
     held_out: tuple[Cell, ...]
-    distances: tuple[float, ...]  # log of the factor by which each lies outside the cells of the fit
+    distances: tuple[float, ...]  # log of the factor by which each lies outside the fitted cells
     regrets: dict[str, Array]
 
 
 @dataclass(frozen=True)
 class Worth:
-    """Held-out regret of all splits, and the form that follows from it.
+    """Held-out regret of all splits, and the form chosen by it.
 
-    mean: nats by form, the mean over splits. within: the forms that are no worse than the best one beyond the scatter
-    of cells (bootstrap over (size, batch), whose horizons share trunks; 95%). chosen: of these the one with
-    the fewest numbers, then the paper's. worth_having: whether the best form beats both
-    that need no law beyond that scatter, and by more than a tenth of the noise of a loss.
+    mean: nats by form, the mean over splits. within: the forms that are not significantly worse than the best one (95%,
+    bootstrap over (size, batch), whose horizons share trunks). chosen: of these, the form with the fewest numbers, then
+    the paper's. worth_having: whether the best form beats both baselines significantly, and by more than a tenth of the
+    noise of a loss.
     """
 
     splits: tuple[Split, ...]
@@ -54,20 +54,20 @@ class Worth:
 
     @property
     def of_largest_size(self) -> float:
-        """Regret of the best form on the largest size; infinite when it is not held out."""
+        """Regret of the best form on the largest size; infinite if that was not held out."""
         split = next((split for split in self.splits if split.name.startswith(LARGEST_SIZE)), None)
         return min(float(split.regrets[form].mean()) for form in self.within) if split else math.inf
 
     @property
     def cannot_tell(self) -> tuple[str, ...]:
-        """Forms with as few numbers as the chosen one that do as well."""
+        """Other forms with as few numbers as the chosen one that do as well."""
         return tuple(
             form for form in self.within if form != self.chosen and forms.NUMBERS[form] == forms.NUMBERS[self.chosen]
         )
 
     def expected(self, distance: float) -> tuple[float, float, int] | None:
-        """Mean and worst regret of the chosen form over the held-out cells that lie at least this far out, and how
-        many they are; None when none does."""
+        """Mean and worst regret of the chosen form over the held-out cells at least this far outside the fit, and how
+        many they are; None if there are none."""
         found = [
             regret
             for split in self.splits
@@ -78,7 +78,7 @@ class Worth:
 
 
 def regret_of(cell: Cell) -> Callable[[Array | float], Array]:
-    """Nats above the cell's least loss, as a function of the log learning rate."""
+    """Nats above the cell's lowest loss, as a function of the log learning rate."""
     finite = np.isfinite(cell.losses)
     x, y = np.log(cell.rates)[finite], np.array(cell.losses)[finite]
     curve = Akima1DInterpolator(x, y)
@@ -104,12 +104,12 @@ def distance(cells: Sequence[Cell], batch: float, tokens: float) -> float:
 def worth(
     cells: Sequence[Cell], candidates: Sequence[str], log_parameters: Array | None, noise: float, seed: int = 0
 ) -> Worth | None:
-    """Held-out regret of the candidates; None when the cells are too few to hold any out.
+    """Held-out regret of the candidates; None if there are too few cells to hold any out.
 
     Args:
-        cells: usable ones.
+        cells: the usable ones.
         candidates: names of forms.
-        log_parameters: of each cell, centred, when the law has an exponent of the parameters.
+        log_parameters: of each cell, centred, if the law has an exponent of the parameters.
         noise: standard deviation of a loss in nats.
     """
     log_tokens, log_batch, best = (
@@ -127,7 +127,7 @@ def worth(
             numbers = forms.solve(form, log_tokens[fitted], log_batch[fitted], best[fitted], sizes)
             at = log_parameters[held] if log_parameters is not None else 0.0
             predicted = forms.log_lr(form, numbers, log_tokens[held], log_batch[held], at)
-            # As a schedule does, whose cap is the highest best rate where the form has none.
+            # As in a schedule, whose cap is the highest best rate if the form has none.
             predicted = np.minimum(predicted, best[fitted].max())
             regrets[form] = np.array([curves[index](value) for index, value in zip(chosen, predicted, strict=True)])
         regrets["nearest"] = np.array([curves[i](math.log(_nearest(train, cells[i]))) for i in chosen])
@@ -181,12 +181,12 @@ def _judged(
     noise: float,
     seed: int,
 ) -> Worth:
-    """Means over splits, again for each draw of the bootstrap over (size, batch)."""
+    """Means over splits, for the cells as they are and for each draw of the bootstrap over (size, batch)."""
     columns = list(dict.fromkeys((cell.size, cell.batch) for cell in cells))
     column = np.array([columns.index((cell.size, cell.batch)) for cell in cells])
     count = len(columns)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=DRAWS)
-    weights = np.vstack([np.ones(count), drawn]) + 1e-9  # row 0: as they are. A draw may miss all cells of a split
+    weights = np.vstack([np.ones(count), drawn]) + 1e-9  # row 0: no draw. A draw may miss all cells of a split
     means = {}
     for name in (*candidates, *WITHOUT_LAW):
         by_split = []

@@ -1,20 +1,21 @@
-"""The law of the best learning rate, fitted to a sweep, and what it is worth.
+"""The law of the best learning rate, fitted to a sweep, with intervals and held-out regret.
 
 Forms, fitted to the best learning rate η of every cell (size, horizon T, batch β in units of 4096 tokens):
 
     smooth   1/η = 1/η_max + 1/(a·β·T^b)
     hard     η = min(η_max, a·β·T^b)     equation 7 of arXiv 2408.13359, with T for n
-    power    η = a·β·T^b                 what is left of both where no cap is seen
+    power    η = a·β·T^b                 both without the cap, where no cap is seen
     plane    η = a·β^c·T^b               for diagnosis: whether c is 1
 
 The batch at which a·β·T^b reaches η_max is the critical batch β_c(T) = η_max / (a·T^b). The smooth form is
 η_max / (1 + β_c/β): the best learning rate below and above the noise scale (arXiv 1812.06162, section 2.2), with a
-noise scale that grows as T^-b. Where sizes disagree, η is multiplied by a power of the number of parameters.
+noise scale that grows as T^-b. If sizes disagree, η is multiplied by a power of the number of parameters.
 
-Intervals are 95% ones from replicates of the whole fit. In a replicate each trunk, the run that all horizons of a
-(size, batch, rate, seed) share, gets noise as large as the ledger shows it, partly common to its horizons; the best
-rates scatter around the law by as much as they do beyond that noise; all of them may be off by half of what the shape
-of the losses has moved them; and the middle of b's weak prior (powertrain.schedulers.forms) is drawn from that prior.
+Intervals are 95%, from replicates of the whole fit (a parametric bootstrap). A replicate adds to the losses of each
+trunk, the run that all horizons of a (size, batch, rate, seed) share, noise as large as the ledger shows, partly common
+to its horizons. It adds to the best rates their scatter around the law beyond that noise, and a common error of half of
+what the asymmetry of the losses moved them. And it draws the mean of b's weak prior (powertrain.schedulers.forms) from
+that prior.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from .held_out import Worth, worth
 MIN_HORIZONS = 3
 REPLICATES = 200
 PERCENTILES = (2.5, 97.5)
-DISAGREE = math.log(1.15)  # a size whose best rates lie closer to the law agrees with it
-CAP_BINDS = math.log(1.5)  # a cap that may lower no cell's learning rate by more is not seen
+DISAGREE = math.log(1.15)  # a size whose best rates lie closer to the law than this agrees with it
+CAP_BINDS = math.log(1.5)  # a cap is seen if it lowers some cell's learning rate by more than this
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Estimate:
 class Form:
     """One form, fitted.
 
-    replicates: (1 + 2R, 4) of the numbers of `forms.log_lr`: the estimate, R replicates, and these reflected at the
-    estimate, since by as much as noise moves a replicate off the estimate it may have moved the estimate off the truth.
-    An interval holds both. residual: standard deviation of the log best rates around the form. central_parameters:
-    None for one law for all sizes.
+    replicates: (1 + 2R, 4) numbers of `forms.log_lr`: the estimate, R replicates, and their reflections at the estimate
+    (basic bootstrap: noise may have moved the estimate off the truth as far as it moves a replicate off the estimate).
+    An interval covers both halves. residual: standard deviation of the log best rates around the form.
+    central_parameters: None for one law for all sizes.
     """
 
     name: str
@@ -91,7 +92,8 @@ class Form:
         return self._estimate(np.exp(self.replicates[:, 0]))
 
     def a(self, parameters: float | None = None) -> Estimate:
-        """Learning rate of a batch of 1 at one token: far outside any sweep, so its interval is wide; see `gamma`."""
+        """Learning rate of a batch of 1 at one token. That is far outside any sweep, so the interval is wide: see
+        `gamma`."""
         log_a = self.replicates[:, 0] - self.replicates[:, 1] * math.log(self.central_tokens)
         return self._estimate(np.exp(log_a + self._size(parameters)))
 
@@ -102,14 +104,14 @@ class Form:
         return self._estimate(np.exp(self.replicates[:, 2] + self._size(parameters)))
 
     def critical_batch(self, tokens: float) -> Estimate:
-        """The batch, in units of 4096 tokens, above which the cap and not the batch sets the learning rate."""
+        """The batch, in units of 4096 tokens, above which the cap determines the learning rate and not the batch."""
         if self.name not in forms.CAPPED:
             return Estimate(math.inf, math.inf, math.inf)
         log_gamma, b, log_max = self.replicates[:, :3].T
         return self._estimate(np.exp(log_max - log_gamma - b * math.log(tokens / self.central_tokens)))
 
     def lr(self, batch: float, tokens: float, parameters: float | None = None) -> Estimate:
-        """The best learning rate, with the interval that all numbers have together.
+        """The best learning rate, with an interval from the joint replicates of all numbers.
 
         Args:
             batch: in units of 4096 tokens.
@@ -131,12 +133,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Law:
-    """What a ledger says.
+    """The result of a fit.
 
-    forms: by name. caps_seen: those of `forms.CAPPED` whose cap the ledger determines. worth: held-out regret; None
-    where the cells are too few to hold any out. noise: standard deviation of a loss, by (size, horizon). shared: the
-    part of its variance that the horizons of a trunk share. notes: what a reader has to know of the law, in sentences;
-    flags: of the best rates that it comes from.
+    forms: by name. caps_seen: those of `forms.CAPPED` whose cap the ledger determines. worth: held-out regret; None if
+    there are too few cells to hold any out. noise: standard deviation of a loss, by (size, horizon). shared: the
+    fraction of its variance that the horizons of a trunk share. notes: what a user must know of the law, in sentences.
+    flags: the same of the best rates that it was fitted to.
     """
 
     cells: tuple[Cell, ...]
@@ -150,23 +152,23 @@ class Law:
 
     @property
     def chosen(self) -> Form:
-        """The form that a schedule takes: by held-out regret; without it the paper's where its cap is seen."""
+        """The form for a schedule: by held-out regret; without that, the paper's if its cap is seen."""
         if self.worth is not None:
             return self.forms[self.worth.chosen]
         return self.forms[next(iter(self.caps_seen), "power")]
 
     @property
     def highest(self) -> float:
-        """The highest best learning rate that the sweep saw."""
+        """The highest best learning rate of the sweep's cells."""
         return max(cell.lr for cell in self.cells if cell.usable)
 
     def max_lr(self, parameters: float | None = None) -> float:
-        """The cap for a schedule: the law's, or the highest best rate of the sweep where the form has none."""
+        """The cap for a schedule: the law's, or the highest best learning rate of the sweep if the form has none."""
         cap = self.chosen.max_lr(parameters).value
         return cap if math.isfinite(cap) else self.highest
 
     def outside(self, batch: float, tokens: float) -> list[str]:
-        """Which of these lie outside what was swept, and by how much."""
+        """Sentences on which of these lie outside the swept range, and by how much."""
         out = []
         for name, value, swept in (
             ("batch", batch, [cell.batch for cell in self.cells if cell.usable]),
@@ -182,15 +184,15 @@ class Law:
 
 
 def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed: int = 0) -> Law:
-    """Fit all forms to the trials of a ledger that have an `lr`, and hold parts of it out.
+    """Fit all forms to the trials of a ledger that have an `lr`, and compute their held-out regret.
 
     Args:
-        ledger: hidden_size, batch, lr, tokens and loss (None when it diverged) of each trial; family, parameters, seed
-            and schedule are used when they are there.
-        replicates: how many times the fit is repeated for the intervals, one or more.
+        ledger: hidden_size, batch, lr, tokens and loss (None if it diverged) of each trial; family, parameters, seed
+            and schedule are optional.
+        replicates: how often the fit is repeated for the intervals, at least once.
 
     Raises:
-        ValueError: too little to fit, with what is missing.
+        ValueError: there is too little to fit; the message says what is missing.
     """
     trials = Trials(ledger)
     draws = np.random.default_rng(seed)
@@ -204,7 +206,7 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     _refuse(cells)
     sigma, shared = noise_of(trials, fitted)
 
-    # ---- replicates: everything again, with each trunk's noise drawn anew; row 0 is the ledger as it is
+    # ---- replicates: the whole fit again with new noise for each trunk; row 0 has no noise added
     repeated, _ = parabolas(trials, trials.noise(sigma, shared, replicates, draws))
     points = _Points(
         cells,
@@ -229,7 +231,7 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
     found, caps_seen, value = fitted_forms(with_parameters=False)
     if points.log_parameters is not None and not points.form("smooth", with_parameters=True).d.contains(0.0):
         other = fitted_forms(with_parameters=True)
-        # An exponent of the size that does not predict the largest one better is noise.
+        # Unless the exponent of the parameters predicts the largest size better, it is noise.
         if other[2] is not None and value is not None and other[2].of_largest_size < value.of_largest_size:
             found, caps_seen, value = other
     law = Law(cells, found, caps_seen, value, sigma, shared, (), tuple(_flags(cells)))
@@ -290,7 +292,7 @@ class _Points:
         return (self.log_lr[0] - self._law(form.name, form.replicates[0]))[self.usable[0]]
 
     def sees(self, form: Form) -> bool:
-        """Whether the sweep reaches batches at which the cap binds, in as good as all replicates."""
+        """Whether the sweep reaches batches at which the cap binds, in 97.5% of the replicates."""
         drawn = form.replicates[1 : len(self.log_lr)]
         points = self._log_tokens[self.usable[0]], self._log_batch[self.usable[0]]
         lowered = forms.log_lr("power", drawn, *points) - forms.log_lr(form.name, drawn, *points)
@@ -317,17 +319,16 @@ class _Points:
 def expected_error(
     ledger: Iterable[Mapping[str, Any]], planned: Iterable[tuple[int, float]]
 ) -> tuple[float, float, float]:
-    """What a sweep will know, from the shortest horizon of it: (noise of a loss, error of a log rate, error of b).
+    """Predict the standard errors of a sweep from its pilot: (noise of a loss, error of a log best rate, error of b).
 
-    Standard errors, by the curvature and the noise of what is there, as if they were the same at all horizons, and as
-    if the law held exactly.
+    Assumes that curvature and noise are the pilot's at all horizons, and that the law holds exactly.
 
     Args:
-        ledger: the trials of a pilot.
+        ledger: the trials of the pilot.
         planned: tokens and batch of each best rate that the whole sweep will give.
 
     Raises:
-        ValueError: there is no best rate inside the grid of rates yet.
+        ValueError: no batch has its best rate inside the grid yet.
     """
     trials = Trials(ledger)
     fitted, _ = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
@@ -355,25 +356,25 @@ def _refuse(cells: tuple[Cell, ...]) -> None:
 
 
 def _missing(cells: tuple[Cell, ...]) -> str:
-    """Why there is no law in these cells, and what would give one."""
+    """Why these cells determine no law, and which trials to add."""
     usable = [cell for cell in cells if cell.usable]
     batches, horizons = sorted({c.batch for c in usable}), sorted({c.tokens for c in usable})
     said = (
-        f"A law needs a best rate, inside the grid of rates, for two batches or more at {MIN_HORIZONS} horizons or "
-        f"more; this ledger has one for {len(usable)} of its {len(cells)} (size, horizon, batch), with "
+        f"A law needs a best learning rate, inside the grid, for two batches or more at {MIN_HORIZONS} horizons or "
+        f"more; this ledger has one for {len(usable)} of its {len(cells)} cells (size, horizon, batch), with "
         f"{len(batches)} batches ({', '.join(f'{b:g}' for b in batches) or 'none'}) and "
         f"{len(horizons)} horizons ({', '.join(f'{t:,}' for t in horizons) or 'none'})."
     )
     if len({cell.batch for cell in cells}) == 1:
-        said += " With a single batch size nothing can tell how the rate grows with the batch: sweep three or more."
+        said += " A single batch size does not tell how the learning rate grows with the batch: sweep three or more."
     if len({cell.tokens for cell in cells}) < MIN_HORIZONS:
         said += f" It was swept at {len({cell.tokens for cell in cells})} of them: sweep more horizons."
     for flag, remedy in (
-        ("edge high", "add higher rates"),
-        ("edge low", "add lower rates"),
-        ("diverges above", "add rates between the best one and the one that diverges"),
-        ("no minimum", "add rates, or seeds: the losses do not curve"),
-        ("too few rates", "add rates: a parabola takes three, and four to be trusted"),
+        ("edge high", "add higher learning rates"),
+        ("edge low", "add lower learning rates"),
+        ("diverges above", "add learning rates between the best one and the one that diverges"),
+        ("no minimum", "add learning rates, or seeds: the losses have no curvature"),
+        ("too few rates", "add learning rates: a parabola takes three, and four to be reliable"),
     ):
         if flagged := [cell for cell in cells if cell.flag == flag]:
             example = flagged[0]
@@ -382,33 +383,33 @@ def _missing(cells: tuple[Cell, ...]) -> str:
 
 
 def name_of(size: Size) -> str:
-    """Family and width in words."""
+    """Family and width as text."""
     return f"{size[0]} {size[1]}".strip()
 
 
 def _notes(law: Law, points: _Points) -> list[str]:
-    """What a reader has to know: which form, whether there is a cap, whether sizes agree, whether it is worth it."""
+    """What a user must know: which form, whether there is a cap, whether sizes agree, whether a law is worth having."""
     chosen, notes = law.chosen, []
     longest = max(cell.tokens for cell in law.cells if cell.usable)
     if chosen.name in forms.CAPPED:
         notes.append(
-            f"Below a cap of {chosen.max_lr()} the best learning rate is taken to be proportional to the batch, and "
-            f"falls as tokens^{chosen.b.value:.3f}. The critical batch, where it reaches the cap, is "
+            f"Below a cap of {chosen.max_lr()} the best learning rate is modelled as proportional to the batch, and "
+            f"falls as tokens^{chosen.b.value:.3f}. The critical batch, at which it reaches the cap, is "
             f"{chosen.critical_batch(longest)} at {longest:,} tokens: a larger one needs more tokens for the same loss."
         )
     else:
         notes.append(
             f"No cap is seen up to a learning rate of {law.highest:.4g}, the highest best one of the sweep: larger "
-            "batches or shorter horizons would show it. A schedule takes that learning rate as its cap."
+            "batches or shorter horizons would show it. The schedule uses that learning rate as its cap."
         )
     if law.worth is None:
-        notes.append("The cells are too few to hold any out: nothing tells what this law is worth.")
+        notes.append("There are too few cells to hold any out, so what this law is worth is not known.")
     else:
         notes += _in_nats(law, law.worth)
     if chosen.name == "plane":
         c = chosen.c
         notes.append(
-            f"The best learning rate is not proportional to the batch here, below a cap or without one: it grows as "
+            f"The best learning rate is not proportional to the batch here, with or without a cap: it grows as "
             f"batch^{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}."
         )
     notes += _sizes(law, points)
@@ -424,33 +425,33 @@ def _in_nats(law: Law, value: Worth) -> list[str]:
     said = (
         f"Held out, the form '{value.chosen}' costs {value.mean[value.chosen]:.4f} nats on average, the best learning "
         f"rate of the nearest swept cell {value.mean['nearest']:.4f}, one constant learning rate "
-        f"{value.mean['constant']:.4f}; a loss has a noise of {noise:.4f}."
+        f"{value.mean['constant']:.4f}; the noise of a loss is {noise:.4f}."
     )
     if value.cannot_tell:
         paper = "the paper's" if value.chosen == "hard" else "the one nearest to the paper's"
         said += (
-            f" The ledger cannot tell it from {' and '.join(repr(name) for name in value.cannot_tell)}; "
-            f"of such forms the schedule takes {paper}."
+            f" The ledger cannot distinguish it from {' and '.join(repr(name) for name in value.cannot_tell)}; "
+            f"in that case the schedule uses {paper}."
         )
     notes = [said]
     if not value.worth_having:
         notes.append(
-            "A law is not worth having here: no form does better, beyond the scatter of the cells, than both the best "
-            "learning rate of the nearest swept cell, unchanged, and one constant learning rate."
+            "A law is not worth having here: no form is significantly better than both the best learning rate of the "
+            "nearest swept cell and one constant learning rate."
         )
     return notes
 
 
 def _sizes(law: Law, points: _Points) -> list[str]:
-    """Whether the sizes tell the same law."""
+    """Whether one law fits all sizes."""
     usable = [cell for cell in law.cells if cell.usable]
     sizes = list(dict.fromkeys(cell.size for cell in usable))
     if len(sizes) < 2:
         return []
     if law.chosen.central_parameters is not None:
         return [
-            "The sizes disagree: at the same batch and horizon the best learning rate goes as parameters^d, d = "
-            f"{law.chosen.d}. The law has that exponent, and a prediction takes the number of parameters."
+            "The sizes disagree: at the same batch and horizon the best learning rate scales as parameters^d, d = "
+            f"{law.chosen.d}. The law has that exponent, and a prediction needs the number of parameters."
         ]
     residuals = points.residuals(law.chosen)
     apart = []
@@ -464,15 +465,15 @@ def _sizes(law: Law, points: _Points) -> list[str]:
 
 
 def _flags(cells: tuple[Cell, ...]) -> list[str]:
-    """Which best rates are not used or to be trusted less, and where the best batch may lie outside."""
+    """Which best rates are not used or less reliable, and where the best batch may lie outside the sweep."""
     notes = []
     for flag, meaning in (
-        ("edge high", "the best rate is the highest of the grid"),
-        ("edge low", "the best rate is the lowest of the grid"),
-        ("diverges above", "the best rate is next to one that diverges"),
-        ("no minimum", "the losses near the best rate have no minimum"),
-        ("too few rates", "there are fewer than three rates"),
-        ("three rates", "the parabola goes through three rates only (used)"),
+        ("edge high", "the best learning rate is the highest of the grid"),
+        ("edge low", "the best learning rate is the lowest of the grid"),
+        ("diverges above", "the best learning rate is next to one that diverges"),
+        ("no minimum", "the losses near the best learning rate have no minimum"),
+        ("too few rates", "there are fewer than three learning rates"),
+        ("three rates", "the parabola has only three learning rates (used)"),
     ):
         if flagged := [cell for cell in cells if cell.flag == flag]:
             where = ", ".join(f"{name_of(cell.size)} T={cell.tokens:,} batch {cell.batch:g}" for cell in flagged[:4])
@@ -487,7 +488,7 @@ def _flags(cells: tuple[Cell, ...]) -> list[str]:
             edges.append(f"{name_of(size)} T={tokens:,} batch {best.batch:g}")
     if edges:
         notes.append(
-            f"The best batch is the smallest or the largest one swept at {len(edges)} (size, horizon): "
+            f"The best batch is the smallest or the largest of the sweep at {len(edges)} (size, horizon): "
             f"{', '.join(edges[:6])}{', …' if len(edges) > 6 else ''}."
         )
     return notes

@@ -1,4 +1,4 @@
-"""The Power schedule: a rate that depends on tokens seen and batch size, and on no horizon."""
+"""The Power schedule: a learning rate that depends on the tokens seen and the batch size, and on no horizon."""
 
 import math
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Power:
 
     Equation 7 is the trunk: min(max_lr, batch**batch_exponent * a * n**b), and max_lr at n = 0. With the cap "smooth"
     it is 1 / (1/max_lr + 1/(batch**batch_exponent * a * n**b)): the best learning rate below and above the critical
-    batch (arXiv 1812.06162, section 2.2), where the two meet. Equation 8 puts a linear warmup before it and, if `decay`
-    is given, a decay after it. The batch is always that of the current step: a warmup or a decay under a growing batch
-    scales with it as the trunk does.
+    batch (arXiv 1812.06162, section 2.2), at which both terms are equal. Equation 8 puts a linear warmup before the
+    trunk and, if `decay` is given, a decay after it. The batch is always that of the current step: if it grows, warmup
+    and decay scale with it as the trunk does.
 
     Args:
         a: learning rate per unit of batch at one token.
@@ -25,7 +25,7 @@ class Power:
         warmup_tokens: length of the warmup (N_w).
         batch_exponent: how the learning rate grows with the batch; 1 is the paper's proportionality.
         cap: "hard", equation 7's minimum, or "smooth".
-        decay: the decay, or None for a trunk without an end.
+        decay: the decay, or None for a trunk that never ends.
 
     Raises:
         ValueError: a value out of its range, or a decay that starts inside the warmup.
@@ -67,7 +67,7 @@ class Power:
         if self.cap == "hard":
             return factor * min(self.max_lr, uncapped)
         low, high = sorted((self.max_lr, uncapped))
-        return factor * low / (1.0 + low / high)  # the smaller over 1 or more: neither 0 nor infinity divides by 0
+        return factor * low / (1.0 + low / high)  # the harmonic sum, in a form that 0 and infinity do not break
 
     def phase(self, tokens: int) -> Phase:
         """The part of equation 8 that the step after `tokens` tokens is in."""
@@ -76,30 +76,37 @@ class Power:
     def at_cap(self, tokens: int, batch: float) -> bool:
         """Whether the batch of this step is above the critical batch: the power law alone would give more than max_lr.
 
-        Under a smooth cap the learning rate is then between half of max_lr and all of it. A step in warmup goes by the
-        trunk at the end of the warmup, a step in decay by the trunk at the start of the decay, as its rate does.
+        Under a smooth cap the learning rate is then between half of max_lr and max_lr. In warmup the trunk at the end
+        of the warmup counts, in decay the trunk at the start of the decay, as for the learning rate.
         """
         trunk_tokens = equation_8(tokens, self.warmup_tokens, self.decay)[2]
         return self._uncapped(trunk_tokens, batch) > self.max_lr
 
     def critical_batch(self, tokens: int) -> float:
         """The batch, in units of 4096 tokens, at which the power law reaches max_lr after `tokens` tokens of the trunk:
-        (max_lr / (a * n**b))**(1/batch_exponent); 0 at n = 0, and infinite or 0 where the batch does not count.
+        (max_lr / (a * n**b))**(1/batch_exponent); 0 at n = 0, and infinite or 0 if batch_exponent is 0.
 
-        A larger one gains less than in proportion: more tokens for the same loss.
+        A larger batch needs more tokens for the same loss.
+
+        Raises:
+            ValueError: negative `tokens`.
         """
         if not tokens >= 0:
             raise ValueError(f"tokens is the count of tokens before this step, 0 or more; it is {tokens!r}.")
         try:
             ratio = self.max_lr / self.a * math.pow(tokens, -self.b)
             return math.pow(ratio, 1.0 / self.batch_exponent) if ratio else 0.0
-        except ZeroDivisionError:  # no batch changes anything
+        except ZeroDivisionError:  # the batch has no effect
             return math.inf if ratio >= 1 else 0.0
         except OverflowError:
             return math.inf
 
     def cap_release(self, batch: float) -> float:
-        """Tokens from which `batch` is below the critical batch: (batch**batch_exponent * a / max_lr)**(1/|b|)."""
+        """The tokens after which `batch` is below the critical batch: (batch**batch_exponent * a / max_lr)**(1/|b|).
+
+        Raises:
+            ValueError: a `batch` that is not above 0.
+        """
         try:
             return math.pow(self._gain(batch) / self.max_lr, -1.0 / self.b)
         except OverflowError:

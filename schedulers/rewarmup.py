@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewarmup:
-    """From `start` on, the rate of `schedule` is reached again linearly over `tokens` tokens.
+    """From `start` on, a linear warmup over `tokens` tokens back to the learning rate of `schedule`.
 
-    For weights whose rate had been low: a run that goes on after its decay, or somebody else's model. Before
-    `start` the rate is the schedule's own.
+    For weights that were last trained at a low learning rate: a run that continues after its decay, or a published
+    model. Before `start` the learning rate is that of `schedule`.
 
     Args:
-        schedule: what is warmed up to.
-        start: reading of the clock when it begins.
+        schedule: the schedule to warm up to.
+        start: tokens seen when the warmup begins.
         tokens: its length.
 
     Raises:
-        ValueError: a value out of its range, or a decay that starts before the rate is back.
+        ValueError: a value out of its range, or a decay that starts before the warmup ends.
     """
 
     schedule: "Schedule"

@@ -10,7 +10,7 @@ class WSD:
     """Linear warmup to `lr`, then `lr`, then the decay: equation 2 of arXiv 2408.13359.
 
     Args:
-        lr: the rate of the stable part.
+        lr: the learning rate of the stable part.
         warmup_tokens: length of the warmup.
         decay: the decay, or None for a trunk from which decays are branched later.
 
@@ -27,7 +27,7 @@ class WSD:
         check_decay(self.warmup_tokens, self.decay)
 
     def __call__(self, *, tokens: int, batch: float) -> float:
-        """The learning rate of the step after `tokens` tokens; `batch` is taken and ignored."""
+        """The learning rate of the step after `tokens` tokens; `batch` is ignored."""
         return self.lr * equation_8(tokens, self.warmup_tokens, self.decay)[1]
 
     def phase(self, tokens: int) -> Phase:

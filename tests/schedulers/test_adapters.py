@@ -26,7 +26,7 @@ def make_optimizer(*multipliers, cls=torch.optim.SGD):
 
 
 def advance(optimizer, scheduler):
-    """One training step; the rate it was done with."""
+    """One training step; returns its learning rate."""
     rate = optimizer.param_groups[0]["lr"]
     optimizer.step()
     scheduler.step()
@@ -62,7 +62,7 @@ def test_power_fields_reach_the_schedule_and_a_decay_may_be_a_mapping():
         (CosineLR, dict(lr=0.003, warmup_tokens=10 * BATCH, floor=0.0), "total_tokens"),
     ],
 )
-def test_a_decay_that_no_step_would_see_is_refused(adapter, fields, length):
+def test_a_decay_in_which_no_step_begins_is_refused(adapter, fields, length):
     def make(tokens, batch_tokens=BATCH, tokens_seen=0):
         value = Decay(start=10 * BATCH, tokens=tokens) if length == "decay" else 10 * BATCH + tokens
         fields_now = {**fields, length: value}
@@ -129,7 +129,7 @@ def test_both_caps_by_hand_under_a_batch_that_grows(cap):
 
 
 def ramp(optimizer, scheduler, steps, first=0):
-    """Rates of a run whose batch grows at step 4 and at step 9."""
+    """Learning rates of a run whose batch grows at steps 4 and 9."""
     rates = []
     for k in range(first, steps):
         if k in (4, 9):
@@ -212,7 +212,7 @@ def test_last_epoch_is_the_last_step_done():
 
 
 @pytest.mark.parametrize("name, value", [("batch_tokens", 0), ("batch_tokens", 0.5), ("tokens_seen", -1)])
-def test_counts_that_are_not_whole_are_refused(name, value):
+def test_token_counts_must_be_whole_numbers(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of tokens, . or more; it is {value}"):
         PowerLR(make_optimizer(), **{"batch_tokens": BATCH, **POWER, name: value})
 
@@ -290,7 +290,9 @@ def test_trainer_logs_the_rates_and_resumes_with_them(tmp_path):
     assert not math.isclose(expected[3][1], expected[7][1])
 
 
-@pytest.mark.filterwarnings("ignore:You're resuming")  # its loader's place is not this project's
+@pytest.mark.filterwarnings(
+    "ignore:You're resuming"
+)  # of its loader's position, not this project's
 def test_lightning_steps_at_the_rates_and_resumes_with_them(tmp_path):
     import lightning
 

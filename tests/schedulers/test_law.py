@@ -1,4 +1,4 @@
-"""The fit of the law: exact where it has to be, honest where it cannot know, and right about how sure it is."""
+"""The fit of the law: exact without noise, explicit about what it cannot tell, with intervals that hold the truth."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_forms_are_fitted_as_scipy_does_with_numeric_slopes() -> None:
             assert got[2] == pytest.approx(expected[2], abs=2e-4), form
 
 
-def test_the_prior_holds_b_in_a_small_ledger_and_is_not_felt_in_a_large_one() -> None:
+def test_the_prior_determines_b_in_a_small_ledger_and_has_no_effect_in_a_large_one() -> None:
     grid: dict[str, Any] = {"rates": RATES, "noise": 0.0}
     large = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES, tokens=TOKENS, **grid)
     small = planted(around(-0.3, 1), -0.3, 1, batches=BATCHES[3:5], tokens=TOKENS[2:5], **grid)
@@ -256,7 +256,7 @@ def told(kind: str, number: int) -> dict[str, bool]:
         critical = truth["max_lr"] / (truth["a"] * TOKENS[-1] ** truth["b"])
         right["max_lr"] = form.max_lr().contains(truth["max_lr"])
         right["critical batch"] = form.critical_batch(TOKENS[-1]).contains(critical)
-    # Told from the others, or said not to be: never another form alone.
+    # Distinguished from the other forms, or reported as not distinguishable: never another form alone.
     right["chosen"] = found.chosen.name == kind
     right["not excluded"] = kind in found.worth.within
     return right
@@ -266,7 +266,7 @@ def told(kind: str, number: int) -> dict[str, bool]:
 @pytest.mark.parametrize("kind", ["smooth", "hard", "power", "plane", "none"])
 def test_two_hundred_planted_sweeps(kind: str) -> None:
     """Intervals contain the truth and the right form is chosen, in nine of ten; where all cells have the same best
-    rate, a law is said not to be worth having."""
+    rate, the fit reports that a law is not worth having."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         found = list(pool.map(told, [kind] * 200, range(200), chunksize=10))
     shares = {name: sum(one[name] for one in found) / 200 for name in found[0]}
@@ -331,7 +331,7 @@ def test_held_out_regret_is_the_loss_above_the_least_one_at_the_predicted_rate()
             assert away == pytest.approx(math.log(factor))
 
 
-def test_a_law_of_noise_is_told_from_one_that_helps() -> None:
+def test_a_law_of_noise_is_distinguished_from_one_that_helps() -> None:
     grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
     helps = law.fit(planted(around(-0.5, 1), -0.5, 1, noise=0.002, **grid), replicates=5)
     assert helps.worth is not None and helps.worth.worth_having
@@ -398,13 +398,13 @@ def without(condition: Callable[[Line], bool]) -> list[Line]:
         ([], "nothing to fit"),
         (without(lambda line: line["batch"] != 1.0), "single batch size"),
         (without(lambda line: line["tokens"] not in TOKENS[:2]), "2 of them: sweep more horizons"),
-        (without(lambda line: line["lr"] > 0.002), "add higher rates"),
-        (without(lambda line: line["lr"] < 0.05), "add lower rates"),
+        (without(lambda line: line["lr"] > 0.002), "add higher learning rates"),
+        (without(lambda line: line["lr"] < 0.05), "add lower learning rates"),
         (without(lambda line: line["lr"] not in RATES[4:6]), "parabola takes three"),
         ([{**line, "loss": None} for line in without(lambda line: False)], "too few rates"),
-        ([{"lr": 0.1, "batch": 1, "tokens": 5}], "hidden_size, loss"),
+        ([{"lr": 0.1, "batch": 1, "tokens": 5}], "lacks hidden_size, loss"),
         ([{**without(lambda line: False)[0], "batch": -1}], "above 0"),
-        ([{**without(lambda line: False)[0], "tokens": 1.5}], "tokens 1.5; it has to be a whole number"),
+        ([{**without(lambda line: False)[0], "tokens": 1.5}], "tokens 1.5; it must be a whole number"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_with_what_is_missing(ledger: list[Line], said: str) -> None:
@@ -412,7 +412,7 @@ def test_what_cannot_be_fitted_is_refused_with_what_is_missing(ledger: list[Line
         law.fit(ledger, replicates=5)
 
 
-def test_trials_of_other_schedules_are_left_out_and_a_line_given_twice_counts_once() -> None:
+def test_trials_of_other_schedules_are_excluded_and_a_line_given_twice_counts_once() -> None:
     ledger = planted(around(-0.5, 1.0), -0.5, 1.0, batches=BATCHES, tokens=TOKENS, rates=RATES)
     cosine = [{**line, "schedule": "cosine", "loss": 9.0} for line in ledger]
     power = [{"schedule": "power", "a": 1, "b": -0.5, "tokens": 10, "loss": 9.0}]
@@ -420,7 +420,7 @@ def test_trials_of_other_schedules_are_left_out_and_a_line_given_twice_counts_on
     assert law.fit([*ledger, *cosine, *power, *ledger], replicates=5).chosen.b.value == expected
 
 
-def test_outside_the_swept_range_is_told() -> None:
+def test_outside_the_swept_range_is_reported() -> None:
     found = law.fit(planted(around(-0.5, 1.0), -0.5, 1.0, batches=BATCHES, tokens=TOKENS, rates=RATES), replicates=5)
     assert found.outside(1.0, 4e6) == []
     (told,) = found.outside(1024, 4e6)
@@ -428,7 +428,7 @@ def test_outside_the_swept_range_is_told() -> None:
     assert len(found.outside(1024, 1e12)) == 2
 
 
-def test_the_error_foretold_by_a_pilot_is_the_error_of_the_sweep() -> None:
+def test_the_error_predicted_by_a_pilot_is_the_error_of_the_sweep() -> None:
     grid = {"batches": BATCHES, "rates": RATES, "noise": 0.004, "shared": 0.0}
     pilots, errors = [], []
     for seed in range(20):
@@ -439,7 +439,7 @@ def test_the_error_foretold_by_a_pilot_is_the_error_of_the_sweep() -> None:
     assert np.median(pilots) == pytest.approx(np.std(errors), rel=0.6)
 
 
-def test_a_pilot_without_a_minimum_cannot_foretell() -> None:
+def test_a_pilot_without_a_minimum_predicts_nothing() -> None:
     ledger = planted(around(-0.5, 1), -0.5, 1, batches=BATCHES, tokens=TOKENS[:1], rates=RATES[:3])
     with pytest.raises(ValueError, match="inside the grid"):
         law.expected_error(ledger, [(10, 1.0), (20, 2.0)])
