@@ -1,7 +1,4 @@
-# make train   .venv, install, and a small GraniteMoe trained on this machine
-# make test    .venv, install with the test extra, and the default test suite
-# make test-slow    the tests that the default suite leaves out
-# make lint    ruff and mypy
+# `make help` lists the targets. Each makes its virtual environment in .venv first.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,18 +7,21 @@ BIN := $(VENV)/bin
 WORKERS := 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: train test test-slow lint clean
+.PHONY: help train test test-slow lint clean
 
-train: $(VENV)/.installed
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+train: $(VENV)/.installed  ## install, and train the quickstart: a small GraniteMoe, on this machine
 	$(BIN)/accelerate launch train.py +experiment=quickstart
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test  ## the default test suite
 	$(PYTEST)
 
-test-slow: $(VENV)/.installed-test
+test-slow: $(VENV)/.installed-test  ## the tests marked slow
 	$(PYTEST) -m "slow and not gpu"
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev  ## ruff, ruff format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -42,5 +42,5 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed $(VENV)/.installed-test
 
-clean:
+clean:  ## remove .venv and build files
 	rm -rf $(VENV) build dist *.egg-info

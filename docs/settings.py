@@ -1,4 +1,4 @@
-"""Make docs/settings.md of the dataclasses that hold the settings: their fields, defaults and comments.
+"""Generate docs/settings.md from the dataclasses that hold the settings: their fields, defaults and comments.
 
 usage: python docs/settings.py > docs/settings.md
 """
@@ -21,20 +21,20 @@ from powertrain.train import config
 
 HEAD = """# Every setting
 
-This page is made from the code by `python docs/settings.py`, and a test holds it against the code. A setting is given
-by its name, on the command line (`run.tokens=4_000_000`) or in a YAML file of your own
-([own-experiment](own-experiment.md)); `--cfg` prints what a run would have. An experiment or a group brings other
-values than the defaults here. **Needed** means that there is no default; what a default of `null` stands for is beside
-it.
+Set a setting by its name, on the command line (`run.tokens=4_000_000`) or in a YAML file of your own
+([own-experiment](own-experiment.md)). `powertrain train +experiment=NAME --cfg` prints the values of a run; experiments
+and groups change the defaults listed here. **Needed** means that there is no default.
 
-Token counts are of two kinds. `run.tokens`, `data.stages` and `batch.ramp` count the tokens of the **run**, from 0. All
-those of a `schedule` are readings of its **clock**, which starts at `run.tokens_seen`. The two differ only where that
-is set ([continued-pretraining](continued-pretraining.md#the-clock-and-the-run)).
+Token counts are of two kinds. `run.tokens`, `data.stages` and `batch.ramp` count the tokens of the **run**, from 0. Those
+of a `schedule` are on its **clock**, which starts at `run.tokens_seen`. The two differ only if that is set
+([continued-pretraining](continued-pretraining.md#the-clock-and-the-run)).
+
+`python docs/settings.py` generates this page from the code, and a test compares the two.
 """
-SCHEDULE = """Chosen by `schedule=NAME`. All token counts are readings of the clock, so they include `run.tokens_seen`.
+SCHEDULE = """Chosen by `schedule=NAME`. All token counts are on the clock, so they include `run.tokens_seen`.
 [schedule](schedule.md) is about choosing the values.
 """
-NULLS = {  # what a value in configs/schedule stands for
+NULLS = {  # the meaning of null and 0 in configs/schedule
     "decay.start": "; null: so that it ends with the run",
     "decay.tokens": "; 0: no decay",
     "rewarmup.start": "; null: run.tokens_seen",
@@ -66,7 +66,7 @@ def page() -> str:
 
 
 def rows(kind: type, prefix: str) -> list[tuple[str, str, str]]:
-    """(setting, default, meaning) of a dataclass's fields, and of the dataclasses in them."""
+    """(setting, default, meaning) of a dataclass's fields, including those of nested dataclasses."""
     types, said = typing.get_type_hints(kind, vars(inspect.getmodule(kind))), described(kind)[1] | comments(kind)
     found = []
     for entry in dataclasses.fields(kind):
@@ -81,7 +81,7 @@ def rows(kind: type, prefix: str) -> list[tuple[str, str, str]]:
 
 
 def schedule(name: str, kind: type) -> str:
-    """A schedule with the values that configs/schedule gives it."""
+    """A schedule's section, with the values in configs/schedule."""
     given = yaml.safe_load(
         (Path(config.__file__).parents[1] / f"configs/schedule/{name}.yaml").read_text(encoding="utf-8")
     )
@@ -105,7 +105,7 @@ def comments(kind: type) -> dict[str, str]:
 
 
 def described(kind: type) -> tuple[str, dict[str, str]]:
-    """A docstring's text, and what it says of fields in lines `name: …` or `name, name: …`."""
+    """A docstring's text, and its descriptions of fields, in lines `name: …` or `name, name: …`."""
     text, fields, names = [], {}, []
     for line in inspect.cleandoc(kind.__doc__ or "").partition("Raises:")[0].splitlines():
         if entry := re.match(r" {0,4}(\w+(?:, \w+)*): (.*)", line):
@@ -120,13 +120,13 @@ def described(kind: type) -> tuple[str, dict[str, str]]:
 
 
 def default_of(entry: dataclasses.Field[Any]) -> str:
-    """The default of a field, as YAML has it."""
+    """The default of a field in YAML."""
     made = entry.default_factory
     return written(entry.default if made is dataclasses.MISSING else made())
 
 
 def written(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value in YAML."""
     if value == MISSING or value is dataclasses.MISSING:
         return "**needed**"
     if isinstance(value, int) and value >= 10_000:
@@ -136,7 +136,7 @@ def written(value: Any) -> str:
 
 
 def table(found: list[tuple[str, str, str]]) -> str:
-    """Of (setting, default, meaning)."""
+    """A table of (setting, default, meaning)."""
     lines = []
     for name, default, text in found:
         linked = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text.rstrip(".").replace("|", "\\|"))

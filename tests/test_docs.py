@@ -1,7 +1,7 @@
 """Every command of README.md and docs/ runs, in the order of the page, in a checkout with nothing else in it.
 
 A block ```sh holds commands for any machine, ```console what only a cluster or a GPU can do, and a block ```yaml
-that begins with "# PATH.yaml" is the content of that file. docs/results/ holds records, and is left out.
+that begins with "# PATH.yaml" is the content of that file. docs/results/ holds records, and is not tested.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ powertrain() {{
     esac
 }}
 accelerate() {{
-    case "$*" in  # two ranks share a core or two with whatever else is tested
+    case "$*" in  # two ranks share a core or two with other tests
         *"num_processes 2"*) command accelerate "$@" $smaller $shorter ;;
         *) command accelerate "$@" $smaller ;;
     esac
@@ -58,8 +58,8 @@ export -f powertrain accelerate pip make
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of this project, and the corpora that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs") / "powertrain"
-    left_out = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", "results")
-    shutil.copytree(ROOT, folder, ignore=left_out)
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", "results")
+    shutil.copytree(ROOT, folder, ignore=ignored)
     text = [" ".join(f"word{number * k % 89}" for k in range(200)) for number in range(400)]
     for name in ("corpus/books", "addresses/train", "addresses/validation"):
         (folder / name).mkdir(parents=True)
@@ -104,6 +104,13 @@ def test_every_link_and_file_of_a_page_is_there(page: Path) -> None:
             assert (page.parent / path).exists() if path else anchor in anchors, target
     assert not re.search(r"^[ \t]+```sh|^[ \t]*~~~|^```sh[^\n]", text, re.M)  # which would not be run
     assert {language for language, _ in BLOCK.findall(text)} <= {"sh", "console", "yaml", "python"}
+
+
+def test_make_help_lists_every_target() -> None:
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    lines = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[1] for line in lines] == phony.split()
+    assert all(len(line.split()) > 2 for line in lines)
 
 
 def test_the_page_of_settings_is_what_the_code_says() -> None:

@@ -290,9 +290,7 @@ def test_trainer_logs_the_rates_and_resumes_with_them(tmp_path):
     assert not math.isclose(expected[3][1], expected[7][1])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:You're resuming"
-)  # of its loader's position, not this project's
+@pytest.mark.filterwarnings("ignore:You're resuming")  # of its loader's position, not this project's
 def test_lightning_steps_at_the_rates_and_resumes_with_them(tmp_path):
     import lightning
 
