@@ -44,15 +44,15 @@ class Corpus:
         saves), `huggingface` (through `datasets`) or `tokens` (a token file in Megatron's format, used as it is).
         Files of text and jsonl may be compressed, as .gz or .zst.
     path: a glob such as `books/**/*.txt` (text, jsonl, parquet, arrow); a dataset's name, or a folder that `datasets`
-        can load or saved (huggingface); the token file's PREFIX (tokens).
+        loads or has saved (huggingface); the token file's PREFIX (tokens).
     field: the key or column that holds the text (jsonl, parquet, arrow, huggingface).
     split, name: the split and the configuration of a dataset (huggingface).
     validation_fraction: the share of documents held out for validation, by a hash of their text, so that equal texts
         are never on both sides. A token file is never split.
     validation_path: the validation documents instead, a path of the same kind; the fraction is then ignored.
     deduplicate: keep only the first of documents with equal texts, in the order of the files. Those of validation_path
-        come last, so that validation has no text of training either. This takes about 30 GB of memory for a billion
-        documents: 16 bytes each, sometimes copied.
+        come last, so that validation has no text of training either. Each document takes 16 bytes of
+        memory, which are sometimes copied (about 30 GB for a billion documents).
 
     Raises:
         DataError: an unknown source, or settings that do not go together.

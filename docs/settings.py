@@ -23,10 +23,11 @@ HEAD = """# Every setting
 
 Set a setting by its name, on the command line (`run.tokens=4_000_000`) or in a YAML file of your own
 ([own-experiment](own-experiment.md)). `powertrain train +experiment=NAME --cfg` prints the values of a run; experiments
-and groups change the defaults listed here. **Needed** means that there is no default.
+and groups change the defaults listed here. **Needed** means that there is no default; the last
+column says what a default of `null` means.
 
-Token counts are of two kinds. `run.tokens`, `data.stages` and `batch.ramp` count the tokens of the **run**, from 0. Those
-of a `schedule` are on its **clock**, which starts at `run.tokens_seen`. The two differ only if that is set
+Token counts are of two kinds. `run.tokens`, `data.stages` and `batch.ramp` count the tokens of the **run**, from 0.
+Those of a `schedule` are on its **clock**, which starts at `run.tokens_seen`. The two differ only if that is set
 ([continued-pretraining](continued-pretraining.md#the-clock-and-the-run)).
 
 `python docs/settings.py` generates this page from the code, and a test compares the two.
