@@ -15,7 +15,7 @@ done
 train run.name=power run.tokens=614_400 "$@"
 # a first model: a decay of 60 steps from step 300
 powertrain decay runs/power --at 300 --tokens 122_880 --name power-first
-# twice the tokens and another mixture: the trunk goes on, and decays again
+# twice the tokens and another mixture: the trunk continues, and decays again
 train run.name=power run.tokens=1_228_800 \
   'data.stages=[{from_tokens: 614_400, mixture: {addresses: 3, code: 1}}]' "$@"
 powertrain decay runs/power --at 600 --tokens 245_760 --name power-second
