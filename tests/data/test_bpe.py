@@ -53,7 +53,7 @@ def test_a_word_without_end_is_learned_from_in_parts(kind: str) -> None:
         assert len(ids) < count / 100  # nor does the tokenizer cut it in parts of a few bytes
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "dies.py"
     script.write_text("import os\nos.kill(os.getpid(), 9)")
     monkeypatch.setattr(bpe, "__file__", str(script))

@@ -305,9 +305,7 @@ def written(folder: Path, texts: list[str], kind: str) -> Corpus:
 
 @pytest.mark.parametrize("deduplicate", [False, True])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet"])
-def test_a_preparation_that_was_killed_goes_on(
-    kind, deduplicate, texts, tokenizer, tmp_path, small_blocks, monkeypatch
-):
+def test_a_killed_preparation_resumes(kind, deduplicate, texts, tokenizer, tmp_path, small_blocks, monkeypatch):
     specification = TokenizerSpec(str(tokenizer))
     corpus = replace(written(tmp_path / "files", texts[1], kind), deduplicate=deduplicate)
     if kind == "jsonl":
