@@ -154,9 +154,9 @@ def _gradients(
 
     from powertrain.data.loader import IGNORE_INDEX
     from powertrain.train.balance import Balance
-    from powertrain.train.loop import loss_terms, total_loss
     from powertrain.train.loss import LanguageModelLoss
     from powertrain.train.model import granite, mup
+    from powertrain.train.step import loss_terms, total_loss
 
     model = granite.build(config)
     mup.initialize(model.named_parameters(), mup.table(config), config.run.seed)

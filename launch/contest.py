@@ -29,10 +29,10 @@ from powertrain.train.cli import composed
 from powertrain.train.config import Config
 from powertrain.train.engine import Engine
 from powertrain.train.environment import available_cores
-from powertrain.train.loop import train_step
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.state import State
+from powertrain.train.step import train_step
 
 PEAK_SECONDS = 1.5  # of products in each precision
 Clock = Callable[[float | None], None]  # called at the end of a step, with its loss

@@ -26,9 +26,9 @@ from transformers.integrations import moe
 from powertrain.train import loss as train_loss
 from powertrain.train import optim
 from powertrain.train.balance import Balance
-from powertrain.train.loop import loss_terms, total_loss
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import experts, granite
+from powertrain.train.step import loss_terms, total_loss
 
 if TYPE_CHECKING:
     from powertrain.train.config import Config

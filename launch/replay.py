@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
     config = load(options.run / "config.yaml")
     check(config)
 
-    from powertrain.train import checkpoint, environment
+    from powertrain.train import checkpoint, environment, resume
     from powertrain.train.track import read_back
 
     found = checkpoint.available(options.run / "checkpoints")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     last = next((line["step"] for line in read_back(metrics)), 0)
     if not last:
         raise ConfigError(f"{metrics} has no step to replay.")
-    parent = environment.parent(options.run / "run.json")
+    parent = resume.parent(options.run)
     before = [path for path in [*([parent] if parent else []), *found] if checkpoint.step_of(path) < last]
     # A second warmup says nothing of the steps before it.
     begins = config.rewarmup_start or 0
@@ -63,11 +63,11 @@ def main(arguments: list[str]) -> int:
             f"instead of {options.steps}. Ask for --steps {last}, or keep more checkpoints (checkpoint.keep)."
         )
 
+    from powertrain.train.assemble import assemble
     from powertrain.train.engine import Engine
     from powertrain.train.environment import hardware
-    from powertrain.train.loop import train_step
-    from powertrain.train.run import assemble
     from powertrain.train.state import State
+    from powertrain.train.step import train_step
 
     begun = environment.read_record(options.run / "run.json").get("starts")
     recorded = begun[-1].get("hardware") if isinstance(begun, list) and begun and isinstance(begun[-1], dict) else None

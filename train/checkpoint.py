@@ -64,12 +64,18 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, engine: Engine, data_fingerprint: dict[str, str], say: Callable[[str], None]
+        self,
+        checkpoints: Path,
+        engine: Engine,
+        data_fingerprint: dict[str, str],
+        check_ours: Callable[[], None],
+        log: Callable[[str], None],
     ) -> None:
         self.checkpoints = checkpoints
         self.engine = engine
         self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
-        self.say = say
+        self.check_ours = check_ours  # raises ConfigError when the run's folder is another one now
+        self.log = log
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # why it could not be written here
@@ -81,11 +87,12 @@ class Saver:
         try:
             self.finish()
         except RunFailed as error:
-            self.say(f"Warning: {error} Training goes on.")
+            self.log(f"Warning: {error} Training goes on.")
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
         def begin() -> None:
-            clean(self.checkpoints)
+            self.check_ours()
+            _clean(self.checkpoints)
             for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
                 folder.mkdir(exist_ok=folder == self.checkpoints)
             for rank in range(self.engine.world_size):
@@ -179,7 +186,7 @@ class Saver:
             try:
                 final = self._commit(partial, step)
                 if final is not None:
-                    self.say(f"Saved {final} (training stood still for {stood_still:.1f} s).")
+                    self.log(f"Saved {final} (training stood still for {stood_still:.1f} s).")
             except Exception as error:
                 self._error = self._explained(error, step)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -216,7 +223,7 @@ class Saver:
                 _remove(old)
             except OSError as error:  # the new one is there all the same
                 if old not in self._kept:
-                    self.say(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
+                    self.log(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
                 self._kept.add(old)
         return final
 
@@ -512,16 +519,18 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def set_aside(checkpoints: Path, newest: Path | None) -> None:
-    """Rename what is newer than `newest`, the newest valid one: nothing invalid counts among those to keep."""
+def tidy(checkpoints: Path, newest: Path | None) -> None:
+    """Remove what an interrupted save left, and quarantine what is newer than `newest`, the newest valid one, by
+    another name: nothing invalid counts among those to keep."""
+    _clean(checkpoints)
     for path in available(checkpoints):
         if newest is not None and step_of(path) > step_of(newest):
-            aside = path.with_name(f"{path.name}.invalid")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            quarantined = path.with_name(f"{path.name}.invalid")
+            shutil.rmtree(quarantined, ignore_errors=True)
+            os.replace(path, quarantined)
 
 
-def clean(checkpoints: Path) -> None:
+def _clean(checkpoints: Path) -> None:
     """Remove what an interrupted save or removal left."""
     for path in (*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.removing")):
         shutil.rmtree(path, ignore_errors=True)

@@ -117,8 +117,8 @@ def run_training(config: Config, verb: str, arguments: list[str]) -> int:
         if value == HIDDEN:
             raise ConfigError(f"{name} is a secret, which config.yaml leaves out: give it again, as {name}=….")
     # Only now: a mistake in the configuration should not have to wait for these imports.
-    from powertrain.train.loop import Stop
     from powertrain.train.run import train
+    from powertrain.train.stop import Stop
 
     def end(number: int, frame: object) -> None:
         Stop.early = number  # an exception is lost when it meets Python in a destructor
@@ -265,7 +265,7 @@ def guard(verb: Callable[[], int]) -> int:
     except OSError as error:  # a folder that cannot be made, a file that cannot be read, a full disk
         print(f"powertrain: {without_secrets(str(error))}", file=sys.stderr)
         return status_of(error)
-    except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.loop.Stop
+    except KeyboardInterrupt:  # in the middle of a run it is a request to save: see train.stop.Stop
         print("powertrain: interrupted before there was anything to save.", file=sys.stderr)
         return 130
 

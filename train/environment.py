@@ -14,6 +14,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,12 +24,14 @@ from typing import IO, TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from powertrain.data import DataError
-from powertrain.train.config import Config, ConfigError, as_dict, load
+from powertrain.train.config import Config, ConfigError, as_dict
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
     import torch
 
     from powertrain.train.engine import Engine
+    from powertrain.train.resume import Beginning
+    from powertrain.train.state import State
 
 HIDDEN = "(hidden)"
 _UMASK = os.umask(0)  # which can only be read by setting it: here, before there are threads
@@ -54,32 +57,29 @@ def write(
     path: Path,
     engine: Engine,
     command: list[str],
-    start_from: Path | None,
-    changes: dict[str, list[Any]],
+    begin: Beginning,
     parameters: dict[str, int],
     data: dict[str, Any],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
 
     `data` is of each corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
     `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
     """
-    came_from, there = parent(path), read_record(path)
+    there = read_record(path)
     starts = there.get("starts")
     whole = isinstance(there.get("id"), str) and isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
     if not whole and path.exists():  # a power cut or an editor can leave it so
         os.replace(path, path.with_name("run.json.unreadable"))
-        say(f"Warning: {path} was not a run's record. It is kept as run.json.unreadable, and a new one begins.")
+        log(f"Warning: {path} was not a run's record. It is kept as run.json.unreadable, and a new one begins.")
     record: dict[str, Any] = {"id": secrets.token_hex(4), "starts": [], **(there if whole else {})}
-    record["parent"] = None if came_from is None else str(came_from)
+    record["parent"] = None if begin.parent is None else str(begin.parent)
     record["parameters"] = parameters
-    if start_from is not None and start_from.resolve().parent.parent != path.resolve().parent:
-        record["parent"] = str(start_from.resolve())
     record["starts"].append(
         {
-            "from": None if start_from is None else str(start_from),
-            "changed_settings": changes,
+            "from": None if begin.checkpoint is None else str(begin.checkpoint),
+            "changed_settings": begin.changes,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command,
             "commit": _commit(),
@@ -205,20 +205,6 @@ def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
         replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
 
 
-def parent(path: Path) -> Path | None:
-    """The checkpoint of another run that this one branched off, from its run.json."""
-    recorded = read_record(path).get("parent", "")
-    if isinstance(recorded, str) and recorded:
-        return Path(recorded)
-    if recorded is not None:  # that record is lost, and the settings of a branch tell, too
-        with contextlib.suppress(ConfigError):
-            resume = load(path.with_name("config.yaml")).run.resume
-            began = Path(resume).resolve()
-            if resume not in ("auto", "never") and began.parent.parent != path.resolve().parent:
-                return began
-    return None
-
-
 def lock(path: Path) -> IO[str] | None:
     """The file, locked until it is closed or its process and what inherited it have died; None when others have it."""
     file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -279,6 +265,32 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
     finally:
         for file in held:
             file.close()
+
+
+@contextlib.contextmanager
+def leaving_exit_json(
+    folder: Path, engine: Engine, state: State, check_ours: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
+    ended: dict[str, Any] = {}
+    before = read_record(folder / "exit.json").get("step")  # where the run is, though this start is refused
+    try:
+        yield ended
+    except BaseException as error:
+        code = status_of(error)
+        step = state.step or (before if type(before) is int else 0)
+        ended |= {"code": code, "reason": f"{type(error).__name__}: {error}", "step": step}
+        if code > 128:
+            ended["reason"] = f"{signal.Signals(code - 128).name}, when no step was under way"
+        raise
+    finally:
+        if engine.is_main:
+            try:
+                check_ours()
+                replace_text(folder / "exit.json", json.dumps(without_secrets(ended)) + "\n")
+            except (OSError, ConfigError) as error:
+                if str(error) not in str(ended.get("reason")):  # which will be said
+                    print(f"powertrain: exit.json cannot be written: {error}", file=sys.stderr)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -1,4 +1,4 @@
-"""What may change when a run goes on, and what may not.
+"""Where a start of a run begins, and what may change when it resumes.
 
 A change that would have altered what is already trained is refused with a diff; a change that lies ahead (budget,
 decay, later stages, micro-batch, engine, logging) passes. Schedule and batch are judged by what they give for
@@ -7,15 +7,18 @@ the steps already taken, not by their spelling.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from powertrain.data.tokens import TokenFile
 from powertrain.schedulers import Cosine, Power, Rewarmup, Schedule
-from powertrain.train.checkpoint import load_state, read_state, trained_by
+from powertrain.train.checkpoint import SAVED, available, load_state, newest_valid, read_state, trained_by, verified
 from powertrain.train.config import Config, ConfigError, as_dict, load
+from powertrain.train.environment import read_record
 from powertrain.train.state import State
 
 # How a step is computed or told of, never what it computes.
@@ -40,6 +43,85 @@ _FREE = (
 COMPARED = 16  # steps of a stretch whose batch is constant and whose rate is one formula
 TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a start of a run begins.
+
+    Attributes:
+        checkpoint: to resume from; None at the first step.
+        own: whether it is the run's own, and not another run's that this one branches off.
+        changes: settings that have changed since: setting → [then, now].
+        tokens: reading of the clock.
+        parent: the checkpoint of another run that this run branched off, if it did.
+    """
+
+    checkpoint: Path | None
+    own: bool
+    changes: dict[str, list[Any]]
+    tokens: int
+    parent: Path | None
+
+
+def where_to_begin(config: Config, ranks: int) -> Beginning:
+    """The checkpoint to resume from, and what has changed since. A query: nothing is changed, see `checkpoint.tidy`.
+
+    Raises:
+        ConfigError: no checkpoint is valid, a changed setting affects what is already trained, or something else is in
+            the way.
+    """
+    checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
+    branched_off = parent(config.run_folder)
+    chosen = None
+    if wanted == "never":
+        if available(checkpoints):
+            raise ConfigError(
+                f"run.resume=never, but {config.run_folder} holds checkpoints of an earlier run. Choose another "
+                "run.name, or move that folder away."
+            )
+    elif wanted == "auto" or Path(wanted).resolve().parent != checkpoints.resolve():
+        chosen = newest_valid(checkpoints)
+        if chosen is None and wanted != "auto":  # the beginning of a branch off another run
+            chosen = verified(Path(wanted))
+        elif wanted != "auto" and branched_off != Path(wanted).resolve():
+            raise ConfigError(
+                f"{config.run_folder} has checkpoints of its own and did not begin from run.resume={wanted}. To branch "
+                "off that one choose another run.name; to go on with this run leave run.resume out."
+            )
+    else:
+        chosen = verified(Path(wanted))
+        if newer := [path for path in available(checkpoints) if path.name > chosen.name]:
+            raise ConfigError(
+                f"{config.run_folder} has gone further than run.resume={wanted}: it holds {newer[-1].name}. Move the "
+                "newer checkpoints away to go on from there, or choose another run.name to branch off."
+            )
+    saved = config.run_folder / SAVED
+    if wanted != "never" and saved.exists() and not available(checkpoints):
+        step = saved.read_text(encoding="utf-8", errors="replace").strip()
+        raise ConfigError(
+            f"{config.run_folder} had saved step {step}, but there is no checkpoint in "
+            f"{checkpoints}. Bring them back to go on; to begin again choose another run.name, or run.resume=never."
+        )
+    if chosen is None:
+        return Beginning(None, False, {}, config.run.tokens_seen, branched_off)
+    own = chosen.resolve().parent == checkpoints.resolve()
+    tokens = load_state(chosen).tokens
+    return Beginning(chosen, own, changes(chosen, config, ranks), tokens, branched_off if own else chosen.resolve())
+
+
+def parent(folder: Path) -> Path | None:
+    """The checkpoint of another run that the run in `folder` branched off, from its run.json."""
+    recorded = read_record(folder / "run.json").get("parent", "")
+    if isinstance(recorded, str) and recorded:
+        return Path(recorded)
+    if recorded is not None:  # that record is lost, and the settings of a branch tell, too
+        with contextlib.suppress(ConfigError):
+            resume = load(folder / "config.yaml").run.resume
+            began = Path(resume).resolve()
+            if resume not in ("auto", "never") and began.parent.parent != folder.resolve():
+                return began
+    return None
 
 
 def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]]:

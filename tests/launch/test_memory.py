@@ -16,8 +16,8 @@ from powertrain.launch.bench import write_tokens
 from powertrain.launch.contest import assemble
 from powertrain.launch.memory import BUCKET, Passes, Tally, needed
 from powertrain.train.cli import composed
-from powertrain.train.loop import train_step
 from powertrain.train.state import State
+from powertrain.train.step import train_step
 
 SHAPE = (
     "+experiment=quickstart",

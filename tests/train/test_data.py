@@ -170,7 +170,7 @@ def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
     stop = tmp_path / "tiny/stop"
     script.write_text(f"import pathlib, time\npathlib.Path({str(stop)!r}).touch()\ntime.sleep(600)")
     monkeypatch.setattr(bpe, "__file__", str(script))
-    monkeypatch.setattr("powertrain.train.run.SHORT_PREPARATION", 0.0)
+    monkeypatch.setattr("powertrain.train.assemble.SHORT_PREPARATION", 0.0)
     folder = run(*SHORT, f"data.cache_dir={tmp_path}/cache")
     assert json.loads((folder / "exit.json").read_text()) == {
         "code": 0,

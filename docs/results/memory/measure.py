@@ -112,8 +112,8 @@ def rank(bucket: int, overrides: list[str]) -> None:
     from powertrain.launch.bench import write_tokens
     from powertrain.launch.contest import assemble
     from powertrain.train.engine import Engine
-    from powertrain.train.loop import train_step
     from powertrain.train.state import State
+    from powertrain.train.step import train_step
 
     config = composed(overrides)
     configure = Engine._configure_deepspeed
