@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powertrain.data import DataError, bpe, expand
+from powertrain.data.files import lock, replace_text, sync
 from powertrain.data.sources import COMPRESSED, LONGEST, Block, Corpus, Place, Skipped, blocks, documents, files, read
 from powertrain.data.tokenizer import load_tokenizer, save_tokenizer, wrap_tokenizer
 from powertrain.data.tokens import TokenFile, dtype_for, write_index
@@ -386,10 +387,7 @@ class _Output:
             "lowest": self.lowest,
             "done": self.done,
         }
-        partial = self._folder.parent / f"{STATE}.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        _sync(partial)
-        partial.replace(self._folder.parent / STATE)
+        replace_text(self._folder.parent / STATE, json.dumps(state))
         self._saved_at = time.monotonic()
 
     def add(self, new: "_Encoded", place: tuple[int, Place], done: int | None) -> None:
@@ -889,13 +887,13 @@ def _building(folder: Path) -> Iterator[Path]:
         temporary.mkdir(exist_ok=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         try:
             temporary.rename(folder)
         except OSError:
             if not folder.exists():
                 raise  # else another process finished first, with the same content
-        _sync(folder.parent)
+        sync(folder.parent)
         for other in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
             other_lock = None if other == slot else _lock(other)
             if other_lock is not None:  # left by a process that was killed
@@ -934,27 +932,6 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
 
 def _lock(slot: Path) -> IO[str] | None:
     """The lock of a temporary folder; None if another process has it, or has just removed the folder."""
-    path = slot / "lock"
-    try:
-        lock = open(path, "w", encoding="utf-8")  # noqa: SIM115
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        lock.close()
-        raise
-    lock.close()
+    with suppress(FileNotFoundError):
+        return lock(slot / "lock")
     return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,8 +34,9 @@ import psutil
 
 from powertrain.data.tokens import TokenWriter, dtype_for
 from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, RunFailed, check_batch
-from powertrain.train.environment import available_cores, version
+from powertrain.train.config import Config, check_batch
+from powertrain.train.errors import RunFailed
+from powertrain.train.hardware import available_cores, version
 
 _SHAPE = (
     "data.sequence_length=512",

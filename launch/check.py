@@ -24,7 +24,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, ConfigError, batch_doubts, doubts
+from powertrain.train.config import Config, batch_doubts, doubts
+from powertrain.train.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ import sys
 
 from powertrain.launch.__main__ import VERBS
 from powertrain.train.cli import group_names, guard, options
-from powertrain.train.config import ConfigError, setting_names
+from powertrain.train.config import setting_names
+from powertrain.train.errors import ConfigError
 
 # Only the word up to the cursor counts. bash breaks it at every = and replaces what follows the last one.
 _SCRIPT = """

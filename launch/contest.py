@@ -28,7 +28,7 @@ from powertrain.train.balance import Balance
 from powertrain.train.cli import composed
 from powertrain.train.config import Config
 from powertrain.train.engine import Engine
-from powertrain.train.environment import available_cores
+from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.state import State

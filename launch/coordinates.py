@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from powertrain.train.balance import Balance
 from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, ConfigError
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.optim import adamw, parameter_groups

@@ -43,8 +43,9 @@ from powertrain.data import DataError, expand
 from powertrain.launch.check import described
 from powertrain.schedulers import Power, Rewarmup, power_of
 from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, ConfigError, RampConfig, batch_doubts, batch_problems, doubts, problems
+from powertrain.train.config import Config, RampConfig, batch_doubts, batch_problems, doubts, problems
 from powertrain.train.console import human
+from powertrain.train.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError, load
+from powertrain.train.config import load
+from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ from powertrain.launch import bench
 from powertrain.launch.contest import Ours, assemble
 from powertrain.train.cli import composed
 from powertrain.train.config import Config
-from powertrain.train.environment import settings_text
+from powertrain.train.redact import settings_text
 from powertrain.train.report import runs_page
 from powertrain.train.resume import check_steps_taken
 from powertrain.train.state import State

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 FILES = [
     *sorted((Path(__file__).parent / "accelerate").glob("*.yaml")),

@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from powertrain.train.config import ConfigError, check, load
+from powertrain.train.config import check, load
+from powertrain.train.errors import ConfigError
 
 _EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")
 _LOSSES = ("lm_loss", "balance_loss", "z_loss", "loss", "grad_norm")
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
     config = load(options.run / "config.yaml")
     check(config)
 
-    from powertrain.train import checkpoint, environment, resume
+    from powertrain.data.files import read_record
+    from powertrain.train import checkpoint, resume
     from powertrain.train.track import read_back
 
     found = checkpoint.available(options.run / "checkpoints")
@@ -65,17 +67,16 @@ def main(arguments: list[str]) -> int:
 
     from powertrain.train.assemble import assemble
     from powertrain.train.engine import Engine
-    from powertrain.train.environment import hardware
     from powertrain.train.state import State
     from powertrain.train.step import train_step
 
-    begun = environment.read_record(options.run / "run.json").get("starts")
+    begun = read_record(options.run / "run.json").get("starts")
     recorded = begun[-1].get("hardware") if isinstance(begun, list) and begun and isinstance(begun[-1], dict) else None
     with tempfile.TemporaryDirectory() as scratch:
         config.data.tokenizer.path = str(options.run / "tokenizer")
         config.run.folder = scratch
         engine = Engine(config)
-        same_machine = hardware(engine) == recorded
+        same_machine = engine.hardware() == recorded
         state = State(tokens=config.run.tokens_seen)
         parts = assemble(config, engine, state, start_from, print if engine.is_main else lambda text: None)
         first = state.step + 1

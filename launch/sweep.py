@@ -39,6 +39,7 @@ from rich.table import Table
 
 import powertrain_command
 from powertrain.data import expand
+from powertrain.data.files import read_record, replace_text
 from powertrain.data.prepare import prepare
 from powertrain.launch.trials import (
     WITH_DECAY,
@@ -64,8 +65,10 @@ from powertrain.schedulers.cells import MOST
 from powertrain.schedulers.law import expected_error
 from powertrain.train import cli, streams
 from powertrain.train.cli import composed, composed_sweep, guard
-from powertrain.train.config import Config, ConfigError, RunFailed, doubts, load, setting_values
-from powertrain.train.environment import available_cores, lock, read_record, replace_text
+from powertrain.train.config import Config, doubts, load, setting_values
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.folder import lock
+from powertrain.train.hardware import available_cores
 from powertrain.train.track import read_back
 
 POLL_SECONDS = 0.5

@@ -26,7 +26,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from powertrain.launch.lean import Design, Place
 from powertrain.schedulers.cells import MOST
 from powertrain.schedulers.law import MIN_HORIZONS
-from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, as_dict, check, typed
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, as_dict, check, typed
+from powertrain.train.errors import ConfigError
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
 WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk

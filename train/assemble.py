@@ -17,12 +17,14 @@ from powertrain.data.order import Order, Stage
 from powertrain.data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
 from powertrain.data.tokenizer import load_tokenizer
 from powertrain.data.tokens import TokenFile
-from powertrain.train import checkpoint, environment, init_from, resume
+from powertrain.train import checkpoint, init_from, resume
 from powertrain.train.balance import Balance
-from powertrain.train.config import Config, ConfigError, batch_doubts, doubts
+from powertrain.train.config import Config, batch_doubts, doubts
 from powertrain.train.console import human, progress_lines
 from powertrain.train.engine import Engine
+from powertrain.train.errors import ConfigError
 from powertrain.train.evaluate import Validation
+from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.metrics import count_parameters
 from powertrain.train.model import granite, mup
@@ -137,7 +139,7 @@ def prepare_data(config: Config, engine: Engine, log: Log) -> Prepared:
             "in a file configs/data/NAME.yaml."
         )
     # Ranks of another machine, without this one's cache, would have as many processes each.
-    workers = (config.data.workers or environment.available_cores()) if engine.is_main else 1
+    workers = (config.data.workers or available_cores()) if engine.is_main else 1
 
     shown = progress_lines(log)
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
@@ -37,11 +36,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from powertrain.data.files import read_record, replace_text, reset_permissions, sha256, sync
 from powertrain.train import faults as injected
 from powertrain.train.balance import Balance
-from powertrain.train.config import ConfigError, RunFailed
 from powertrain.train.engine import MOMENTS, Engine, Read
-from powertrain.train.environment import as_others_are, read_record, replace_text, settings_text
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.redact import settings_text
 from powertrain.train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -176,7 +176,7 @@ class Saver:
             for name, text in texts.items():
                 _write_text(partial / name, text)
             for name in (*tensors, *texts):
-                done[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+                done[name] = {"size": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
             replace_text(partial / _done_file(rank), json.dumps(done))
         except Exception as error:  # whatever it is: a checkpoint that is not there must not be taken for one
             self._error = self._explained(error, step)
@@ -207,14 +207,14 @@ class Saver:
         injected.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
         _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
-        _sync_folder(partial / "rng")
-        _sync_folder(partial)
+        sync(partial / "rng")
+        sync(partial)
         injected.at("rename", 0, step)
         final = self.checkpoints / f"step-{step:08d}"
         if final.exists():  # what cannot be trusted; a valid one would not be written again
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync_folder(self.checkpoints)
+        sync(self.checkpoints)
         with contextlib.suppress(OSError):
             replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
         injected.at("prune", 0, step)
@@ -421,7 +421,7 @@ def faults(checkpoint: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"manifest.json cannot be read: {error}"]
     wrong = []
-    for name, (size, sha256) in files.items():
+    for name, (size, digest) in files.items():
         path = checkpoint / name
         if ".." in Path(name).parts or (path.is_absolute() and not path.is_relative_to(checkpoint)):
             wrong.append(f"{name} lies outside the checkpoint")
@@ -432,7 +432,7 @@ def faults(checkpoint: Path) -> list[str]:
                 wrong.append(f"{name} is missing")
             elif info.st_size != size:
                 wrong.append(f"{name} has {info.st_size} bytes, not {size}")
-            elif _sha256(path) != sha256:
+            elif sha256(path) != digest:
                 wrong.append(f"{name} differs from its SHA-256")
         except OSError as error:
             wrong.append(_lost(checkpoint, name, error))
@@ -571,31 +571,10 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     except SafetensorError as error:  # how safetensors reports a full disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, str(error)) from error
-    as_others_are(path)
-    _sync_file(path)
+    reset_permissions(path)
+    sync(path)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return digest.hexdigest()
+    sync(path)

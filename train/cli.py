@@ -33,11 +33,9 @@ from powertrain.data import DataError, expand
 from powertrain.train import streams
 from powertrain.train.config import (
     Config,
-    ConfigError,
     DataConfig,
     ModelConfig,
     RunConfig,
-    RunFailed,
     as_typed,
     check_interpolations,
     data_from_hydra,
@@ -47,7 +45,8 @@ from powertrain.train.config import (
     setting_values,
     unchecked,
 )
-from powertrain.train.environment import HIDDEN, settings_text, status_of, without_secrets
+from powertrain.train.errors import ConfigError, RunFailed, status_of
+from powertrain.train.redact import HIDDEN, settings_text, without_secrets
 
 # torch 2.13 says at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)

@@ -24,6 +24,7 @@ from powertrain.data import DataError, expand
 from powertrain.data.mixture import mixture_of
 from powertrain.data.prepare import TokenizerSpec
 from powertrain.data.sources import Corpus
+from powertrain.train.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -65,18 +66,6 @@ def _values(node: Node, counted: dict[int, float]) -> float:
 
 
 omegaconf._utils.get_yaml_loader = lambda: _Loader  # Hydra's files, a run's config.yaml and KEY=VALUE are read by it
-
-
-class ConfigError(ValueError):
-    """Something a user can mend. The message is one readable paragraph: value, limit, remedy."""
-
-
-class RunFailed(RuntimeError):
-    """The run broke for a reason that is known; the message is one paragraph."""
-
-
-class Diverged(RunFailed):
-    """The gradients are no longer finite."""
 
 
 @dataclass

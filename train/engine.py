@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from powertrain.data import DataError
-from powertrain.train import environment, optim
-from powertrain.train.config import Config, ConfigError, RunFailed
+from powertrain.train import optim
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss, Outputs, logits_of
 from powertrain.train.model import granite, mup
 
@@ -103,7 +106,7 @@ class Engine:
         if self.device.type == "cpu" or self._offloads():
             # accelerate launch leaves one thread to a process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(config.threads or max(1, environment.available_cores() // local))
+            torch.set_num_threads(config.threads or max(1, available_cores() // local))
 
     def _offloads(self) -> bool:
         if not self.sharded:
@@ -299,6 +302,18 @@ class Engine:
                 f"{blind} of {self.world_size} ranks do not see {path.parent}: run.folder has to lie on a file system "
                 "that all machines share."
             )
+
+    def hardware(self) -> dict[str, Any]:
+        """What decides the last bits of a sum: kernels, device, ranks and threads."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "kernels": granite.kernels(self.config, self.device),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else platform.processor() or self.device.type,
+            "ranks": self.world_size,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+        }
 
     def lost_a_rank(self, error: RuntimeError) -> bool:
         """Whether an error comes from a collective that another rank has left by dying."""

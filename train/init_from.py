@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from powertrain.data import expand
 from powertrain.train import checkpoint
-from powertrain.train.config import Config, ConfigError, ModelConfig, load
+from powertrain.train.config import Config, ModelConfig, load
+from powertrain.train.errors import ConfigError
 from powertrain.train.export import config_in
 
 _SAME = (

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from powertrain.data.files import read_record
 from powertrain.data.tokens import TokenFile
 from powertrain.schedulers import Cosine, Power, Rewarmup, Schedule
 from powertrain.train.checkpoint import SAVED, available, load_state, newest_valid, read_state, trained_by, verified
-from powertrain.train.config import Config, ConfigError, as_dict, load
-from powertrain.train.environment import read_record
+from powertrain.train.config import Config, as_dict, load
+from powertrain.train.errors import ConfigError
 from powertrain.train.state import State
 
 # How a step is computed or told of, never what it computes.

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from powertrain.data import DataError
+from powertrain.data.files import replace_folder, replace_text
 from powertrain.data.tokenizer import save_tokenizer
-from powertrain.train import checkpoint, environment, report
+from powertrain.train import checkpoint, report
 from powertrain.train.assemble import Log, Parts, StoppedEarly, assemble
-from powertrain.train.config import Config, ConfigError, Diverged, RunFailed, check_batch
+from powertrain.train.config import Config, check_batch
 from powertrain.train.console import Progressing
 from powertrain.train.engine import Engine
+from powertrain.train.errors import ConfigError, Diverged, RunFailed
 from powertrain.train.export import check_target, export, facts_of, generate, in_units, in_working_precision, loss_text
+from powertrain.train.folder import claimed, leaving_exit_json, record_start
 from powertrain.train.metrics import flops_per_token, peak_flops
+from powertrain.train.redact import check_no_secrets, settings_text
 from powertrain.train.resume import Beginning, where_to_begin
 from powertrain.train.state import State
 from powertrain.train.step import train_step
@@ -46,8 +50,8 @@ def train(config: Config, command: list[str]) -> Outcome:
     engine, state = Engine(config), State(tokens=config.run.tokens_seen)
     folder = config.run_folder
     with (
-        environment.claimed(folder, engine) as check_ours,
-        environment.leaving_exit_json(folder, engine, state, check_ours) as ended,
+        claimed(folder, engine) as check_ours,
+        leaving_exit_json(folder, engine, state, check_ours) as ended,
     ):
         try:
             outcome = _train(config, engine, state, command, check_ours)
@@ -71,7 +75,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     checkpoints = folder / "checkpoints"
 
     # ---- where to begin; until that is known, nothing is changed
-    engine.first_rank_decides(lambda: environment.check_no_secrets(config))
+    engine.first_rank_decides(lambda: check_no_secrets(config))
     engine.first_rank_decides(lambda: check_target(folder / "model"))
     begin: Beginning = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
     engine.first_rank_decides(lambda: check_batch(config, engine.world_size, begin.tokens - config.run.tokens_seen))
@@ -96,10 +100,10 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
             if begin.checkpoint is None or not (folder / "tokenizer").exists():
-                environment.replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
+                replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
             (folder / "exit.json").unlink(missing_ok=True)
-            environment.replace_text(folder / "config.yaml", environment.settings_text(config))
-            environment.write(folder / "run.json", engine, command, begin, parts.counts, parts.data, log)
+            replace_text(folder / "config.yaml", settings_text(config))
+            record_start(folder / "run.json", engine, command, begin, parts.counts, parts.data, log)
         tracker = Tracker(folder, config, engine, state, log)
         saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, check_ours, log)
         if begin.own:
@@ -164,12 +168,12 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     engine.first_rank_decides(check_ours)
     if engine.is_main:
         if not (folder / "tokenizer").is_dir():  # somebody has removed it
-            environment.replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
+            replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
         facts = facts_of(state, lines)
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
         picture = folder / "report.html"
         try:
-            environment.replace_text(picture, report.runs_page([folder]))
+            replace_text(picture, report.runs_page([folder]))
         except Exception as error:  # whatever it is, the model is more than its picture
             log(f"Warning: {picture} could not be drawn: {type(error).__name__}: {error}")
         log_result(config, parts, lines, difference, log)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from powertrain.train.config import ConfigError
 from powertrain.train.engine import Engine
+from powertrain.train.errors import ConfigError
 
 
 class Stop:

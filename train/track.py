@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from powertrain.data.files import read_record
 from powertrain.train.config import Config, as_dict, setting_values
-from powertrain.train.environment import add_to_start, read_record, without_secrets
+from powertrain.train.folder import add_to_start
+from powertrain.train.redact import without_secrets
 
 if TYPE_CHECKING:
     from powertrain.train.engine import Engine

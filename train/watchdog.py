@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from powertrain.data.files import replace_text
 from powertrain.train.engine import Engine
-from powertrain.train.environment import replace_text
 from powertrain.train.state import State
 
 BEAT_SECONDS = 10.0  # at most: a file system of many machines may show a file seconds late

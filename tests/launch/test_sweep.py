@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from powertrain.launch.sweep import Sweep, begin_from, check_ledger, in_common, main, result, summary, write_ledger
 from powertrain.launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
-from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.track import read_lines
 
 SWEEP: dict[str, Any] = {

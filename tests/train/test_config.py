@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 from powertrain.schedulers import WSD, Constant, Cosine, Power
 from powertrain.train import config as config_module
 from powertrain.train.cli import composed
-from powertrain.train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch, load
-from powertrain.train.environment import settings_text
+from powertrain.train.config import Config, RampConfig, StageConfig, check, check_batch, load
+from powertrain.train.errors import ConfigError
+from powertrain.train.redact import settings_text
 
 EXPERIMENTS = [
     "quickstart",

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from powertrain.train.checkpoint import Stored
 from powertrain.train.cli import composed
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 Overrides = Callable[..., list[str]]

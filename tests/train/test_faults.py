@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from powertrain import train
 from powertrain.train import checkpoint, faults
 from powertrain.train.cli import composed
-from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.state import State
 from powertrain.train.track import Tracker, read_lines
 
@@ -494,7 +494,7 @@ def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -
 
 
 def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from powertrain.train.environment import without_secrets
+    from powertrain.train.redact import without_secrets
 
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
@@ -523,7 +523,7 @@ def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch
 
 
 def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from powertrain.train.environment import without_secrets
+    from powertrain.train.redact import without_secrets
 
     secrets = """DB_PASS PASS SSHPASS SMTP_PASS_1 MYSQL_PWD DBPWD PGPASSWORD PASSPHRASE SSH_KEY KEY SIGNING_KEY
         SSH_KEY_B64 SERVICE_KEY2 AWS_ACCESS_KEY_ID GITHUB_PAT PAT AUTH NPM_CONFIG__AUTH PROXY_AUTHORIZATION

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from powertrain.data.tokens import TokenFile
 from powertrain.train import checkpoint
-from powertrain.train.config import ConfigError, RampConfig
+from powertrain.train.config import RampConfig
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 # attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
@@ -103,8 +104,8 @@ def test_fault_02_leaving_out_one_saved_item_shows(
 def test_fault_10_steps_skipped_before_the_cut_still_count(
     go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from powertrain.train.config import RunFailed
     from powertrain.train.engine import Engine
+    from powertrain.train.errors import RunFailed
 
     def nine(folder: Path) -> None:
         path = folder / "checkpoints/step-00000006/state.json"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from powertrain.schedulers import Decay, Power
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 
@@ -280,8 +280,8 @@ def test_fault_09_a_skipped_step_leaves_weights_and_moments(
 def test_fault_10_gradients_that_are_never_finite_stop_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from powertrain.train.config import RunFailed
     from powertrain.train.engine import Engine
+    from powertrain.train.errors import RunFailed
 
     original = Engine.backward
     monkeypatch.setattr(Engine, "backward", lambda self, loss: original(self, loss * float("inf")))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from powertrain.schedulers import Schedule
-from powertrain.train import environment, resume, track
-from powertrain.train.config import Config, ConfigError
+from powertrain.train import folder, resume, track
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.export import facts_of
 from powertrain.train.state import State
 from powertrain.train.track import Tracker, read_lines
@@ -253,10 +254,10 @@ def test_all_schedules_have_their_edges_listed() -> None:
 def test_the_end_of_a_tracker_is_no_reason_to_end_a_run_whose_record_was_edited(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
-    environment.add_to_start(path, "trackers_ended", {"wandb": "left"})
+    folder.add_to_start(path, "trackers_ended", {"wandb": "left"})
     assert path.read_text() == text
     path.write_text('{"starts": [{"from": null}]}')
-    environment.add_to_start(path, "trackers_ended", {"wandb": "left"})
+    folder.add_to_start(path, "trackers_ended", {"wandb": "left"})
     assert json.loads(path.read_text())["starts"] == [{"from": None, "trackers_ended": {"wandb": "left"}}]
 
 
