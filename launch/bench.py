@@ -33,8 +33,10 @@ import numpy as np
 import psutil
 
 from powertrain.data.tokens import TokenWriter, dtype_for
-from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, check_batch
+from powertrain.train.check import check_batch
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
 from powertrain.train.errors import RunFailed
 from powertrain.train.hardware import available_cores, version
 

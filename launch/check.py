@@ -23,8 +23,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, batch_doubts, doubts
+from powertrain.train.check import batch_doubts, doubts
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
 
 if TYPE_CHECKING:

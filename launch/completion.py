@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 
 from powertrain.launch.__main__ import VERBS
-from powertrain.train.cli import group_names, guard, options
+from powertrain.train.cli import guard
+from powertrain.train.compose import group_names, options
 from powertrain.train.config import setting_names
 from powertrain.train.errors import ConfigError
 

@@ -25,7 +25,7 @@ from powertrain.data.loader import Batches, num_windows, window
 from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import TokenFile
 from powertrain.train.balance import Balance
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.engine import Engine
 from powertrain.train.hardware import available_cores

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from powertrain.train.balance import Balance
-from powertrain.train.cli import composed, guard
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
 from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss

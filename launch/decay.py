@@ -20,7 +20,8 @@ from typing import Any
 
 from powertrain.schedulers.decay import SHAPES
 from powertrain.train.cli import leave, run_training
-from powertrain.train.config import Config, load
+from powertrain.train.compose import load
+from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
 
 

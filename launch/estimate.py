@@ -42,8 +42,10 @@ from yaml import YAMLError
 from powertrain.data import DataError, expand
 from powertrain.launch.check import described
 from powertrain.schedulers import Power, Rewarmup, power_of
-from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, RampConfig, batch_doubts, batch_problems, doubts, problems
+from powertrain.train.check import batch_doubts, batch_problems, doubts, problems
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed
+from powertrain.train.config import Config, RampConfig
 from powertrain.train.console import human
 from powertrain.train.errors import ConfigError
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from powertrain.train.cli import guard
-from powertrain.train.config import load
+from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError
 
 

@@ -28,7 +28,7 @@ from powertrain.data.prepare import fingerprint, known_fingerprint
 from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from powertrain.launch import bench
 from powertrain.launch.contest import Ours, assemble
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.redact import settings_text
 from powertrain.train.report import runs_page

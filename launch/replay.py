@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from powertrain.train.config import check, load
+from powertrain.train.check import check
+from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError
 
 _EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")

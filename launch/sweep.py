@@ -64,8 +64,10 @@ from powertrain.launch.trials import (
 from powertrain.schedulers.cells import MOST
 from powertrain.schedulers.law import expected_error
 from powertrain.train import cli, streams
-from powertrain.train.cli import composed, composed_sweep, guard
-from powertrain.train.config import Config, doubts, load, setting_values
+from powertrain.train.check import doubts
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed, composed_sweep, load
+from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.folder import lock
 from powertrain.train.hardware import available_cores

@@ -26,7 +26,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from powertrain.launch.lean import Design, Place
 from powertrain.schedulers.cells import MOST
 from powertrain.schedulers.law import MIN_HORIZONS
-from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, as_dict, check, typed
+from powertrain.train.check import check
+from powertrain.train.compose import typed
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, as_dict
 from powertrain.train.errors import ConfigError
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon

@@ -21,8 +21,9 @@ from conftest import CONFIGS, ROOT
 
 from powertrain.data import DataError, expand
 from powertrain.train import hardware
-from powertrain.train.cli import composed, composed_sweep, guard, run_training
-from powertrain.train.config import Config, RunConfig, load, setting_values
+from powertrain.train.cli import guard, run_training
+from powertrain.train.compose import composed, composed_sweep, load
+from powertrain.train.config import Config, RunConfig, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.redact import settings_text
 from powertrain.train.run import train

@@ -19,7 +19,8 @@ from powertrain.data.tokenizer import load_tokenizer
 from powertrain.data.tokens import TokenFile
 from powertrain.train import checkpoint, init_from, resume
 from powertrain.train.balance import Balance
-from powertrain.train.config import Config, batch_doubts, doubts
+from powertrain.train.check import batch_doubts, doubts
+from powertrain.train.config import Config
 from powertrain.train.console import human, progress_lines
 from powertrain.train.engine import Engine
 from powertrain.train.errors import ConfigError

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from powertrain.data.files import read_record
-from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, load, setting_values
+from powertrain.train.compose import load
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, setting_values
 from powertrain.train.track import read_spread
 
 POINTS = 600  # of a curve at most: more of them are averaged

@@ -18,7 +18,8 @@ from powertrain.data.files import read_record
 from powertrain.data.tokens import TokenFile
 from powertrain.schedulers import Cosine, Power, Rewarmup, Schedule
 from powertrain.train.checkpoint import SAVED, available, load_state, newest_valid, read_state, trained_by, verified
-from powertrain.train.config import Config, as_dict, load
+from powertrain.train.compose import load
+from powertrain.train.config import Config, as_dict
 from powertrain.train.errors import ConfigError
 from powertrain.train.state import State
 

@@ -11,7 +11,8 @@ from powertrain.data.files import replace_folder, replace_text
 from powertrain.data.tokenizer import save_tokenizer
 from powertrain.train import checkpoint, report
 from powertrain.train.assemble import Log, Parts, StoppedEarly, assemble
-from powertrain.train.config import Config, check_batch
+from powertrain.train.check import check_batch
+from powertrain.train.config import Config
 from powertrain.train.console import Progressing
 from powertrain.train.engine import Engine
 from powertrain.train.errors import ConfigError, Diverged, RunFailed

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from powertrain.launch import coordinates
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.model import mup
 

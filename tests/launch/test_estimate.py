@@ -14,8 +14,8 @@ from rich.console import Console
 
 from powertrain.data.tokens import TokenWriter
 from powertrain.launch import estimate
-from powertrain.train.cli import composed
-from powertrain.train.config import batch_doubts, check_batch
+from powertrain.train.check import batch_doubts, check_batch
+from powertrain.train.compose import composed
 
 TINY = ["+experiment=proxy_tiny", "cluster.gpu=cpu"]
 

@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 
 from powertrain.schedulers import WSD, Constant, Cosine, Power
 from powertrain.train import config as config_module
-from powertrain.train.cli import composed
-from powertrain.train.config import Config, RampConfig, StageConfig, check, check_batch, load
+from powertrain.train.check import batch_doubts as doubts_of_batch
+from powertrain.train.check import check, check_batch
+from powertrain.train.compose import composed, load
+from powertrain.train.config import Config, RampConfig, StageConfig
 from powertrain.train.errors import ConfigError
 from powertrain.train.redact import settings_text
 
@@ -427,9 +429,9 @@ def test_a_cosine_that_no_step_sees_is_refused() -> None:
 def test_a_run_that_began_with_a_decay_of_one_step_is_still_read(quickstart: Config, tmp_path: Path) -> None:
     change(quickstart, {"schedule.decay.tokens": 1})
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_module.as_dict(quickstart))))
-    assert config_module.load(tmp_path / "config.yaml") == quickstart
+    assert load(tmp_path / "config.yaml") == quickstart
     with pytest.raises(ConfigError, match="never be seen"):
-        config_module.load(tmp_path / "config.yaml", {"run.name": "another"})
+        load(tmp_path / "config.yaml", {"run.name": "another"})
 
 
 # ------------------------------------------------------------------------------------------------- round trips
@@ -439,12 +441,12 @@ def test_what_a_run_writes_down_it_can_read(small_config: Callable[..., Config],
     config = small_config("batch.ramp=[{from_tokens: 100, sequences: 32}]", "optimizer.betas=[0.8,0.9]", "run.seed=4")
     path = tmp_path / "config.yaml"
     OmegaConf.save(OmegaConf.create(config_module.as_dict(config)), path)
-    assert config_module.load(path) == config
+    assert load(path) == config
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
-        config_module.load(tmp_path / "config.yaml")
+        load(tmp_path / "config.yaml")
 
 
 def test_setting_names_are_every_leaf() -> None:
@@ -456,7 +458,7 @@ def test_setting_names_are_every_leaf() -> None:
 
 
 def test_one_expert_a_token_is_doubted() -> None:
-    from powertrain.train.config import doubts
+    from powertrain.train.check import doubts
 
     make = ["+experiment=quickstart"]
     assert list(doubts(composed(make))) == []
@@ -471,12 +473,12 @@ def _without_decay(*overrides: str) -> Config:
 
 
 def batch_doubts(settings: dict[str, Any], *overrides: str) -> list[str]:
-    return list(config_module.batch_doubts(change(copy.deepcopy(_without_decay(*overrides)), settings)))
+    return list(doubts_of_batch(change(copy.deepcopy(_without_decay(*overrides)), settings)))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_no_experiment_trains_above_its_critical_batch(experiment: str) -> None:
-    assert list(config_module.batch_doubts(composed([f"+experiment={experiment}"]))) == []
+    assert list(doubts_of_batch(composed([f"+experiment={experiment}"]))) == []
 
 
 def test_a_batch_above_the_critical_batch_is_pointed_out_with_where_it_is() -> None:

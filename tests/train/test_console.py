@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from powertrain.train import console
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.console import Progressing, duration, human
 from powertrain.train.state import State
 

@@ -16,7 +16,7 @@ from powertrain.data.prepare import prepare
 from powertrain.data.tokens import TokenFile
 from powertrain.launch.estimate import data_problems
 from powertrain.launch.prepare import _say_epochs
-from powertrain.train.config import load
+from powertrain.train.compose import load
 from powertrain.train.track import read_lines
 
 SHORT = ("run.tokens=512", "schedule.warmup_tokens=0", "schedule.decay.tokens=0")

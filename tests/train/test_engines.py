@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from powertrain.train.checkpoint import Stored
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 

@@ -33,8 +33,9 @@ from conftest import (
 from safetensors.torch import load_file
 
 from powertrain import train
+from powertrain.data.files import sha256
 from powertrain.train import checkpoint, faults
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.state import State
 from powertrain.train.track import Tracker, read_lines
@@ -579,7 +580,7 @@ def test_every_ranks_files_are_required(tmp_path: Path, missing: str) -> None:
     state = {"state": vars(State()), "optimizer_steps": 3, "assignments": [[1, 2]], "data_fingerprint": {}}
     (path / "state.json").write_text(json.dumps({**state, "engine": {"kind": "zero3", "ranks": 2}}))
     files = {
-        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in path.rglob("*.*")
     }
     (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
@@ -606,7 +607,7 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["weights.safetensors"] = {
         "size": (path / "weights.safetensors").stat().st_size,
-        "sha256": checkpoint._sha256(path / "weights.safetensors"),
+        "sha256": sha256(path / "weights.safetensors"),
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="is not a safetensors file"):
@@ -616,7 +617,7 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["model._target_", "data.corpora.words._target_", "tracker.init_kwargs.wandb._target_"])
 def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: str) -> None:
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
 
     mark = tmp_path / "mark"
     evil = ("tracker=wandb", f"+{key}=os.mkdir", f"+{key.rpartition('.')[0]}.path={mark}")

@@ -135,7 +135,7 @@ def test_an_evaluation_before_the_first_step_is_of_the_initial_weights(
     """By Transformers and cross-entropy alone, window by window."""
     from powertrain.data.loader import window
     from powertrain.data.prepare import prepare
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
     from powertrain.train.model import granite, mup
 
     first = read_lines(run("evaluation.every=100", "evaluation.sequences=100") / "evals.jsonl")[:2]

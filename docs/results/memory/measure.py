@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.launch.memory import BUCKET, Passes, Tally, needed
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 
 HERE = Path(__file__).parent
 SMALL_BUCKET = 1_500_000
