@@ -80,7 +80,7 @@ def branch(options: argparse.Namespace) -> Config:
         )
     if options.tokens <= 0:
         raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
-    begins = n - parent.run.tokens_seen
+    begins = parent.trained(n)
     changed: dict[str, Any] = {
         **place,
         "run.resume": str(chosen.resolve()),

@@ -175,7 +175,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
         yield (
             f"The decay starts at {decay.start:,} tokens and takes {decay.tokens:,}, but the run ends at "
             f"{config.end_tokens:,}: it would stop before the decay does. Shorten schedule.decay.tokens, or "
-            f"raise run.tokens to {decay.start + decay.tokens - config.run.tokens_seen:,}."
+            f"raise run.tokens to {config.trained(decay.start + decay.tokens):,}."
         )
 
 
@@ -196,7 +196,7 @@ def _decay_problems(config: Config) -> Iterator[str]:
     elif not isinstance(schedule, schedulers.Cosine):
         return
     if start >= config.run.tokens_seen and config.step_after(start) >= end:
-        step = config.batch_at(start - config.run.tokens_seen) * config.data.sequence_length
+        step = config.sequences_at(start) * config.data.sequence_length
         yield (
             f"The {what} from {start:,} to {end:,} tokens would never be seen: no step begins inside it, where a step "
             f"is {step:,} tokens and its rate that at the tokens before it. Make it longer than a step"
@@ -260,7 +260,7 @@ def batch_doubts(config: Config) -> Iterator[str]:
             break
         release = power.cap_release(beta)
         in_warmup = release <= power.warmup_tokens  # whose rates go by the law at its end
-        until = math.ceil(min(end, release - config.run.tokens_seen))
+        until = math.ceil(min(end, config.trained(release)))
         if not in_warmup and until - begin > ABOVE_CRITICAL * (end - begin if begin else config.run.tokens):
             above.append(f"{sequences:,} sequences from {begin:,} to {until:,} tokens")
             tokens_above += until - begin
@@ -287,16 +287,16 @@ def batch_doubts(config: Config) -> Iterator[str]:
         )
 
 
-def check_batch(config: Config, world_size: int, tokens: int = 0) -> None:
-    """Raises ConfigError unless the batch, `tokens` into the run and later, splits over ranks and micro-batches."""
+def check_batch(config: Config, world_size: int, tokens: int | None = None) -> None:
+    """Raises ConfigError unless the batch splits over ranks and micro-batches, from this reading of the clock on;
+    from the run's beginning by default."""
     _raise_first(batch_problems(config, world_size, tokens))
 
 
-def batch_problems(config: Config, world_size: int, tokens: int = 0) -> Iterator[str]:
+def batch_problems(config: Config, world_size: int, tokens: int | None = None) -> Iterator[str]:
     """All that `check_batch` would raise, a paragraph each."""
     micro = config.batch.micro_sequences
-    ahead = [phase.sequences for phase in config.batch.ramp if phase.from_tokens > tokens]
-    for sequences in (config.batch_at(tokens), *ahead):
+    for sequences in config.batches_from(config.run.tokens_seen if tokens is None else tokens):
         unit = micro * world_size
         if sequences % unit:
             below, above = sequences // unit * unit, -(-sequences // unit) * unit

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
@@ -19,6 +19,8 @@ from powertrain.data import expand
 from powertrain.data.prepare import TokenizerSpec
 from powertrain.data.sources import Corpus
 from powertrain.train.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
 
 # The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
 LAW_SEQUENCE_LENGTH = 4096
@@ -207,13 +209,19 @@ class Config:
         """Clock reading at the end of the budget."""
         return self.run.tokens_seen + self.run.tokens
 
-    def batch_at(self, run_tokens: int) -> int:
-        """Sequences in the step that begins after `run_tokens` tokens of this run."""
-        sequences = self.batch.sequences
-        for phase in self.batch.ramp:
-            if run_tokens >= phase.from_tokens:
-                sequences = phase.sequences
-        return sequences
+    def trained(self, tokens: Number) -> Number:
+        """Tokens of this run at a reading of the clock: those of before it, `run.tokens_seen`, are not counted."""
+        return tokens - self.run.tokens_seen
+
+    def sequences_at(self, tokens: int) -> int:
+        """Sequences in the step that begins at this reading of the clock."""
+        return self.batches_from(tokens)[0]
+
+    def batches_from(self, tokens: int) -> list[int]:
+        """Sequences in the step that begins at this reading of the clock, and those of later steps as they change."""
+        phases = self.batch_phases()
+        begun = [sequences for start, sequences in phases if start <= self.trained(tokens)] or [self.batch.sequences]
+        return [begun[-1], *(sequences for start, sequences in phases if start > self.trained(tokens))]
 
     def batch_phases(self) -> list[tuple[int, int]]:
         """(tokens of the run, sequences) where each batch size begins, in the order of the run."""
@@ -221,13 +229,12 @@ class Config:
 
     def step_after(self, tokens: int) -> int:
         """Clock reading before the first step that begins after `tokens`, however long the budget."""
-        begins, length = 0, self.data.sequence_length
-        starts = [*(phase.from_tokens for phase in self.batch.ramp), math.inf]
-        for until in starts:
-            step = self.batch_at(begins) * length
-            after = begins + max(0, (tokens - self.run.tokens_seen - begins) // step + 1) * step
+        begins, length = self.run.tokens_seen, self.data.sequence_length
+        for until in (*(self.run.tokens_seen + phase.from_tokens for phase in self.batch.ramp), math.inf):
+            step = self.sequences_at(begins) * length
+            after = begins + max(0, (tokens - begins) // step + 1) * step
             if after < until:
-                return self.run.tokens_seen + after
+                return after
             begins = max(begins, begins + -(-(int(until) - begins) // step) * step)
         raise AssertionError  # the last phase has no end
 

@@ -42,7 +42,7 @@ class Progressing:
         self.smooth = 0.0
         self.steps = self.collapsed_steps = 0  # of this start
         self.collapsed, self.in_a_row, self.warned = False, 0, False
-        done = state.tokens - config.run.tokens_seen
+        done = config.trained(state.tokens)
         self.told, self.told_tokens = -math.inf, done  # when the last line was written to a file
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -75,7 +75,7 @@ class Progressing:
         """Show one step's metrics: a line of them every LINE_SHARE of the run or LINE_SECONDS in a file."""
         if not self.active:
             return
-        end, done = self.config.run.tokens, state.tokens - self.config.run.tokens_seen
+        end, done = self.config.run.tokens, self.config.trained(state.tokens)
         speed = record["tokens_per_second"]
         self.smooth = 0.9 * self.smooth + 0.1 * speed if self.smooth else speed
         left = duration(max(0, end - done) / self.smooth)

@@ -23,8 +23,7 @@ from powertrain.train.redact import without_secrets
 
 if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
     from powertrain.train.engine import Engine
-    from powertrain.train.resume import Beginning
-    from powertrain.train.state import State
+    from powertrain.train.state import Beginning, State
 
 
 def lock(path: Path) -> IO[str] | None:

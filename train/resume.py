@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from powertrain.train.checkpoint import SAVED, available, load_state, newest_val
 from powertrain.train.compose import load
 from powertrain.train.config import Config, as_dict
 from powertrain.train.errors import ConfigError
-from powertrain.train.state import State
+from powertrain.train.state import Beginning, State
 
 # How a step is computed or told of, never what it computes.
 _FREE = (
@@ -45,25 +44,6 @@ _FREE = (
 COMPARED = 16  # steps of a stretch whose batch is constant and whose rate is one formula
 TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where a start of a run begins.
-
-    Attributes:
-        checkpoint: to resume from; None at the first step.
-        own: whether it is the run's own, and not another run's that this one branches off.
-        changes: settings that have changed since: setting → [then, now].
-        tokens: reading of the clock.
-        parent: the checkpoint of another run that this run branched off, if it did.
-    """
-
-    checkpoint: Path | None
-    own: bool
-    changes: dict[str, list[Any]]
-    tokens: int
-    parent: Path | None
 
 
 def where_to_begin(config: Config, ranks: int) -> Beginning:
@@ -184,8 +164,7 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
         if pair[0] != pair[1]
     ]
     split = micro[0] != micro[1] or on[0] != on[1]
-    begun = state.tokens - config.run.tokens_seen
-    batches = [config.batch_at(begun), *(phase.sequences for phase in config.batch.ramp if phase.from_tokens > begun)]
+    batches = config.batches_from(state.tokens)
     whole = all(sequences <= m * n for sequences in batches for m, n in zip(micro, on, strict=True))
     scope = config.balance.scope
     balanced = config.model.model_type == "granitemoe" and config.balance.router_aux_loss_coef != 0
@@ -216,7 +195,7 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
     n, length, step = then.run.tokens_seen, then.data.sequence_length, 0
     edges = {math.ceil(edge) for edge in (*_edges(then, old), *_edges(now, new)) if n < edge < state.tokens}
     for edge in (*sorted(edges), state.tokens):
-        sequences = then.batch_at(n - then.run.tokens_seen)
+        sequences = then.sequences_at(n)
         size, beta = sequences * length, then.beta(sequences)
         steps = -((n - edge) // size)  # that begin before the edge
         spread = {(steps - 1) * i // COMPARED for i in range(COMPARED + 1)}
@@ -224,12 +203,12 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
             if not 0 <= taken < steps:
                 continue
             number, at = step + taken + 1, n + taken * size
-            other = now.batch_at(at - now.run.tokens_seen)
+            other = now.sequences_at(at)
             if sequences != other:
                 raise ConfigError(
                     f"Step {number:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
                     f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
-                    f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
+                    f"batch.ramp=[{{from_tokens: {then.trained(state.tokens)}, sequences: …}}]."
                 )
             rates = old(tokens=at, batch=beta), new(tokens=at, batch=beta)
             if rates[0] != rates[1] and not rewarmed:

@@ -20,8 +20,8 @@ from powertrain.train.export import check_target, export, facts_of, generate, in
 from powertrain.train.folder import claimed, leaving_exit_json, record_start
 from powertrain.train.metrics import flops_per_token, peak_flops
 from powertrain.train.redact import check_no_secrets, settings_text
-from powertrain.train.resume import Beginning, where_to_begin
-from powertrain.train.state import State
+from powertrain.train.resume import where_to_begin
+from powertrain.train.state import Beginning, State
 from powertrain.train.step import train_step
 from powertrain.train.stop import Stop
 from powertrain.train.track import Tracker
@@ -79,7 +79,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
     engine.first_rank_decides(lambda: check_no_secrets(config))
     engine.first_rank_decides(lambda: check_target(folder / "model"))
     begin: Beginning = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
-    engine.first_rank_decides(lambda: check_batch(config, engine.world_size, begin.tokens - config.run.tokens_seen))
+    engine.first_rank_decides(lambda: check_batch(config, engine.world_size, begin.tokens))
     engine.first_rank_decides(lambda: checkpoint.tidy(checkpoints, begin.checkpoint))
     benchmarks = None
     if config.evaluation.tasks:

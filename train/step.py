@@ -49,7 +49,7 @@ def train_step(
     step = state.step + 1
     faults.at("step", engine.rank, step)
     length, micro = config.data.sequence_length, config.batch.micro_sequences
-    sequences = config.batch_at(state.tokens - config.run.tokens_seen)
+    sequences = config.sequences_at(state.tokens)
     beta = config.beta(sequences)
     schedule = config.make_schedule()
     power = power_of(schedule)
@@ -62,7 +62,7 @@ def train_step(
     after = state.tokens + sequences * length
     # Not on a CPU, whose threads wait for each other when a reader takes a core from one.
     if engine.device.type != "cpu" and after < config.end_tokens:
-        upcoming = config.batch_at(after - config.run.tokens_seen) // engine.world_size
+        upcoming = config.sequences_at(after) // engine.world_size
         batches.prefetch(state.samples + sequences + engine.rank * upcoming, upcoming)
     batch_tokens = sequences * length
     targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)

@@ -374,9 +374,14 @@ def test_every_phase_of_a_ramp_has_to_split(quickstart: Config) -> None:
         check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 48)), "batch.sequences": 64}), 2)
 
 
-def test_batch_at_counts_this_runs_tokens(quickstart: Config) -> None:
+def test_a_ramp_counts_this_runs_tokens(quickstart: Config) -> None:
     config = change(quickstart, {"batch.ramp": ramp((100, 32), (200, 64)), "run.tokens_seen": 10**9})
-    assert [config.batch_at(n) for n in (0, 99, 100, 199, 200, 10**9)] == [16, 16, 32, 32, 64, 64]
+    clock = [10**9 + n for n in (-1, 0, 99, 100, 199, 200, 10**9)]
+    assert [config.sequences_at(tokens) for tokens in clock] == [16, 16, 16, 32, 32, 64, 64]
+    assert [config.trained(tokens) for tokens in clock[:2]] == [-1, 0]
+    with pytest.raises(ConfigError, match="A batch of 32"):
+        check_batch(config, 4, clock[4])
+    check_batch(config, 4, clock[5])
 
 
 @pytest.mark.parametrize(("length", "sequences", "beta"), [(4096, 128, 128.0), (256, 16, 1.0), (8192, 3, 6.0)])
@@ -414,7 +419,7 @@ def test_the_step_after_a_token_count_is_that_of_the_loop(quickstart: Config, se
     config = change(quickstart, {"run.tokens_seen": seen, "batch.ramp": phases})
     begins = [0]
     while begins[-1] < 200_000:
-        begins.append(begins[-1] + config.batch_at(begins[-1]) * 256)
+        begins.append(begins[-1] + config.sequences_at(seen + begins[-1]) * 256)
     for tokens in (0, 1, 4_095, 4_096, 4_999, 5_000, 8_192, 9_999, 39_999, 40_960, 45_056, 57_344, 150_000):
         assert config.step_after(seen + tokens) == seen + next(n for n in begins if n > tokens), tokens
 

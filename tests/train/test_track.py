@@ -155,9 +155,9 @@ def walked(then: Config, now: Config, tokens: int) -> bool:
     old, new = then.make_schedule(), now.make_schedule()
     n = 0
     while n < tokens:
-        sequences = then.batch_at(n)
+        sequences = then.sequences_at(n)
         beta = then.beta(sequences)
-        if sequences != now.batch_at(n) or old(tokens=n, batch=beta) != new(tokens=n, batch=beta):
+        if sequences != now.sequences_at(n) or old(tokens=n, batch=beta) != new(tokens=n, batch=beta):
             return False
         n += sequences * then.data.sequence_length
     return True
@@ -195,7 +195,7 @@ def test_a_few_steps_tell_what_all_steps_tell(small_config: Callable[..., Config
             setattr(now, part, getattr(then, part))  # so that differences are few
         tokens, length, taken = draw.choice([0, 128, 1024, 5000, 12_000, 31_000, 45_000]), 16, 0
         while taken < tokens:
-            taken += then.batch_at(taken) * length
+            taken += then.sequences_at(taken) * length
         try:
             same = walked(then, now, taken)
         except ConfigError:  # a decay inside a warmup
