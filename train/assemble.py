@@ -94,7 +94,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     if unlike := mup.unlike_the_law(config):
         log(
             f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "
-            "rate may be another one here."
+            "learning rate may be another one here."
         )
     for doubt in (*doubts(config), *batch_doubts(config)):
         log(f"Warning: {doubt}")
@@ -109,10 +109,10 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     if start_from is not None:
         resume.check_fingerprints(start_from, data_fingerprint, prepared.train)
         checkpoint.load(start_from, engine, state, balance)
-        log(f"Going on from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
+        log(f"Resuming from {start_from}: step {state.step:,}, {human(state.tokens)} tokens.")
         kind, ranks = checkpoint.trained_by(start_from)
         if (kind, ranks) != (engine.kind, engine.world_size):
-            log(f"It was trained as {kind} on {ranks} rank(s); it goes on as {engine.kind} on {engine.world_size}.")
+            log(f"It was trained as {kind} on {ranks} rank(s); it continues as {engine.kind} on {engine.world_size}.")
         if why := resume.other_losses(start_from, config, engine.world_size):
             log(f"Warning: {why}")
     validation = Validation(config, prepared, tokenizer)
@@ -121,8 +121,8 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
 
 
 def seed_rank(seed: int, rank: int, step: int) -> None:
-    """Let every rank draw a dropout of its own, once the model is the same on all. The first goes on with `seed`, as a
-    single process does. A rank that a checkpoint knows goes on with the state it has there; a new one begins here."""
+    """Let every rank draw a dropout of its own, once the model is the same on all. The first continues with `seed`, as
+    a single process does. A rank that a checkpoint knows continues with its state there; a new one begins here."""
     if rank:
         key = hashlib.blake2b(f"{seed}/rank {rank}/step {step}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(key, "little") >> 1)

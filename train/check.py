@@ -168,8 +168,8 @@ def _schedule_problems(config: Config) -> Iterator[str]:
     if schedule.warmup_tokens >= config.end_tokens:
         yield (
             f"schedule.warmup_tokens {schedule.warmup_tokens:,} is not shorter than the run, which ends at "
-            f"{config.end_tokens:,} tokens: the rate would never leave warmup. The paper's warmup of 1B tokens "
-            "belongs to runs of 100B and more; 1 to 5% of the budget is common in short ones."
+            f"{config.end_tokens:,} tokens: the learning rate would never leave warmup. The paper's warmup of 1B "
+            "tokens belongs to runs of 100B and more; 1 to 5% of the budget is common in short ones."
         )
     if decay is not None and decay.start + decay.tokens > config.end_tokens:
         yield (
@@ -231,7 +231,7 @@ def doubts(config: Config) -> Iterator[str]:
     if decay is not None and not decay.floor and decay.start + decay.tokens < config.end_tokens:
         yield (
             f"The decay ends at {decay.start + decay.tokens:,} tokens and the run at {config.end_tokens:,}: in between "
-            "the rate is 0. Leave schedule.decay.start out, and the decay ends with the run."
+            "the learning rate is 0. Leave schedule.decay.start out, and the decay ends with the run."
         )
     if config.model.model_type == "granitemoe" and config.model.num_experts_per_tok == 1:
         yield (

@@ -56,7 +56,7 @@ _LOST = (*_GONE, errno.ESTALE, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN
 
 
 class Saver:
-    """Writes checkpoints while training goes on. Every rank has one, and its methods are collective.
+    """Writes checkpoints while training continues. Every rank has one, and its methods are collective.
 
     `save` copies what this rank keeps and leaves the writing to a thread. That of the first rank waits until all
     ranks have written, then makes the checkpoint of it, and only then drops the oldest, so that `checkpoint.keep`
@@ -87,7 +87,7 @@ class Saver:
         try:
             self.finish()
         except RunFailed as error:
-            self.log(f"Warning: {error} Training goes on.")
+            self.log(f"Warning: {error} Training continues.")
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
         def begin() -> None:
@@ -116,9 +116,9 @@ class Saver:
             }
             texts["state.json"] = json.dumps(progress)
             texts["config.yaml"] = settings_text(self.engine.config)
-        stood_still = time.perf_counter() - began
+        blocked = time.perf_counter() - began
         self._thread = threading.Thread(
-            target=self._write, args=(partial, state.step, tensors, texts, stood_still), daemon=True
+            target=self._write, args=(partial, state.step, tensors, texts, blocked), daemon=True
         )
         self._thread.start()
 
@@ -166,7 +166,7 @@ class Saver:
         step: int,
         tensors: dict[str, dict[str, torch.Tensor]],
         texts: dict[str, str],
-        stood_still: float,
+        blocked: float,
     ) -> None:
         rank, done = self.engine.rank, {}
         try:
@@ -186,7 +186,7 @@ class Saver:
             try:
                 final = self._commit(partial, step)
                 if final is not None:
-                    self.log(f"Saved {final} (training stood still for {stood_still:.1f} s).")
+                    self.log(f"Saved {final} (training was blocked for {blocked:.1f} s).")
             except Exception as error:
                 self._error = self._explained(error, step)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -337,7 +337,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ConfigError(
             f"{checkpoint / 'state.json'} has been changed and does not tell where the run was. Restore it from a "
-            "copy, or move that checkpoint away to go on from the one before."
+            "copy, or move that checkpoint away to resume from the one before."
         ) from error
     return {**saved, "engine": engine}
 
@@ -391,7 +391,7 @@ def _named(checkpoints: Path) -> list[Path]:
 def _unreadable(path: Path, error: OSError) -> str:
     return (
         f"{path} cannot be read ({error.strerror or error}), which does not say that it is damaged, so nothing was "
-        "changed and nothing begins without it. See to it that it can be read and start again; to go on from an older "
+        "changed and nothing begins without it. See to it that it can be read and start again; to resume from an older "
         "checkpoint, or to begin again, move it away first."
     )
 
@@ -506,7 +506,7 @@ def newest_valid(checkpoints: Path) -> Path | None:
         print(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")
     if _named(checkpoints):
         raise ConfigError(
-            f"No checkpoint in {checkpoints} is valid, so the run cannot go on. Restore one from a copy, or "
+            f"No checkpoint in {checkpoints} is valid, so the run cannot resume. Restore one from a copy, or "
             "choose another run.name to begin again."
         )
     return None

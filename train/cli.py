@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -24,18 +22,6 @@ from powertrain.train.compose import composed, group_names, of_a_run, options
 from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed, status_of
 from powertrain.train.redact import HIDDEN, settings_text, without_secrets
-
-# torch 2.13 says at every collective of DeepSpeed's that it will have another name.
-warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-# Its successor is not in the torch that we admit at least.
-warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-# What a person should see is said by this project. Set before Transformers is imported.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
-    for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
-        os.environ.setdefault(name, "60")
 
 LAST_WORDS_SECONDS = 2.0  # in which a rank says what is wrong when another has found something, too
 

@@ -6,8 +6,12 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
+import logging
 import math
+import os
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +29,18 @@ from powertrain.data import expand
 from powertrain.train.check import check, check_data
 from powertrain.train.config import Config, DataConfig, ModelConfig, RunConfig, setting_names, setting_values, type_of
 from powertrain.train.errors import ConfigError
+
+# torch 2.13 says at every collective of DeepSpeed's that it will have another name.
+warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+# Its successor is not in the torch that we admit at least.
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+# What a person should see is logged by this project. Set before Transformers is imported.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
+    for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+        os.environ.setdefault(name, "60")
 
 T = TypeVar("T")
 
@@ -190,7 +206,7 @@ def of_a_run(overrides: list[str]) -> Config | None:
 def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a run left in its config.yaml, with changes by dotted name and KEY=VALUE on top.
 
-    Without a change it is not checked again: what an earlier version allowed can still be read, and gone on from.
+    Without a change it is not checked again: what an earlier version allowed can still be read, and resumed from.
 
     Raises:
         ConfigError: no such file, one of another version, or a change that cannot be.

@@ -240,7 +240,7 @@ class Engine:
             loss.backward()
 
     def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, and step at the rate `lr` (each group by its multiplier), unless the gradient is not finite.
+        """Clip, and step at the learning rate `lr` (each group by its multiplier), unless the gradient is not finite.
 
         Returns:
             The norm of the whole gradient before clipping, and whether the step was skipped; a skipped step
@@ -266,7 +266,7 @@ class Engine:
             return logits_of(self.module, input_ids.to(self.device))
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate of each group in the last step."""
+        """The learning rate of each group in the last step."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def reduce(self, tensor: Tensor) -> Tensor:

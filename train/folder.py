@@ -73,7 +73,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
                 raise ConfigError(
                     f"{folder} is not the folder any more that this run began in: it, or its file .lock, was moved, "
                     "removed or replaced meanwhile. The run ends here and makes nothing anew; what it had written lies "
-                    "where that folder is now. Put it back, and the same command goes on from its newest checkpoint."
+                    "where that folder is now. Put it back, and the same command resumes from its newest checkpoint."
                 )
 
     engine.first_rank_decides(claim)

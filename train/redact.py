@@ -91,8 +91,8 @@ def check_no_secrets(config: Config) -> None:
         if without_secrets(value) != value:
             raise ConfigError(
                 f"{name} holds a secret: a password in an address, or the value of an environment variable whose name "
-                "says that it is one. The run's records leave secrets out, so it could not go on. Give the setting "
-                "another value, or the variable another name."
+                "says that it is one. The run's records leave secrets out, so the run could not resume. Give the "
+                "setting another value, or the variable another name."
             )
 
 

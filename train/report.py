@@ -408,7 +408,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
 
 
 def _phases(axis: Any, run: Run, color: str | None, named: bool) -> None:
-    """Shade the phases of the schedule, or mark where they begin in the color of the run; mark where it went on, and
+    """Shade the phases of the schedule, or mark where they begin in the color of the run; mark where it resumed, and
     where it changed its mixture."""
     for place, (phase, first, last) in enumerate(run.phases):
         if color is None:

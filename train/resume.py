@@ -69,21 +69,21 @@ def where_to_begin(config: Config, ranks: int) -> Beginning:
         elif wanted != "auto" and branched_off != Path(wanted).resolve():
             raise ConfigError(
                 f"{config.run_folder} has checkpoints of its own and did not begin from run.resume={wanted}. To branch "
-                "off that one choose another run.name; to go on with this run leave run.resume out."
+                "off that one choose another run.name; to resume this run leave run.resume out."
             )
     else:
         chosen = verified(Path(wanted))
         if newer := [path for path in available(checkpoints) if path.name > chosen.name]:
             raise ConfigError(
                 f"{config.run_folder} has gone further than run.resume={wanted}: it holds {newer[-1].name}. Move the "
-                "newer checkpoints away to go on from there, or choose another run.name to branch off."
+                "newer checkpoints away to resume from there, or choose another run.name to branch off."
             )
     saved = config.run_folder / SAVED
     if wanted != "never" and saved.exists() and not available(checkpoints):
         step = saved.read_text(encoding="utf-8", errors="replace").strip()
         raise ConfigError(
             f"{config.run_folder} had saved step {step}, but there is no checkpoint in "
-            f"{checkpoints}. Bring them back to go on; to begin again choose another run.name, or run.resume=never."
+            f"{checkpoints}. Bring them back to resume; to begin again choose another run.name, or run.resume=never."
         )
     if chosen is None:
         return Beginning(None, False, {}, config.run.tokens_seen, branched_off)
@@ -123,7 +123,7 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
     }
     if refused:
         raise ConfigError(
-            f"The run cannot go on from step {state.step:,} with settings that it was not trained with:\n"
+            f"The run cannot resume from step {state.step:,} with settings that it was not trained with:\n"
             f"{_diff(refused)}\nPut them back, or begin another run (run.name=…)."
         )
     if "run.tokens" in differences and config.end_tokens < min(state.tokens, then.end_tokens):
@@ -220,8 +220,8 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
                         f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
                     )
                 raise ConfigError(
-                    f"Step {number:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
-                    f"{_diff(effects)}\n{advice}"
+                    f"Step {number:,} was taken at the learning rate {rates[0]:.6g} and would now have had "
+                    f"{rates[1]:.6g}:\n{_diff(effects)}\n{advice}"
                 )
         step += max(0, steps)
         n += max(0, steps) * size

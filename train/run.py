@@ -88,7 +88,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
         benchmarks = Benchmarks(config, engine)
 
     with Progressing(config, engine, state) as progress:
-        log = progress.say
+        log = progress.log
 
         # ---- data, model, optimizer, and the checkpoint's progress
         try:
@@ -161,7 +161,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
         tracker.close()
         if reason is not None:
             log(
-                f"\nStopped by {reason} at step {state.step:,}, saved in {folder}. The same command goes on from there."
+                f"\nStopped by {reason} at step {state.step:,}, saved in {folder}. The same command resumes from there."
             )
             return Outcome(reason, state.step)
 

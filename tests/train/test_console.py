@@ -31,7 +31,7 @@ def watched(
             state.advance(16, 256, False)
             record = {"lm_loss": 4.25, "lr": 0.01, "phase": "trunk", "at_cap": False, "tokens_per_second": 2048.0}
             progress.step({**record, "mfu": None, **metrics}, state)
-        progress.say("a line above the bar")
+        progress.log("a line above the bar")
     return out.getvalue()
 
 

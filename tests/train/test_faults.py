@@ -141,7 +141,7 @@ def test_fault_06_a_full_disk_for_a_while(
     folder = run("checkpoint.every=2", "checkpoint.keep=9")
     said = " ".join(capsys.readouterr().out.split())
     assert "Warning: " in said and "The checkpoint of step 4 could not be written" in said
-    assert "No space left on device. It needs about 0 MB" in said and "Training goes on." in said
+    assert "No space left on device. It needs about 0 MB" in said and "Training continues." in said
     assert [path.name[-2:] for path in sorted((folder / "checkpoints").iterdir())] == ["02", "06", "08", "10", "12"]
     assert all(not checkpoint.faults(path) for path in (folder / "checkpoints").iterdir())
 
@@ -308,7 +308,7 @@ def test_fault_12_other_ranks_and_engines(tiny: Overrides, undisturbed: Callable
         said = succeed(launch(tiny("run.name=legs", *settings), ranks=ranks, engine=engine, **stop))
         if number:
             before = legs[number - 1]
-            assert f"trained as {before[0]} on {before[1]} rank(s); it goes on as {engine} on {ranks}" in said
+            assert f"trained as {before[0]} on {before[1]} rank(s); it continues as {engine} on {ranks}" in said
     alone, legs_lines = (read_lines(folder / "metrics.jsonl") for folder in (undisturbed(*settings), tmp_path / "legs"))
     for one, other in zip(alone, legs_lines, strict=True):
         for exact in ("step", "tokens", "samples", "batch", "lr", "expert_load"):
