@@ -177,7 +177,7 @@ def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
         "reason": "the file 'stop' in the run folder",
         "step": 0,
     }
-    assert "while the corpora were prepared. The same command resumes" in capsys.readouterr().out
+    assert "while the corpora were prepared. The same command continues" in capsys.readouterr().out
     assert not (folder / "run.json").exists()
     monkeypatch.undo()
     monkeypatch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")
