@@ -361,7 +361,7 @@ class Engine:
         """Bring masters and moments; only what this rank keeps is read. Collective.
 
         Raises:
-            KeyError: something is missing.
+            ConfigError: `weights` or a moment does not have something (by `checkpoint.Stored.read`).
         """
         fragments = self.fragments()
         for name, fragment in fragments.items():
@@ -374,6 +374,8 @@ class Engine:
             for name, fragment in fragments.items():
                 for moment, read in moments.items():
                     self.moment(fragment, moment).copy_(read(name, fragment.start, fragment.stop))
+        # DeepSpeed 0.19 has no public way to say that masters have changed: these are what its own loading of a
+        # checkpoint calls, so that what the forward pass gathers is cast from them anew.
         if self.kind == "zero3":
             self.zero._partition_all_parameters()
             for group in range(len(self.zero.fp16_groups)):
