@@ -116,9 +116,9 @@ class Saver:
             }
             texts["state.json"] = json.dumps(progress)
             texts["config.yaml"] = settings_text(self.engine.config)
-        blocked = time.perf_counter() - began
+        paused = time.perf_counter() - began
         self._thread = threading.Thread(
-            target=self._write, args=(partial, state.step, tensors, texts, blocked), daemon=True
+            target=self._write, args=(partial, state.step, tensors, texts, paused), daemon=True
         )
         self._thread.start()
 
@@ -166,7 +166,7 @@ class Saver:
         step: int,
         tensors: dict[str, dict[str, torch.Tensor]],
         texts: dict[str, str],
-        blocked: float,
+        paused: float,
     ) -> None:
         rank, done = self.engine.rank, {}
         try:
@@ -186,7 +186,7 @@ class Saver:
             try:
                 final = self._commit(partial, step)
                 if final is not None:
-                    self.log(f"Saved {final} (training was blocked for {blocked:.1f} s).")
+                    self.log(f"Saved {final} (training was paused for {paused:.1f} s).")
             except Exception as error:
                 self._error = self._explained(error, step)
                 shutil.rmtree(partial, ignore_errors=True)
