@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from powertrain.launch import coordinates
+from powertrain.launch.check import coordinates
 from powertrain.train.cli import composed
 from powertrain.train.config import Config
 from powertrain.train.model import mup

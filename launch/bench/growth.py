@@ -1,6 +1,6 @@
 """How a step's cost grows: with tokens seen, the corpus, experts and layers; and that of records with a run's steps.
 
-usage: python -m powertrain.launch.growth FOLDER
+usage: python -m powertrain.launch.bench.growth FOLDER
 
 Writes FOLDER/growth.json and growth.png. What is compared is measured in turn, round by round, in one process; a
 value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens, and in place of
@@ -27,7 +27,7 @@ from powertrain.data.order import Order, Stage
 from powertrain.data.prepare import fingerprint, known_fingerprint
 from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from powertrain.launch import bench
-from powertrain.launch.contest import Ours, assemble
+from powertrain.launch.bench.worker import Ours, assemble
 from powertrain.train.cli import composed
 from powertrain.train.config import Config
 from powertrain.train.environment import settings_text

@@ -179,7 +179,7 @@ class Shape:
     def _run(self, *arguments: str) -> dict[str, Any]:
         print(f"{self.name}: {arguments[0]} …", file=sys.stderr)
         self.busy.append(psutil.cpu_percent(interval=1.0) / 100)
-        command = [sys.executable, "-P", "-m", "powertrain.launch.contest", str(time.time()), *arguments]
+        command = [sys.executable, "-P", "-m", "powertrain.launch.bench.worker", str(time.time()), *arguments]
         one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
         environment = os.environ | one_gpu | {"PYTHONIOENCODING": "utf-8"}
         ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
@@ -288,7 +288,3 @@ def table(measured: dict[str, Any]) -> str:
             f"(up to {max(measured['busy']):.0%} of it): measure again when it is quiet."
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
