@@ -24,6 +24,7 @@ from typing import Any
 
 from powertrain.data.sources import decompressed
 from powertrain.launch.generate import model_folder
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.config import ConfigError
 from powertrain.train.environment import check_output
@@ -33,12 +34,7 @@ LONGEST_WINDOW = 4096  # tokens: whole logits of a longer one would want tens of
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a table, and write the same as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="powertrain evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("evaluate", __doc__)
     parser.add_argument("model", type=Path, help="a model folder, or the folder of a run")
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, or table5, table6, table7"

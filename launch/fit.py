@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from powertrain.launch.parser import verb_parser
 from powertrain.schedulers import Power, forms
 from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import Worth, distance
@@ -41,13 +42,7 @@ from powertrain.train.report import plain
 
 def main(arguments: list[str] | None = None) -> None:
     """Fit, print, plot; predict or write a schedule when asked."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain fit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("fit", __doc__)
     parser.add_argument("ledger", type=Path)
     parser.add_argument(
         "--predict",

@@ -23,6 +23,7 @@ import numpy as np
 
 from powertrain.launch import fit
 from powertrain.launch.fit import read
+from powertrain.launch.parser import verb_parser
 from powertrain.schedulers.cells import MOST
 from powertrain.train.cli import guard
 from powertrain.train.config import ConfigError
@@ -36,13 +37,7 @@ Fields = tuple[tuple[str, float], ...]
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page and say where it is."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
     sys.exit(guard(lambda: _report(parser.parse_args(arguments))))

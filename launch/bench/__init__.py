@@ -1,6 +1,6 @@
 """How fast this machine trains, beside its own limit and beside transformers.Trainer.
 
-usage: powertrain bench [--rounds N] [--steps N] [--out FILE] [+experiment=NAME] [KEY=VALUE …]
+usage: powertrain bench [--rounds N] [--steps N] [--out FILE] [--config-dir DIR] [+experiment=NAME] …
 
 Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, top-8 of 32 experts that are 128 wide,
 vocabulary 8192, 8 × 512 tokens a step, and one twice as wide; on two cores that takes a quarter of an hour. First
@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 
 from powertrain.data.tokens import TokenWriter, dtype_for
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import composed, guard
 from powertrain.train.config import Config, RunFailed, check_batch
 from powertrain.train.environment import available_cores, version
@@ -62,27 +63,13 @@ VERSIONS = ("torch", "transformers", "accelerate")
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("bench", __doc__)
     parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each, in turn")
     parser.add_argument(
         "--steps", type=_positive, default=4, help="in a measurement, after the first, which is left out"
     )
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
-    parser.add_argument(
-        "--config-dir",
-        type=lambda folder: ("--config-dir", folder),
-        default=(),
-        metavar="DIR",
-        help="look for configs in DIR, too",
-    )
-    parser.add_argument("overrides", nargs="*", help="of the configuration")
-    sys.exit(guard(lambda: _bench(parser.parse_intermixed_args(arguments))))
+    sys.exit(guard(lambda: _bench(*parser.parse_known_args(arguments))))
 
 
 def _positive(text: str) -> int:
@@ -91,18 +78,16 @@ def _positive(text: str) -> int:
     return value
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace, given: list[str]) -> int:
     if options.out is not None:
         options.out.open("ab").close()  # an error here, not after all measurements
     shapes: dict[str, tuple[str, ...]] = dict(SHAPES)
-    if named := [override for override in options.overrides if override.startswith("+experiment=")]:
+    if named := [override for override in given if override.startswith("+experiment=")]:
         shapes = {named[0].partition("=")[2]: ()}
     measured = []
     for name, overrides in shapes.items():
-        own = [override for override in options.overrides if override not in named]
-        shape = Shape(
-            " ".join([name, *own]), [*options.config_dir, *overrides, *options.overrides, *RUN], options.steps
-        )
+        own = [override for override in given if override not in named]
+        shape = Shape(" ".join([name, *own]), [*overrides, *given, *RUN], options.steps)
         measured.append(shape.measured(options.rounds))
         print(table(measured[-1]))
         if options.out is not None:

@@ -19,11 +19,12 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
 
 CHECKS = ("mup", "coordinates", "batch", "run")
 # What a check needs of a run that is not described: any budget, any batch.
@@ -32,19 +33,11 @@ _UNDESCRIBED = ["run.tokens=2_000_000_000", "batch.sequences=8"]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the check named by the first argument."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(guard(lambda: _check(arguments)))
-
-
-def _check(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("--help", "-h"):
-        print(__doc__)
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in CHECKS:
-        raise ConfigError(f"There is no check '{name}'; there are {', '.join(CHECKS)}.")
-    status: int = importlib.import_module(f"{__name__}.{name}").main(rest)
-    return status
+    parser = verb_parser("check", __doc__)
+    parser.add_argument("name", choices=CHECKS, metavar="|".join(CHECKS), help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    sys.exit(guard(lambda: importlib.import_module(f"{__name__}.{options.name}").main(options.arguments)))
 
 
 def described(overrides: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from powertrain.data.loader import IGNORE_INDEX
 from powertrain.launch.check import described
+from powertrain.launch.parser import verb_parser
 from powertrain.train.balance import Balance
 from powertrain.train.cli import composed
 from powertrain.train.config import Config, ConfigError
@@ -18,7 +19,7 @@ from powertrain.train.model import granite, mup
 
 def main(arguments: list[str]) -> int:
     """Gradients of one batch under three splits: equal for `lagged`, and different for `micro`, or exit status 1."""
-    config = composed(described(arguments))
+    config = composed(described(verb_parser("check batch", __doc__).parse_known_args(arguments)[1]))
     if config.model.model_type != "granitemoe":
         raise ConfigError("check batch is about the balance of experts; model.model_type is 'granite', which has none.")
     print(f"{'scope':<12} {'split':<6} {'assignments':<12} {'gradient':>10} {'balance gradient alone':>24}")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from powertrain.launch.check import described
+from powertrain.launch.parser import verb_parser
 from powertrain.train import optim
 from powertrain.train.cli import composed
 from powertrain.train.config import batch_doubts, doubts
@@ -16,7 +17,7 @@ from powertrain.train.model import granite, mup
 
 def main(arguments: list[str]) -> int:
     """Print the table; 1 when a measured standard deviation is not the one asked for, or a multiplier is not set."""
-    config = composed(described(arguments))
+    config = composed(described(verb_parser("check mup", __doc__).parse_known_args(arguments)[1]))
     rows = mup.table(config)
     model = granite.build(config, "meta")
     groups = optim.parameter_groups(model.named_parameters(), rows, config.optimizer)

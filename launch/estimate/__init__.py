@@ -12,9 +12,6 @@ Nothing is trained or prepared. Memory is counted by running a step's own code o
   cluster.write=1e9           bytes a second to run.folder, all ranks together
   cluster.failure_hours=50677 of one GPU, between failures      cluster.restart_minutes=15  lost beside steps
 
-  --plot FILE                 the rate, the batch and the critical batch over tokens
-  --ramp                      the settings of a batch that grows with a Power schedule's critical batch, to paste
-
 Exit status: 0 it would run, 1 something would go wrong, 2 bad usage.
 
 examples:
@@ -42,6 +39,7 @@ from powertrain.launch.estimate.rate import (
     schedule_warnings,
 )
 from powertrain.launch.estimate.time import steps_of, time_section
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import composed, guard
 from powertrain.train.config import Config, ConfigError, batch_doubts, batch_problems, doubts, problems
 from powertrain.train.console import human
@@ -49,18 +47,24 @@ from powertrain.train.console import human
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the estimate."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(guard(lambda: _estimate(arguments)))
+    parser = verb_parser("estimate", __doc__)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="the rate, the batch and the critical batch over tokens"
+    )
+    parser.add_argument(
+        "--ramp",
+        action="store_true",
+        help="the settings of a batch that grows with a Power schedule's critical batch, to paste",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    sys.exit(guard(lambda: _estimate(overrides, options.plot, options.ramp)))
 
 
-def _estimate(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return 0
-    plot, arguments = _plot_file(arguments)
-    ramp, arguments = "--ramp" in arguments, [each for each in arguments if each != "--ramp"]
-    cluster = cluster_of([each.removeprefix("cluster.") for each in arguments if each.startswith("cluster.")])
-    config = composed(described([each for each in arguments if not each.startswith("cluster.")]), checked=False)
+def _estimate(overrides: list[str], plot: Path | None, ramp: bool) -> int:
+    if plot is not None and (plot.suffix not in (".png", ".svg", ".pdf") or not plot.absolute().parent.is_dir()):
+        raise ConfigError(f"--plot is {plot}; it takes a .png, .svg or .pdf in a folder that exists.")
+    cluster = cluster_of([each.removeprefix("cluster.") for each in overrides if each.startswith("cluster.")])
+    config = composed(described([each for each in overrides if not each.startswith("cluster.")]), checked=False)
     errors, warnings = list(problems(config)), list[str]()
     sound = not errors
     if ramp and sound:
@@ -78,18 +82,6 @@ def _estimate(arguments: list[str]) -> int:
     if plot is not None and sound:
         draw(config, plot)
     return 1 if errors else 0
-
-
-def _plot_file(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    if "--plot" not in arguments:
-        return None, arguments
-    place = arguments.index("--plot")
-    if place + 1 == len(arguments):
-        raise ConfigError("--plot takes a file, such as rates.png or rates.svg.")
-    file = Path(arguments[place + 1])
-    if file.suffix not in (".png", ".svg", ".pdf") or not file.absolute().parent.is_dir():
-        raise ConfigError(f"--plot is {file}; it takes a .png, .svg or .pdf in a folder that exists.")
-    return file, arguments[:place] + arguments[place + 2 :]
 
 
 def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[str], list[str]]:

@@ -17,23 +17,15 @@ from its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each tri
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 
-from powertrain.train import streams
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the sweep, or be one of its workers."""
-    streams.protect()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("sweep", __doc__)
     parser.add_argument(
         "--pilot", action="store_true", help="train the shortest horizon, then predict hours and the error of b"
     )
@@ -41,17 +33,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
     # One of the processes that train: of the controller with this process number, or 0 for one of a job array.
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--config-dir", help="look for configs there too")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_intermixed_args(arguments)
-    if options.config_dir:
-        options.overrides = [f"--config-dir={options.config_dir}", *options.overrides]
+    sys.exit(guard(lambda: _sweep(*parser.parse_known_args(arguments))))
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.worker is None:
         from powertrain.launch.sweep.control import control
 
-        sys.exit(guard(lambda: control(options)))
+        return control(overrides, options)
     from powertrain.launch.sweep.worker import work
 
-    with contextlib.suppress(KeyboardInterrupt):  # the controller says what there is to say
-        sys.exit(guard(lambda: work(options)))
-    sys.exit(130)
+    try:
+        return work(overrides, options)
+    except KeyboardInterrupt:  # the controller says what there is to say
+        return 130

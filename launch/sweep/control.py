@@ -23,9 +23,9 @@ from powertrain.train.config import Config, ConfigError, RunFailed, doubts, sett
 from powertrain.train.environment import available_cores
 
 
-def control(options: argparse.Namespace) -> int:
+def control(given: list[str], options: argparse.Namespace) -> int:
     """Check, prepare the data, start workers, and keep the ledger and a table of it up to date."""
-    sweep = Sweep(options.overrides)
+    sweep = Sweep(given)
     if options.pilot and sweep.design is not None:
         raise ConfigError("--pilot trains the shortest horizon of a grid; a lean sweep begins there by itself.")
     if not options.slurm:  # the machines of its jobs may have another

@@ -39,9 +39,9 @@ POLL_SECONDS = 0.5
 BAD_INPUT = 2
 
 
-def work(options: argparse.Namespace) -> int:
+def work(given: list[str], options: argparse.Namespace) -> int:
     """Run trials until none is left that could be run."""
-    sweep = Sweep(options.overrides)
+    sweep = Sweep(given)
     check_launcher(sweep.sweep)
     if not sweep.sweep.launcher:
         import powertrain.train.run  # noqa: F401  # once, for the processes that are forked from this one

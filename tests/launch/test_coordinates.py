@@ -7,7 +7,7 @@ import pytest
 
 from powertrain.launch.check import coordinates
 from powertrain.train.cli import composed
-from powertrain.train.config import Config
+from powertrain.train.config import Config, ConfigError
 from powertrain.train.model import mup
 
 FAMILIES = ("granitemoe", "granite")
@@ -150,6 +150,6 @@ def test_the_command_says_which_row_and_draws(tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_without_a_folder_is_refused_before_anything_is_trained(tmp_path, capsys):
-    assert coordinates.main(["--plot", str(tmp_path / "none" / "plot.png")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+def test_a_plot_without_a_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match="there is no folder"):
+        coordinates.main(["--plot", str(tmp_path / "none" / "plot.png")])

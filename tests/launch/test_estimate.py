@@ -114,7 +114,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("cluster.gpsu=4", "gpsu"),
         ("cluster.mfu=40", "at most 1"),
         ("cluster.gpus=many", "gpus"),
-        ("--plot", "takes a file"),
+        ("--plot", "expected one argument"),
         ("--json", "no option"),
     ],
 )
