@@ -277,12 +277,10 @@ def timed(task: Callable[[], object]) -> Callable[[], float]:
 
 def picture(found: dict[str, dict[int, float]], path: Path) -> None:
     """One panel for each comparison; what should be flat is drawn over a logarithmic axis."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(3, 3, figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    axes = figure.subplots(3, 3)
     for axis, (name, values) in zip(axes.flat, found.items(), strict=True):
         sizes, milliseconds = [max(size, 1) for size in values], [1e3 * seconds for seconds in values.values()]
         axis.plot(sizes, milliseconds, "o-")

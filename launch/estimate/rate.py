@@ -198,15 +198,11 @@ def ramp_section(console: Console, config: Config, ranks: int) -> None:
 
 def draw(config: Config, path: Path) -> None:
     """The rate over tokens, and the batch with the critical one of a Power schedule, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure, (axis, below) = pyplot.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
-    )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axis, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     tokens, rates = zip(*curve(config, 2000), strict=True)
     axis.plot(tokens, rates)
     for name, at in key_points(config):

@@ -11,7 +11,7 @@ from typing import Any
 
 from powertrain.data import expand
 from powertrain.launch.sweep.lean import Design, Place
-from powertrain.launch.sweep.ledger import ledger_lines, read_ledger, result_of
+from powertrain.launch.sweep.ledger import ledger_lines, result_of, results
 from powertrain.launch.sweep.trials import (
     WITH_DECAY,
     SweepConfig,
@@ -138,11 +138,9 @@ class Progress:
         return [trial for trial in self.open() if trial.name not in self.failed and self._before_is_known(trial)]
 
     def _before_is_known(self, trial: Trial) -> bool:
-        if self.design is not None:
-            return True
         before = self.before(trial)
         return before is None or (
-            self.done(before) and all(map(self._is_known, self._groups[trial.group][before.tokens]))
+            before.name not in self.failed and all(map(self._is_known, self._groups[trial.group][before.tokens]))
         )
 
     def _is_known(self, trial: Trial) -> bool:
@@ -182,16 +180,16 @@ class Sweep:
 
     def progress(self) -> Progress:
         """What is known now: the ledger's lines, results that are not in it yet, and what failed in this start."""
-        results, failed = read_ledger(self.ledger), set()
+        known, failed = results(self.ledger), set()
         for trial in self.trials:
-            if trial.name in results:
+            if trial.name in known:
                 continue
             # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
             if line := result_of(read_record(self.folder / trial.name / "result.json")):
-                results[trial.name] = line
+                known[trial.name] = line
             elif self.failed_file(trial).exists():
                 failed.add(trial.name)
-        return Progress(self.trials, results, failed, self.design)
+        return Progress(self.trials, known, failed, self.design)
 
     def failed_file(self, trial: Trial) -> Path:
         """Exists when the trial broke in this start of the sweep, and says how."""
@@ -203,7 +201,9 @@ def write_ledger(sweep: Sweep) -> Progress:
     progress = sweep.progress()
     own = [trial.name for trial in sweep.trials if progress.done(trial)]
     lines = [
-        text for text, line in ledger_lines(sweep.ledger) if not isinstance(line, dict) or line.get("trial") not in own
+        text.strip()
+        for _, text, line in ledger_lines(sweep.ledger)
+        if (line.get("trial") not in own if isinstance(line, dict) else text.endswith(b"\n"))  # or it is cut short
     ]
     lines += [json.dumps(progress.results[trial.name]).encode() for trial in sweep.trials if progress.done(trial)]
     text = b"".join(line + b"\n" for line in lines)

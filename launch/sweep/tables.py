@@ -10,7 +10,7 @@ from rich.table import Table
 
 from powertrain.launch.sweep.progress import Progress, Sweep, place_of
 from powertrain.launch.sweep.trials import Trial
-from powertrain.schedulers.cells import MOST
+from powertrain.schedulers.cells import is_number
 from powertrain.schedulers.law import expected_error
 
 MOST_COLUMNS = 8  # of losses side by side; of more there is the best
@@ -124,7 +124,7 @@ def pilot(sweep: Sweep, progress: Progress) -> str:
 def seconds_left(sweep: Sweep, progress: Progress) -> float | None:
     """A guess from what is done: a start's cost, and the speed at the same model and batch, or near it."""
     known = {t: progress.results[t.name].get("seconds") for t in sweep.trials if progress.done(t)}
-    done = [(t, float(s)) for t, s in known.items() if isinstance(s, (int, float)) and 0 < s < MOST]
+    done = [(t, float(s)) for t, s in known.items() if is_number(s, 0)]
     if not done:
         return None
     start = min(seconds for _, seconds in done)

@@ -278,14 +278,13 @@ def test_a_ramp_of_what_has_no_critical_batch(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_picture_has_the_batch_and_the_critical_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     config = composed(["+experiment=proxy_tiny", "batch.ramp=[{from_tokens:100_000,sequences:16}]"])
     kept = []
-    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, path, dpi: kept.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: kept.append(figure))
     rate.draw(config, tmp_path / "rates.png")
     batch, critical = kept[0].axes[1].lines
     tokens = np.array(critical.get_xdata())
     assert (np.array(batch.get_ydata()) == np.where(tokens < 100_000, 0.125, 0.25)).all()
     assert np.array(critical.get_ydata())[1:] == pytest.approx(0.005 * tokens[1:] ** 0.51)
-    pyplot.close("all")
