@@ -149,7 +149,7 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
     """
     import torch
 
-    from powertrain.data.prepare import as_text, encode
+    from powertrain.data.tokenizer import as_text, encode
 
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(

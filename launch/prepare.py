@@ -102,7 +102,7 @@ def _with_progress(data: DataConfig) -> Prepared:
 def _say_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer
 
-    from powertrain.data.prepare import rows_needed
+    from powertrain.data.tokenizer import rows_needed
 
     size = rows_needed(Tokenizer.from_file(str(folder / "tokenizer.json")))
     padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -185,8 +185,7 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     if tokenizer_folder is None:
         print("    name data.tokenizer.path to see text")
         return
-    from powertrain.data.prepare import bytes_of_tokens
-    from powertrain.data.tokenizer import load_tokenizer
+    from powertrain.data.tokenizer import bytes_of_tokens, load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     draw = random.Random(0)

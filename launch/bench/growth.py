@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from powertrain.data.cache import fingerprint, known_fingerprint
 from powertrain.data.loader import Batches, num_windows
 from powertrain.data.order import Order, Stage
-from powertrain.data.prepare import fingerprint, known_fingerprint
 from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from powertrain.launch import bench
 from powertrain.launch.bench.worker import Ours, assemble

@@ -22,7 +22,8 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
     from powertrain.data.loader import windows_in
     from powertrain.data.mixture import mixture_of
     from powertrain.data.order import Stage, epochs
-    from powertrain.data.prepare import find, rows_needed, skipped_records
+    from powertrain.data.prepare import find, skipped_records
+    from powertrain.data.tokenizer import load_tokenizer, rows_needed
     from powertrain.data.tokens import TokenFile
 
     errors: list[str] = []
@@ -67,8 +68,6 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
     vocabulary, whose = data.tokenizer.vocab_size, "The tokenizer to be trained (data.tokenizer.vocab_size)"
     own = Path(expand(data.tokenizer.path)) if data.tokenizer.path is not None else None
     if folder := found.tokenizer_folder or (own if own is not None and own.is_dir() else None):
-        from powertrain.data.tokenizer import load_tokenizer
-
         vocabulary = rows_needed(load_tokenizer(folder))
         whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
