@@ -19,7 +19,7 @@ from powertrain.train.console import human
 def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:
     """Errors and warnings about corpora and tokenizer; print how often tokens are seen."""
     from powertrain.data import sources
-    from powertrain.data.loader import windows_in
+    from powertrain.data.loader import num_windows
     from powertrain.data.mixture import mixture_of
     from powertrain.data.order import Stage, epochs
     from powertrain.data.prepare import find, skipped_records
@@ -78,21 +78,21 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
             f"model.vocab_size to {vocabulary:,} or more."
         )
     length = data.sequence_length
-    windows = {name: windows_in(file.num_tokens, length) for name, file in found.train.items()}
-    errors += [
-        f"{name} has {found.train[name].num_tokens:,} tokens, fewer than one window of {length + 1:,}."
-        for name, count in windows.items()
-        if count < 1
-    ]
+    windows = {}
+    for name, file in found.train.items():
+        try:
+            windows[name] = num_windows(file.num_tokens, length, name)
+        except DataError as error:
+            errors.append(str(error))
     # What is not tokenised yet has at most a token a byte, where it is not compressed.
-    for name in sorted(set(data.corpora) - set(windows)):
+    for name in sorted(set(data.corpora) - set(found.train)):
         if data.corpora[name].source in ("stdlib", "text"):
             windows[name] = sum(path.stat().st_size for path in sources.files(data.corpora[name])) // length
     warnings = [
         f"{name} is not prepared yet, so it is not known how often its tokens will be seen; `powertrain prepare` "
         "tokenises it."
         for name in data.corpora
-        if name not in windows
+        if name not in windows and name not in found.train
     ]
     for name, folder in found.folders.items():
         if (folder / "validation.idx").exists() and (held_out := TokenFile(folder / "validation").num_tokens) <= length:

@@ -12,6 +12,7 @@ from powertrain.launch.sweep.progress import Progress, Sweep, place_of
 from powertrain.launch.sweep.trials import Trial
 from powertrain.schedulers.cells import is_number
 from powertrain.schedulers.law import expected_error
+from powertrain.train.console import duration
 
 MOST_COLUMNS = 8  # of losses side by side; of more there is the best
 
@@ -101,9 +102,7 @@ def summary(sweep: Sweep, progress: Progress) -> str:
     saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if trained < apart else ""
     pruned = f", {len(out)} not worth a longer horizon" if out else ""
     seconds = seconds_left(sweep, progress)
-    left = (
-        f", about {f'{seconds / 3600:.1f} h' if seconds > 5400 else f'{seconds / 60:.0f} min'} left" if seconds else ""
-    )
+    left = f", about {duration(seconds)} left" if seconds else ""
     return f"{len(done)} of {len(sweep.trials)} trials done{pruned}{saved}{left}"
 
 

@@ -24,8 +24,7 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from powertrain.launch.sweep import main
-from powertrain.launch.sweep.control import check_ledger
+from powertrain.launch.sweep import check_ledger, main
 from powertrain.launch.sweep.progress import Progress, Sweep, write_ledger
 from powertrain.launch.sweep.tables import summary
 from powertrain.launch.sweep.trials import SweepConfig, Trial, in_common, overrides, plan, sweep_config
