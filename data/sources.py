@@ -7,6 +7,7 @@ after another; `read` makes documents of a block, in any process.
 import errno
 import glob
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ import stat
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -568,3 +569,30 @@ def _values(corpus: Corpus, block: Block, skip: Skip) -> Iterator[tuple[str, Any
 _READERS = {
     "stdlib": _texts, "text": _texts, "jsonl": _lines, "parquet": _rows, "arrow": _rows, "huggingface": _values,
 }  # fmt: skip
+
+
+DIGEST = 16  # bytes of a text's hash: the probability of a collision among 1e12 documents is 1e-15
+
+
+@dataclass(frozen=True)
+class Document:
+    split: str
+    hash: float  # of the text, in [0, 1)
+    size: int  # bytes
+    text: str
+    identifier: str
+    digest: bytes  # of the text, a HASH; b"" unless the corpus deduplicates
+
+
+def split_documents(corpus: Corpus, stream: Iterable[tuple[str, str]], validation: bool = False) -> Iterator[Document]:
+    """Each (identifier, text) with its split; `validation`: all are of a validation_path."""
+    fraction = 0.0 if corpus.validation_path else corpus.validation_fraction
+    for identifier, text in stream:
+        raw = text.encode()
+        # 53 bits: exact in a float, and always below 1.0.
+        value = (int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") >> 11) / (1 << 53)
+        split = "validation" if validation or value < fraction else "train"
+        digest = hashlib.blake2b(raw, digest_size=DIGEST).digest() if corpus.deduplicate else b""
+        size = len(raw)
+        del raw  # it may be long, and the caller works on the text now
+        yield Document(split, 1.0 if validation else value, size, text, identifier, digest)

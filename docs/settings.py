@@ -16,7 +16,7 @@ import yaml
 from omegaconf import MISSING
 
 from powertrain import schedulers
-from powertrain.launch.trials import SweepConfig
+from powertrain.launch.sweep.trials import SweepConfig
 from powertrain.train import config
 
 HEAD = """# Every setting

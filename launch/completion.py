@@ -9,13 +9,14 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from powertrain.launch.__main__ import VERBS
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.compose import group_names, options
 from powertrain.train.config import setting_names
-from powertrain.train.errors import ConfigError
 
 # Only the word up to the cursor counts. bash breaks it at every = and replaces what follows the last one.
 _SCRIPT = """
@@ -33,16 +34,12 @@ complete -o default -F _powertrain powertrain
 
 def main(arguments: list[str] | None = None) -> None:
     """Print what a shell has to source."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(guard(lambda: _completion(arguments)))
+    parser = verb_parser("completion", __doc__)
+    parser.add_argument("shell", choices=("bash", "zsh"), help=argparse.SUPPRESS)
+    sys.exit(guard(lambda: _completion(parser.parse_args(arguments).shell == "zsh")))
 
 
-def _completion(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return 0
-    if arguments not in (["bash"], ["zsh"]):
-        raise ConfigError(f"Completion is there for bash and zsh, and not for '{' '.join(arguments)}'.")
+def _completion(zsh: bool) -> int:
     groups = [
         f"{'+' * (name in ('experiment', 'sweep'))}{name}={option}"
         for name in group_names()
@@ -51,7 +48,6 @@ def _completion(arguments: list[str]) -> int:
     names = setting_names()
     leaves = [name for name in names if name not in group_names() and not any(n.startswith(f"{name}.") for n in names)]
     settings = " ".join([*groups, *(f"{name}=" for name in leaves), "--help", "--config-dir"])
-    zsh = arguments == ["zsh"]
     print("autoload -U +X bashcompinit && bashcompinit" if zsh else "", end="")
     print(_SCRIPT.format(verbs=" ".join(VERBS), settings=settings, no_space=":" if zsh else "compopt -o nospace"))
     return 0

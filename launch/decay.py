@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from powertrain.launch.parser import verb_parser
 from powertrain.schedulers.decay import SHAPES
 from powertrain.train.cli import leave, run_training
 from powertrain.train.compose import load
@@ -28,12 +29,7 @@ from powertrain.train.errors import ConfigError
 def main(arguments: list[str] | None = None) -> None:
     """Train the branch."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain decay",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("decay", __doc__)
     parser.add_argument("run", type=Path, help="the folder of the run to branch off")
     parser.add_argument("--at", type=int, required=True, help="step of one of its checkpoints")
     parser.add_argument("--tokens", type=int, required=True, help="length of the decay")

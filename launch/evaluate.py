@@ -25,6 +25,7 @@ from typing import Any
 from powertrain.data.files import check_output
 from powertrain.data.sources import decompressed
 from powertrain.launch.generate import model_folder
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
 
@@ -33,12 +34,7 @@ LONGEST_WINDOW = 4096  # tokens: whole logits of a longer one would want tens of
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a table, and write the same as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="powertrain evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("evaluate", __doc__)
     parser.add_argument("model", type=Path, help="a model folder, or the folder of a run")
     parser.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, or table5, table6, table7"
@@ -153,7 +149,7 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
     """
     import torch
 
-    from powertrain.data.prepare import as_text, encode
+    from powertrain.data.tokenizer import as_text, encode
 
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(

@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError
@@ -22,12 +23,7 @@ from powertrain.train.errors import ConfigError
 
 def main(arguments: list[str] | None = None) -> None:
     """Export the newest valid checkpoint, or that of a step."""
-    parser = argparse.ArgumentParser(
-        prog="powertrain export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
     parser.add_argument("--out", type=Path, help="where to; default: RUN/model, or RUN/model-STEP with --step")

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 
 from powertrain.data.files import replace_text
+from powertrain.launch.parser import verb_parser
+from powertrain.launch.sweep.ledger import read
 from powertrain.schedulers import Power, forms
 from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import Worth, distance
@@ -42,13 +44,7 @@ from powertrain.train.report import plain
 
 def main(arguments: list[str] | None = None) -> None:
     """Fit, print, plot; predict or write a schedule when asked."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain fit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("fit", __doc__)
     parser.add_argument("ledger", type=Path)
     parser.add_argument(
         "--predict",
@@ -89,29 +85,6 @@ def _fit(options: argparse.Namespace) -> int:
         replace_text(path, text)
         print(f"{path}: train with --config-dir {out} schedule={options.name}")
     return 0
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ledger.
-
-    Raises:
-        ConfigError: no such file, or a line that is no JSON object, or holds a number that nothing can be.
-    """
-    if not path.is_file():
-        raise ConfigError(f"There is no ledger {path}. A sweep leaves one in RUN.FOLDER/NAME/ledger.jsonl.")
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            why = "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
-            raise ConfigError(f"{path}, line {number}, is not JSON ({why}): mend or delete that line.") from error
-        if not isinstance(line, dict):
-            raise ConfigError(f"{path}, line {number}, is not a JSON object but {text[:60]!r}.")
-        lines.append(line)
-    return lines
 
 
 def _predict_arguments(given: list[str], ledger: list[dict[str, Any]]) -> tuple[float, float]:
@@ -341,35 +314,30 @@ rewarmup: {{start: null, tokens: 0}}
 
 def plot(law: Law, folder: Path) -> list[Path]:
     """The pictures of a law as files."""
-    from matplotlib import pyplot
-
     paths = []
     for name, figure in pictures(law):
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=110)
-        pyplot.close(figure)
     return paths
 
 
 def pictures(law: Law) -> Iterator[tuple[str, Any]]:
     """By name: losses over learning rates, the best of them over batch and tokens, the law with what it is worth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import lines, pyplot, ticker
+    from matplotlib import colormaps, lines, ticker
+    from matplotlib.figure import Figure
 
     sizes = list(dict.fromkeys(cell.size for cell in law.cells))
     horizons = sorted({cell.tokens for cell in law.cells})
     batches = sorted({cell.batch for cell in law.cells})
-    hues = dict(zip(batches, pyplot.cm.viridis(np.linspace(0, 0.9, len(batches))), strict=True))
-    shades = dict(zip(horizons, pyplot.cm.plasma(np.linspace(0, 0.85, len(horizons))), strict=True))
+    hues = dict(zip(batches, colormaps["viridis"](np.linspace(0, 0.9, len(batches))), strict=True))
+    shades = dict(zip(horizons, colormaps["plasma"](np.linspace(0, 0.85, len(horizons))), strict=True))
 
     for size in sizes:
         own = [tokens for tokens in horizons if any((c.size, c.tokens) == (size, tokens) for c in law.cells)]
         columns = min(3, len(own))
         rows = math.ceil(len(own) / columns)
-        size_in = (4.2 * columns + 0.8, 3.2 * rows)
-        figure, axes = pyplot.subplots(rows, columns, figsize=size_in, squeeze=False, layout="constrained")
+        figure = Figure(figsize=(4.2 * columns + 0.8, 3.2 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
         for axis, tokens in zip(axes.flat, own, strict=False):
             for cell in law.cells:
                 if (cell.size, cell.tokens) == (size, tokens):
@@ -384,8 +352,8 @@ def pictures(law: Law) -> Iterator[tuple[str, Any]]:
             axis.set_visible(False)
         yield f"losses_{re.sub(r'[^a-zA-Z0-9]+', '_', name_of(size))}", figure
 
-    size_in = (10, 3.6 * len(sizes))
-    figure, axes = pyplot.subplots(len(sizes), 2, figsize=size_in, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(10, 3.6 * len(sizes)), layout="constrained")
+    axes = figure.subplots(len(sizes), 2, squeeze=False)
     for (left, right), size in zip(axes, sizes, strict=True):
         usable = [cell for cell in law.cells if cell.usable and cell.size == size]
         for tokens in horizons:
@@ -401,7 +369,8 @@ def pictures(law: Law) -> Iterator[tuple[str, Any]]:
             axis.grid(alpha=0.3, which="both")
     yield "best_rates", figure
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(3, 2))
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=(3, 2))
     over_batch(law, axes[0])
     over_splits(law, axes[1])
     yield "law", figure
@@ -409,12 +378,12 @@ def pictures(law: Law) -> Iterator[tuple[str, Any]]:
 
 def over_batch(law: Law, axis: Any) -> None:
     """The law in one picture: learning rate over batch, a curve a horizon, with the cap and the critical batches."""
-    from matplotlib import pyplot, ticker
+    from matplotlib import colormaps, ticker
 
     chosen = law.chosen
     usable = [cell for cell in law.cells if cell.usable]
     horizons, sizes = sorted({cell.tokens for cell in usable}), list(dict.fromkeys(cell.size for cell in usable))
-    shades = dict(zip(horizons, pyplot.cm.plasma(np.linspace(0, 0.85, len(horizons))), strict=True))
+    shades = dict(zip(horizons, colormaps["plasma"](np.linspace(0, 0.85, len(horizons))), strict=True))
     # Best rates as they would be at the central size, so that one curve stands for all sizes.
     scale = {
         cell.size: float(chosen.lr(1, 1, cell.parameters).value / chosen.lr(1, 1).value) if cell.parameters else 1.0

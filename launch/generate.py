@@ -13,18 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the prompt and what follows: greedily, or sampled when there is a seed."""
-    parser = argparse.ArgumentParser(
-        prog="powertrain generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("generate", __doc__)
     parser.add_argument("model", type=Path, help="a model folder, or the folder of a run")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -11,9 +11,11 @@ examples:
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
 
@@ -25,18 +27,16 @@ FILES = [
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a path, or all of them."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(guard(lambda: _path(arguments)))
+    parser = verb_parser("path", __doc__)
+    parser.add_argument("name", nargs="?", help=argparse.SUPPRESS)
+    sys.exit(guard(lambda: _path(parser.parse_args(arguments).name)))
 
 
-def _path(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return 0
-    found = [path for path in FILES if not arguments or arguments in ([path.stem], [path.name])]
+def _path(name: str | None) -> int:
+    found = [path for path in FILES if name in (None, path.stem, path.name)]
     if not found:
         names = ", ".join(path.stem if path.suffix == ".yaml" else path.name for path in FILES)
-        raise ConfigError(f"There is no file '{' '.join(arguments)}'; there are {names}.")
+        raise ConfigError(f"There is no file '{name}'; there are {names}.")
     print(*found, sep="\n")
     return 0
 

@@ -8,7 +8,6 @@ examples:
   powertrain prepare --config-dir DIR data=mine data.workers=8 --inspect
 
   data.workers=N   processes that tokenise; default: one for each core
-  --inspect        also show what is in each corpus: lengths of documents, what was left out, a few windows of text
 
 A preparation that was killed goes on where it was when the same command is given again.
 """
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from powertrain.data.loader import windows_in
 from powertrain.data.order import Stage, epochs
+from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.compose import composed_data
 from powertrain.train.config import Config
@@ -43,16 +43,18 @@ BOUNDARY = "┃end of document┃"
 
 def main(arguments: list[str] | None = None) -> None:
     """Prepare, with a progress bar, and say what was made."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(guard(lambda: _prepare(arguments)))
+    parser = verb_parser("prepare", __doc__)
+    parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="also show what is in each corpus: lengths of documents, what was left out, a few windows of text",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    sys.exit(guard(lambda: _prepare(overrides, options.inspect)))
 
 
-def _prepare(arguments: list[str]) -> int:
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return 0
-    inspect = "--inspect" in arguments
-    data, budget = composed_data([argument for argument in arguments if argument != "--inspect"])
+def _prepare(overrides: list[str], inspect: bool) -> int:
+    data, budget = composed_data(overrides)
     if not data.corpora:
         raise ConfigError("There is no corpus to prepare: data=NAME chooses some, as data=stdlib (see docs/data.md).")
     try:
@@ -102,7 +104,7 @@ def _with_progress(data: DataConfig) -> Prepared:
 def _say_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer
 
-    from powertrain.data.prepare import rows_needed
+    from powertrain.data.tokenizer import rows_needed
 
     size = rows_needed(Tokenizer.from_file(str(folder / "tokenizer.json")))
     padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -185,8 +187,7 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
     if tokenizer_folder is None:
         print("    name data.tokenizer.path to see text")
         return
-    from powertrain.data.prepare import bytes_of_tokens
-    from powertrain.data.tokenizer import load_tokenizer
+    from powertrain.data.tokenizer import bytes_of_tokens, load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     draw = random.Random(0)

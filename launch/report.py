@@ -23,8 +23,9 @@ import numpy as np
 
 from powertrain.data.files import check_output, replace_text
 from powertrain.launch import fit
-from powertrain.launch.fit import read
-from powertrain.schedulers.cells import MOST
+from powertrain.launch.parser import verb_parser
+from powertrain.launch.sweep.ledger import read
+from powertrain.schedulers.cells import MOST, is_number
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
 from powertrain.train.report import Run, legend, looks, overlays, page, picture, runs_page, table
@@ -36,13 +37,7 @@ Fields = tuple[tuple[str, float], ...]
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the page and say where it is."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
     sys.exit(guard(lambda: _report(parser.parse_args(arguments))))
@@ -99,19 +94,13 @@ def _complete(place: int, line: Line) -> Line:
     if line["loss"] == math.inf or line["loss"] != line["loss"]:  # as some write one that diverged
         line["loss"] = None
     for name in ("batch", "tokens", "lr", "a", "b", "seed", "loss", "parameters", "decay_fraction"):
-        value = _number(line, name) if line.get(name) is not None else 0.0
-        if not abs(value) < MOST or (name in ("batch", "tokens") and not value > 0):
+        optional = name not in ("batch", "tokens")
+        if not (is_number(line.get(name), -MOST if optional else 0) or (optional and line.get(name) is None)):
             raise ConfigError(f"Line {place} of the ledger has {name} {str(line[name])[:40]}, which is no such number.")
     for name in ("model_name", "schedule", "trial"):
         line[name] = str(line[name])
     line["seed"], line["tokens"] = int(line["seed"] or 0), int(line["tokens"])
     return {name: value for name, value in line.items() if value is not None or name == "loss"}
-
-
-def _number(line: Line, name: str) -> float:
-    """A number of a ledger's line; nan for what is none."""
-    value = line[name]
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def _law(ledger: Sequence[Line]) -> list[str]:
@@ -207,15 +196,12 @@ def one_for_all(ledger: Sequence[Line], schedule: str, cells: Sequence[Cell]) ->
 
 
 def _over_tokens(tuned: dict[str, dict[Cell, float]], above: dict[str, dict[Cell, float]]) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
+    from matplotlib.figure import Figure
 
     batches = sorted({cell[1] for by in tuned.values() for cell in by})
-    figure, axes = pyplot.subplots(
-        1, len(batches), figsize=(max(5, 3.6 * len(batches)), 3.4), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(max(5, 3.6 * len(batches)), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(batches), squeeze=False)
     look = dict(zip(tuned, looks(len(tuned)), strict=True))
     kinds = {"tuned": (tuned, "o", "dashed"), "one set": (above, "s", "solid")}
     for axis, batch in zip(axes[0], batches, strict=True):
@@ -266,12 +252,10 @@ def _grids(ledger: Sequence[Line]) -> list[str]:
 
 def over_a_and_b(ledger: Sequence[Line]) -> str:
     """The paper's section 4: loss over a at the best b, and over b at the best a, a line each batch and horizon."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     cells = sorted({_cell(line) for line in ledger})
     look = looks(len(cells))
     for cell, own in zip(cells, look, strict=True):

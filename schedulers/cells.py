@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,11 @@ class Cell:
 # ----------------------------------------------------------------------------------------------------- the ledger
 
 
+def is_number(value: Any, above: float = -MOST) -> TypeGuard[float]:
+    """Whether what a line of a ledger holds is a number between `above` and MOST, which any of them is."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < MOST
+
+
 def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float, str, float]:
     """(size, tokens, batch, learning rate, seed, loss) of a line of the ledger; the loss is inf if it diverged.
 
@@ -62,8 +67,7 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
         value = line[name]
         if name == "loss" and (value is None or value in (math.inf, math.nan) or value != value):
             continue
-        number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number_given or not (-MOST if name == "loss" else 0) < value < MOST:
+        if not is_number(value, -MOST if name == "loss" else 0):
             limits = f"a number {f'between -{MOST:g} and' if name == 'loss' else 'above 0 and below'} {MOST:g}"
             raise ValueError(f"Line {number} of the ledger has {name} {str(value)[:40]}; it must be {limits}.")
     for name in ("hidden_size", "tokens"):
@@ -105,7 +109,7 @@ class Trials:
         self.parameters: dict[Size, float] = {}
         for (_, line), (size, *_) in zip((e for e in lines if e[1].get("schedule", "wsd") == "wsd"), read, strict=True):
             count = line.get("parameters")
-            if isinstance(count, (int, float)) and not isinstance(count, bool) and 0 < count < MOST:
+            if is_number(count, 0):
                 self.parameters[size] = float(count)
         for size, own_tokens, batch, rate, seed, loss in read:
             trunk = trunks.setdefault((size, batch, rate, seed), len(trunks))

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from powertrain.data import expand
+from powertrain.data.cache import fingerprint
 from powertrain.data.loader import Batches, num_windows
 from powertrain.data.order import Order, Stage
-from powertrain.data.prepare import Prepared, fingerprint, prepare, rows_needed, skipped_records
-from powertrain.data.tokenizer import load_tokenizer
+from powertrain.data.prepare import Prepared, prepare, skipped_records
+from powertrain.data.tokenizer import load_tokenizer, rows_needed
 from powertrain.data.tokens import TokenFile
 from powertrain.train import checkpoint, init_from, resume
 from powertrain.train.balance import Balance

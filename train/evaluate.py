@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from powertrain.data.loader import IGNORE_INDEX, window, windows_in
-from powertrain.data.prepare import Prepared, bytes_of_tokens
+from powertrain.data.prepare import Prepared
+from powertrain.data.tokenizer import bytes_of_tokens
 from powertrain.data.tokens import TokenFile
 from powertrain.train import faults
 from powertrain.train.config import Config

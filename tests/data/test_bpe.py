@@ -13,8 +13,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from powertrain.data import bpe
-from powertrain.data.prepare import TokenizerSpec, as_text, encode, prepare
+from powertrain.data.prepare import TokenizerSpec, prepare
 from powertrain.data.sources import Corpus
+from powertrain.data.tokenizer import as_text, encode
 
 END = "<|endoftext|>"
 

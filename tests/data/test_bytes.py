@@ -10,8 +10,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from powertrain import data
-from powertrain.data.prepare import TokenizerSpec, as_text, bytes_of_tokens, encode, prepare
+from powertrain.data.prepare import TokenizerSpec, prepare
 from powertrain.data.sources import Corpus
+from powertrain.data.tokenizer import as_text, bytes_of_tokens, encode
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEXTS = [
@@ -134,8 +135,8 @@ def test_offsets_say_the_bytes_that_an_id_does_not(kind: str, tmp_path: Path, mo
     bounds = [*file.document_starts.tolist(), file.num_tokens]
     assert [int(counted[a:b].sum()) for a, b in itertools.pairwise(bounds)] == [len(text.encode()) for text in TEXTS]
     # In pieces, where what one leaves over is the next one's.
-    monkeypatch.setattr(data.prepare, "PIECE", 7)
-    monkeypatch.setattr(data.prepare, "BATCH", 11)
+    monkeypatch.setattr(data.tokenizer, "PIECE", 7)
+    monkeypatch.setattr(data.encode, "BATCH", 11)
     (tmp_path / "pieces").mkdir()
     found = prepared(tokenizer, tmp_path / "pieces")
     file, counted = found.validation["a"], found.token_bytes["a"]
@@ -172,7 +173,7 @@ def test_a_resumed_preparation_keeps_its_counts(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(data.prepare, "SAVE_SECONDS", 0.0)
     (tmp_path / "whole").mkdir()
     whole = prepared(words(), tmp_path / "whole").token_bytes["a"].tolist()
-    real, calls = data.prepare._Encoder.__call__, []
+    real, calls = data.encode.Encoder.__call__, []
 
     def encode_or_die(self, *arguments):
         calls.append(arguments)
@@ -180,7 +181,7 @@ def test_a_resumed_preparation_keeps_its_counts(tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    monkeypatch.setattr(data.prepare._Encoder, "__call__", encode_or_die)
+    monkeypatch.setattr(data.encode.Encoder, "__call__", encode_or_die)
     with pytest.raises(KeyboardInterrupt):
         prepared(words(), tmp_path)
     corpus = Corpus("text", str(tmp_path / "train/*"), validation_path=str(tmp_path / "held/*"))

@@ -104,7 +104,7 @@ def test_the_tokenizer_is_one_that_transformers_loads(tokenizer):
 def test_a_second_call_reads_the_cache(texts, tokenizer, tmp_path, monkeypatch):
     specification = TokenizerSpec(str(tokenizer))
     first = prepare({"a": corpus_of(texts[0])}, specification, tmp_path)
-    monkeypatch.setattr(data.prepare, "documents", None)
+    monkeypatch.setattr(data.tokenizer, "documents", None)
     again = prepare({"a": corpus_of(texts[0])}, specification, tmp_path)
     assert again.folders == first.folders
 
@@ -134,9 +134,9 @@ def test_the_split_follows_the_text_not_its_place(texts, tokenizer, tmp_path):
 def test_the_tokenizer_never_sees_validation_documents(tmp_path, monkeypatch):
     write_texts(tmp_path / "texts")
     seen = []
-    real = data.prepare._pieces
-    monkeypatch.setattr(data.prepare, "_pieces", lambda text: seen.append(text) or real(text))
-    folder = data.prepare._train_tokenizer({"a": corpus_of(tmp_path / "texts")}, {}, 300, tmp_path, lambda *_: None)
+    real = data.tokenizer.pieces
+    monkeypatch.setattr(data.tokenizer, "pieces", lambda text: seen.append(text) or real(text))
+    folder = data.tokenizer.train_tokenizer({"a": corpus_of(tmp_path / "texts")}, {}, 300, tmp_path, lambda *_: None)
     prepared = prepare({"a": corpus_of(tmp_path / "texts")}, TokenizerSpec(str(folder)), tmp_path / "cache")
     assert seen[: len(decoded(prepared, "a")["train"])] == decoded(prepared, "a")["train"]
 
@@ -154,8 +154,8 @@ def test_fault_19_long_documents_give_the_same_tokens_in_pieces(texts, tokenizer
     for name, text in {"spaces": " " * 500 + "x", "none": "x" * 500, "mixed": "ab \n  cd" * 100}.items():
         (tmp_path / "odd" / f"{name}.txt").write_text(text)
     whole = prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "whole")
-    monkeypatch.setattr(data.prepare, "PIECE", 256)
-    monkeypatch.setattr(data.prepare, "BATCH", 1000)
+    monkeypatch.setattr(data.tokenizer, "PIECE", 256)
+    monkeypatch.setattr(data.encode, "BATCH", 1000)
     pieces = prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "pieces")
     assert pieces.train["a"].fingerprint() == whole.train["a"].fingerprint()
     odd = prepare({"odd": corpus_of(tmp_path / "odd", 0)}, specification, tmp_path / "pieces")
@@ -312,7 +312,7 @@ def test_a_killed_preparation_resumes(kind, deduplicate, texts, tokenizer, tmp_p
         corpus = replace(corpus, validation_path=str(tmp_path / "files" / "*.held"))
     whole = contents(prepare({"a": corpus}, specification, tmp_path / "whole").folders["a"])
     encoded = []
-    real = data.prepare._Encoder.__call__
+    real = data.encode.Encoder.__call__
 
     def encode(self, part, block, validation):
         encoded.append((block.path, block.first, str(block.content)))
@@ -320,7 +320,7 @@ def test_a_killed_preparation_resumes(kind, deduplicate, texts, tokenizer, tmp_p
             raise Killed
         return real(self, part, block, validation)
 
-    monkeypatch.setattr(data.prepare._Encoder, "__call__", encode)
+    monkeypatch.setattr(data.encode.Encoder, "__call__", encode)
     kills: set[int] = set()
     prepare({"a": corpus}, specification, tmp_path / "counted")
     blocks = list(encoded)
@@ -391,7 +391,7 @@ def die(*_):
 
 def test_a_killed_worker_is_reported(texts, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data.prepare, "ALONE", 0)
-    monkeypatch.setattr(data.prepare, "_encode_here", die)
+    monkeypatch.setattr(data.encode, "_encode_here", die)
     with pytest.raises(ChildProcessError, match=r"data\.workers"):
         prepare({"a": corpus_of(texts[0])}, TokenizerSpec(str(tokenizer)), tmp_path, workers=2)
 
@@ -399,7 +399,7 @@ def test_a_killed_worker_is_reported(texts, tokenizer, tmp_path, monkeypatch):
 def test_a_full_disk_keeps_what_is_done_and_bad_data_nothing(texts, tokenizer, tmp_path, small_blocks, monkeypatch):
     specification = TokenizerSpec(str(tokenizer))
     whole = contents(prepare({"a": corpus_of(texts[0])}, specification, tmp_path / "whole").folders["a"])
-    real = data.prepare._Output.add
+    real = data.prepare.Output.add
     for error, message, left in (
         (OSError(errno.ENOSPC, "No space left on device"), r"No space is left for .*a-\w+\. Free some", 1),
         (DataError("The file is cut."), "The file is cut", 0),
@@ -414,7 +414,7 @@ def test_a_full_disk_keeps_what_is_done_and_bad_data_nothing(texts, tokenizer, t
 
         cache = tmp_path / type(error).__name__
         with monkeypatch.context() as patch:
-            patch.setattr(data.prepare._Output, "add", add)
+            patch.setattr(data.prepare.Output, "add", add)
             with pytest.raises(type(error), match=message):
                 prepare({"a": corpus_of(texts[0])}, specification, cache)
         assert len(list(cache.glob(".a-*"))) == left
@@ -457,7 +457,7 @@ def test_caches_of_earlier_versions_stay_valid(tmp_path, monkeypatch):
 
     def name(**more) -> str:
         corpus = Corpus("jsonl", "*.jsonl", validation_fraction=0.25, **more)
-        return data.prepare._short_hash([data.prepare._describe(corpus), "identity"])
+        return data.cache.short_hash([data.cache.describe(corpus), "identity"])
 
     assert name() == "df41307b5765"
     assert name(deduplicate=True) != name()
@@ -488,7 +488,7 @@ def test_equal_texts_are_kept_once(texts, tokenizer, tmp_path):
 
 def test_hashes_are_known_again_and_no_others():
     draw = np.random.default_rng(0)
-    kept, seen = data.prepare._Kept(), set()
+    kept, seen = data.prepare.Kept(), set()
     for _ in range(200):
         # Of few different values, some with zeros at their ends, which numpy's byte strings would lose on their own.
         hashes = np.frombuffer(

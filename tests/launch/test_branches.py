@@ -31,7 +31,7 @@ def decay(*arguments: str) -> int:
 
 
 def replay(*arguments: str) -> int:
-    from powertrain.launch import replay as verb
+    from powertrain.launch.check import run as verb
 
     return verb.main(list(arguments))
 
@@ -429,7 +429,7 @@ def test_replay_names_the_first_difference(
 
 @pytest.mark.parametrize("was", ["3.5", "NaN", '"3.5"', "null", "1" + "0" * 400, "{}"])
 def test_replay_tells_of_what_no_run_writes(was: str) -> None:
-    from powertrain.launch.replay import _EXACT, _LOSSES, _difference
+    from powertrain.launch.check.run import _EXACT, _LOSSES, _difference
 
     record = {**dict.fromkeys(_EXACT, 1), **dict.fromkeys(_LOSSES, 2.5)}
     assert _difference(record, record, 0.0) is None

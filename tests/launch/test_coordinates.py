@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from powertrain.launch import coordinates
+from powertrain.launch.check import coordinates
 from powertrain.train.compose import composed
 from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.model import mup
 
 FAMILIES = ("granitemoe", "granite")
@@ -150,6 +151,6 @@ def test_the_command_says_which_row_and_draws(tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_plot_without_a_folder_is_refused_before_anything_is_trained(tmp_path, capsys):
-    assert coordinates.main(["--plot", str(tmp_path / "none" / "plot.png")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+def test_a_plot_without_a_folder_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match="there is no folder"):
+        coordinates.main(["--plot", str(tmp_path / "none" / "plot.png")])

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from powertrain.data.tokens import TokenWriter
 from powertrain.launch import estimate
+from powertrain.launch.estimate import rate, time
 from powertrain.train.check import batch_doubts, check_batch
 from powertrain.train.compose import composed
 
@@ -113,7 +114,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ("cluster.gpsu=4", "gpsu"),
         ("cluster.mfu=40", "at most 1"),
         ("cluster.gpus=many", "gpus"),
-        ("--plot", "takes a file"),
+        ("--plot", "expected one argument"),
         ("--json", "no option"),
     ],
 )
@@ -130,22 +131,22 @@ def test_steps_are_those_of_the_loop(ramp: str) -> None:
         last = tokens
         tokens += config.sequences_at(tokens) * config.data.sequence_length
         steps += 1
-    assert estimate.steps_of(config) == (steps, last)
+    assert time.steps_of(config) == (steps, last)
 
 
 def test_the_cap_is_released_where_the_rate_leaves_it() -> None:
     config = composed(["+experiment=powermoe_3b"])
-    release, schedule = estimate.cap_release(config), config.make_schedule()
+    release, schedule = rate.cap_release(config), config.make_schedule()
     assert release == pytest.approx((1024 * 4 / 0.02) ** (1 / 0.51))
     assert schedule(tokens=int(release * 0.999), batch=1024) == 0.02 > schedule(tokens=int(release * 1.01), batch=1024)
     growing = composed(["+experiment=powermoe_3b", "batch.ramp=[{from_tokens:1_000_000_000,sequences:2048}]"])
-    assert estimate.cap_release(growing) == pytest.approx((2048 * 4 / 0.02) ** (1 / 0.51))
+    assert rate.cap_release(growing) == pytest.approx((2048 * 4 / 0.02) ** (1 / 0.51))
 
 
 def test_goodput_is_best_at_young_and_dalys_interval() -> None:
     standing, between, restart = 5.0, 50_000.0, 600.0
     best = math.sqrt(2 * standing * between)
-    share = {factor: estimate.goodput(factor * best, standing, between, restart) for factor in (0.8, 1.0, 1.25)}
+    share = {factor: time.goodput(factor * best, standing, between, restart) for factor in (0.8, 1.0, 1.25)}
     assert max(share, key=lambda factor: share[factor]) == 1.0
     # Of each interval 5 s, and of each 50,000 s a restart and half an interval.
     lost = 5 / best + (600 + best / 2) / 50_000
@@ -157,7 +158,7 @@ def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
     settings = ["+experiment=quickstart", "run.tokens=800_000", "schedule.decay.tokens=50_000"]
     ramp = "batch.ramp=[{from_tokens:60_000,sequences:64}]"
     config = composed([*settings, "batch.sequences=16", ramp, "schedule.warmup_tokens=4096"])
-    schedule, release = config.make_schedule(), estimate.cap_release(config)
+    schedule, release = config.make_schedule(), rate.cap_release(config)
     assert release is not None
     at_cap = [
         n for n in range(4096, 740_000, 4096) if schedule(tokens=n, batch=config.beta(config.sequences_at(n))) == 0.02
@@ -172,7 +173,7 @@ def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
 def pasted(settings: list[str], ranks: int) -> list[str]:
     """The settings that --ramp prints of a run."""
     out = io.StringIO()
-    estimate.ramp_section(Console(file=out, width=100), composed(settings), ranks)
+    rate.ramp_section(Console(file=out, width=100), composed(settings), ranks)
     (line,) = [line for line in out.getvalue().splitlines() if "batch.ramp=" in line]
     return shlex.split(line)
 
@@ -198,12 +199,12 @@ def test_the_ramp_to_paste_follows_the_critical_batch(number: int) -> None:
     settings += draw.choice([[], [f"run.tokens_seen={tokens // 3}", f"schedule.rewarmup.tokens={tokens // 50}"]])
     # A cap that lets go of the largest batch somewhere from 1/4 of the run on to beyond its end.
     given, at = composed(settings), int(draw.uniform(0.25, 1.5) * tokens)
-    power = estimate.check_followed(given)
+    power = rate.check_followed(given)
     cap = power.a * given.beta(most) ** power.batch_exponent * at**power.b
     settings.append(f"schedule.max_lr={cap}")
     config = composed([*settings, *pasted(settings, ranks)])  # is taken
     check_batch(config, ranks)
-    power = estimate.check_followed(config)
+    power = rate.check_followed(config)
     ends = config.end_tokens if power.decay is None else power.decay.start
     begun, clock, sizes = 0, config.run.tokens_seen, []
     while begun < tokens:
@@ -251,7 +252,7 @@ def test_a_ramp_says_why_it_does_not_grow_further(settings: list[str], ranks: in
     out = io.StringIO()
     base = ["+experiment=proxy_tiny", "batch.sequences=64", "schedule.warmup_tokens=0", "run.tokens=4_000_000"]
     config = composed([*base, "schedule.b=-0.5", "schedule.decay.tokens=0", *settings], checked=False)
-    estimate.ramp_section(Console(file=out, width=1000), config, ranks)
+    rate.ramp_section(Console(file=out, width=1000), config, ranks)
     assert said in out.getvalue()
 
 
@@ -266,7 +267,7 @@ def test_a_ramp_says_why_it_does_not_grow_further(settings: list[str], ranks: in
 )
 def test_warnings_about_a_warmup_are_about_what_of_it_lies_ahead(settings: list[str], said: list[str]) -> None:
     base = ["+experiment=proxy_tiny", "run.tokens=600_000", "schedule.warmup_tokens=300_000"]
-    found = list(estimate.schedule_warnings(composed([*base, *settings], checked=False)))
+    found = list(rate.schedule_warnings(composed([*base, *settings], checked=False)))
     assert len(found) == len(said) and all(map(str.__contains__, found, said))
 
 
@@ -277,14 +278,13 @@ def test_a_ramp_of_what_has_no_critical_batch(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_picture_has_the_batch_and_the_critical_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     config = composed(["+experiment=proxy_tiny", "batch.ramp=[{from_tokens:100_000,sequences:16}]"])
     kept = []
-    monkeypatch.setattr(pyplot.Figure, "savefig", lambda figure, path, dpi: kept.append(figure))
-    estimate.draw(config, tmp_path / "rates.png")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: kept.append(figure))
+    rate.draw(config, tmp_path / "rates.png")
     batch, critical = kept[0].axes[1].lines
     tokens = np.array(critical.get_xdata())
     assert (np.array(batch.get_ydata()) == np.where(tokens < 100_000, 0.125, 0.25)).all()
     assert np.array(critical.get_ydata())[1:] == pytest.approx(0.005 * tokens[1:] ** 0.51)
-    pyplot.close("all")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from powertrain.data.tokens import TokenFile
-from powertrain.launch import growth
+from powertrain.launch.bench import growth
 
 
 def test_a_simulated_corpus_is_a_token_file_of_its_size(tmp_path: Path) -> None:

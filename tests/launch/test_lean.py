@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from powertrain.launch.lean import Design, Place, bracket, trained_tokens
-from powertrain.launch.sweep import summary
-from powertrain.launch.trials import Progress, lean_design, place_of, plan, sweep_config
+from powertrain.launch.sweep.lean import Design, Place, bracket, trained_tokens
+from powertrain.launch.sweep.progress import Progress, lean_design, place_of
+from powertrain.launch.sweep.tables import summary
+from powertrain.launch.sweep.trials import plan, sweep_config
 from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import regret_of
 from powertrain.schedulers.law import Form, fit

@@ -13,8 +13,8 @@ import torch
 
 from powertrain.data.tokens import TokenFile
 from powertrain.launch.bench import write_tokens
-from powertrain.launch.contest import assemble
-from powertrain.launch.memory import BUCKET, Passes, Tally, needed
+from powertrain.launch.bench.worker import assemble
+from powertrain.launch.estimate.memory import BUCKET, Passes, Tally, needed
 from powertrain.train.compose import composed
 from powertrain.train.state import State
 from powertrain.train.step import train_step

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from powertrain.launch import growth
+from powertrain.launch.bench import growth
 from powertrain.launch.report import main
 from powertrain.train import report
 from powertrain.train.report import runs_page  # here, for the `run` fixture replaces it

@@ -46,7 +46,7 @@ def test_a_dry_run_prints_the_command_of_each_node(cluster: dict[str, str]) -> N
         text=True,
         check=True,
     )
-    file = ROOT / "launch/accelerate/multi_node.yaml"
+    file = ROOT / "src/powertrain/launch/accelerate/multi_node.yaml"
     start = f"accelerate launch --config_file {file} --num_machines 2 --num_processes 4"
     command = f"{cluster['PATH'].partition(':')[0]}/powertrain"
     standard = "--main_process_port 20017 --deepspeed_multinode_launcher standard"

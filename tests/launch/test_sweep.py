@@ -24,8 +24,11 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from powertrain.launch.sweep import Sweep, begin_from, check_ledger, in_common, main, result, summary, write_ledger
-from powertrain.launch.trials import Progress, SweepConfig, Trial, overrides, plan, sweep_config
+from powertrain.launch.sweep import check_ledger, main
+from powertrain.launch.sweep.progress import Progress, Sweep, write_ledger
+from powertrain.launch.sweep.tables import summary
+from powertrain.launch.sweep.trials import SweepConfig, Trial, in_common, overrides, plan, sweep_config
+from powertrain.launch.sweep.worker import begin_from, result
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.track import read_lines
 

@@ -195,7 +195,7 @@ def test_check_batch_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_an_unknown_check_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert verb("check", "coordinate") == 2
-    assert "There is no check 'coordinate'" in capsys.readouterr().err
+    assert "invalid choice: 'coordinate'" in capsys.readouterr().err
 
 
 def test_an_export_replaces_nothing_but_an_export(run: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.granitemoe.modeling_granitemoe import load_balancing_loss_func
 
+from powertrain.data.loader import IGNORE_INDEX
 from powertrain.train.balance import Balance
 from powertrain.train.config import BalanceConfig, Config
-from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss, Outputs
+from powertrain.train.loss import LanguageModelLoss, Outputs
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 5, 2, 40
 

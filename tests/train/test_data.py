@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from powertrain.data.prepare import prepare
 from powertrain.data.tokens import TokenFile
-from powertrain.launch.estimate import data_problems
+from powertrain.launch.estimate.problems import data_problems
 from powertrain.launch.prepare import _say_epochs
 from powertrain.train.compose import load
 from powertrain.train.track import read_lines

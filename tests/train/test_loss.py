@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from powertrain import train
+from powertrain.data.loader import IGNORE_INDEX
 from powertrain.train.config import Config
-from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss, linear_cross_entropy
+from powertrain.train.loss import LanguageModelLoss, linear_cross_entropy
 
 N, H, V = 23, 12, 41
 

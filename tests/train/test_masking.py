@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import modeling_flash_attention_utils
 from transformers.integrations import flex_attention as flex
 
+from powertrain.data.loader import IGNORE_INDEX
 from powertrain.train.config import Config
-from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
+from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.optim import BFloat16Weights
 
 # Lengths of the documents of each row: none or many boundaries, documents of one token first, inside and last.

@@ -3,7 +3,7 @@
 usage: python docs/results/memory/measure.py
 
 For each case five steps of a run's own engine and loop are taken on random tokens, on the two ranks of an accelerate
-launch, and storages are counted as launch.memory counts those of a step that is not taken. DeepSpeed's buckets are
+launch, and storages are counted as launch.estimate.memory does those of a step not taken. DeepSpeed's buckets are
 made small in some cases: they are 2 GB whatever the model, beside which all else here is nothing.
 """
 
@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from powertrain.launch.memory import BUCKET, Passes, Tally, needed
+from powertrain.launch.estimate.memory import BUCKET, Passes, Tally, needed
 from powertrain.train.compose import composed
 
 HERE = Path(__file__).parent
@@ -110,7 +110,7 @@ def rank(bucket: int, overrides: list[str]) -> None:
     """
     from powertrain.data.tokens import TokenFile
     from powertrain.launch.bench import write_tokens
-    from powertrain.launch.contest import assemble
+    from powertrain.launch.bench.worker import assemble
     from powertrain.train.engine import Engine
     from powertrain.train.state import State
     from powertrain.train.step import train_step

@@ -1,6 +1,6 @@
 """One measurement of launch.bench, in a process of its own.
 
-usage: python -m powertrain.launch.contest BEGIN WHAT [TOKENS STEPS [overrides]]
+usage: python -m powertrain.launch.bench.worker BEGIN WHAT [TOKENS STEPS [overrides]]
 
 BEGIN is the time at which it was started. WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`:
 transformers.Trainer on the same model and tokens. Prints one JSON object on the last line.

@@ -1,6 +1,6 @@
 """How a step's cost grows: with tokens seen, the corpus, experts and layers; and that of records with a run's steps.
 
-usage: python -m powertrain.launch.growth FOLDER
+usage: python -m powertrain.launch.bench.growth FOLDER
 
 Writes FOLDER/growth.json and growth.png. What is compared is measured in turn, round by round, in one process; a
 value is the median of its rounds. Corpora are simulated: an index of documents of a million tokens, and in place of
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from powertrain.data.cache import fingerprint, known_fingerprint
 from powertrain.data.loader import Batches, num_windows
 from powertrain.data.order import Order, Stage
-from powertrain.data.prepare import fingerprint, known_fingerprint
 from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from powertrain.launch import bench
-from powertrain.launch.contest import Ours, assemble
+from powertrain.launch.bench.worker import Ours, assemble
 from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.redact import settings_text
@@ -277,12 +277,10 @@ def timed(task: Callable[[], object]) -> Callable[[], float]:
 
 def picture(found: dict[str, dict[int, float]], path: Path) -> None:
     """One panel for each comparison; what should be flat is drawn over a logarithmic axis."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(3, 3, figsize=(13, 10), layout="constrained")
+    figure = Figure(figsize=(13, 10), layout="constrained")
+    axes = figure.subplots(3, 3)
     for axis, (name, values) in zip(axes.flat, found.items(), strict=True):
         sizes, milliseconds = [max(size, 1) for size in values], [1e3 * seconds for seconds in values.values()]
         axis.plot(sizes, milliseconds, "o-")

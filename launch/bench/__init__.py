@@ -1,6 +1,6 @@
 """How fast this machine trains, beside its own limit and beside transformers.Trainer.
 
-usage: powertrain bench [--rounds N] [--steps N] [--out FILE] [+experiment=NAME] [KEY=VALUE …]
+usage: powertrain bench [--rounds N] [--steps N] [--out FILE] [--config-dir DIR] [+experiment=NAME] …
 
 Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, top-8 of 32 experts that are 128 wide,
 vocabulary 8192, 8 × 512 tokens a step, and one twice as wide; on two cores that takes a quarter of an hour. First
@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 
 from powertrain.data.tokens import TokenWriter, dtype_for
+from powertrain.launch.parser import verb_parser
 from powertrain.train.check import check_batch
 from powertrain.train.cli import guard
 from powertrain.train.compose import composed
@@ -65,27 +66,13 @@ VERSIONS = ("torch", "transformers", "accelerate")
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="powertrain bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("bench", __doc__)
     parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each, in turn")
     parser.add_argument(
         "--steps", type=_positive, default=4, help="in a measurement, after the first, which is left out"
     )
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
-    parser.add_argument(
-        "--config-dir",
-        type=lambda folder: ("--config-dir", folder),
-        default=(),
-        metavar="DIR",
-        help="look for configs in DIR, too",
-    )
-    parser.add_argument("overrides", nargs="*", help="of the configuration")
-    sys.exit(guard(lambda: _bench(parser.parse_intermixed_args(arguments))))
+    sys.exit(guard(lambda: _bench(*parser.parse_known_args(arguments))))
 
 
 def _positive(text: str) -> int:
@@ -94,18 +81,16 @@ def _positive(text: str) -> int:
     return value
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace, given: list[str]) -> int:
     if options.out is not None:
         options.out.open("ab").close()  # an error here, not after all measurements
     shapes: dict[str, tuple[str, ...]] = dict(SHAPES)
-    if named := [override for override in options.overrides if override.startswith("+experiment=")]:
+    if named := [override for override in given if override.startswith("+experiment=")]:
         shapes = {named[0].partition("=")[2]: ()}
     measured = []
     for name, overrides in shapes.items():
-        own = [override for override in options.overrides if override not in named]
-        shape = Shape(
-            " ".join([name, *own]), [*options.config_dir, *overrides, *options.overrides, *RUN], options.steps
-        )
+        own = [override for override in given if override not in named]
+        shape = Shape(" ".join([name, *own]), [*overrides, *given, *RUN], options.steps)
         measured.append(shape.measured(options.rounds))
         print(table(measured[-1]))
         if options.out is not None:
@@ -182,7 +167,7 @@ class Shape:
     def _run(self, *arguments: str) -> dict[str, Any]:
         print(f"{self.name}: {arguments[0]} …", file=sys.stderr)
         self.busy.append(psutil.cpu_percent(interval=1.0) / 100)
-        command = [sys.executable, "-P", "-m", "powertrain.launch.contest", str(time.time()), *arguments]
+        command = [sys.executable, "-P", "-m", "powertrain.launch.bench.worker", str(time.time()), *arguments]
         one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]}
         environment = os.environ | one_gpu | {"PYTHONIOENCODING": "utf-8"}
         ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=environment)
@@ -291,7 +276,3 @@ def table(measured: dict[str, Any]) -> str:
             f"(up to {max(measured['busy']):.0%} of it): measure again when it is quiet."
         )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,8 @@ For each tensor W, with W₀ its value at initialisation and x its module's inpu
 
 A probe is the slope of log size against log width, which under muP is 0. It fails when it leaves its band for
 any seed. An output depends on every row, so rows are named by init and update where one of these fails.
+
+usage: powertrain check coordinates [--plot FILE.png] [KEY=VALUE …]
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from powertrain.data.loader import IGNORE_INDEX
+from powertrain.launch.parser import verb_parser
 from powertrain.train.balance import Balance
-from powertrain.train.cli import guard
 from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
-from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
+from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.optim import adamw, parameter_groups
 from powertrain.train.step import loss_terms, total_loss
@@ -104,16 +107,11 @@ class Result:
 
 
 def main(arguments: list[str]) -> int:
-    """`check coordinates [--plot FILE.png] [KEY=VALUE …]`: 0 within the bands, 1 outside them, 2 bad usage."""
-    parser = argparse.ArgumentParser(
-        "check coordinates", "%(prog)s [--plot FILE.png] [KEY=VALUE …]", allow_abbrev=False
-    )
-    parser.add_argument("--plot")
+    """`check coordinates [--plot FILE.png] [KEY=VALUE …]`: 0 within the bands, 1 outside them."""
+    parser = verb_parser("check coordinates", __doc__)
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the sizes over the widths")
     options, overrides = parser.parse_known_args(arguments)
-    return guard(lambda: _main(overrides, options.plot))
-
-
-def _main(overrides: list[str], plot: str | None) -> int:
+    plot = options.plot
     if plot and not Path(plot).parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder '{Path(plot).parent}'. Make it, or name another file.")
     configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in FAMILIES]

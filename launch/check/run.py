@@ -8,12 +8,12 @@ examples:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from powertrain.launch.parser import verb_parser
 from powertrain.train.check import check
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError
@@ -25,12 +25,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, on other hardware than the
 
 def main(arguments: list[str]) -> int:
     """Verify every checkpoint, then replay; 1 on the first difference, which is named."""
-    parser = argparse.ArgumentParser(
-        prog="powertrain check run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
+    parser = verb_parser("check run", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--steps", type=int, default=10, help="how many of the last steps to replay; default 10")
     options = parser.parse_args(arguments)

@@ -11,10 +11,11 @@ import contextlib
 import copy
 import weakref
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -23,21 +24,25 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 from transformers.integrations import moe
 
+from powertrain.launch.estimate.cluster import Cluster
+from powertrain.launch.estimate.tables import table_of
 from powertrain.train import loss as train_loss
-from powertrain.train import optim
+from powertrain.train import metrics, optim
 from powertrain.train.balance import Balance
+from powertrain.train.config import Config
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import experts, granite
 from powertrain.train.step import loss_terms, total_loss
-
-if TYPE_CHECKING:
-    from powertrain.train.config import Config
 
 # DeepSpeed's defaults, which a run keeps, in elements: reduce_bucket_size, and of stage 3 max_live_parameters,
 # prefetch_bucket_size and param_persistence_threshold.
 BUCKET, LIVE, PREFETCHED, PERSISTENT = 500_000_000, 1_000_000_000, 50_000_000, 100_000
 
 PARTS = ("masters", "moments", "gradients", "copies", "activations", "loss", "backward", "buffers")
+
+
+# Of a GPU's memory, for CUDA's context, NCCL's buffers, and blocks that the allocator cannot use.
+USABLE = 0.9
 
 
 class Peaks(NamedTuple):
@@ -285,3 +290,83 @@ def _shapes_alone(gpu: bool) -> contextlib.ExitStack:
     if gpu:
         stack.enter_context(patch.object(train_loss, "_CACHED_LOGITS", train_loss._CHUNK_LOGITS))
     return stack
+
+
+# ----------------------------------------------------------------------------------------------- what is printed
+
+
+def memory_section(console: Console, config: Config, cluster: Cluster) -> str | None:
+    """Print what each engine takes, and what fits; the engine to take, or None."""
+    ways = cluster.engines(config)
+    limit, micro = USABLE * (cluster.memory or 0), config.batch.micro_sequences
+    share = config.batch.sequences // cluster.gpus
+    # As configured first, then what else divides a rank's share, as long as anything fits.
+    sizes = [micro, *(size for size in (2**n for n in range(16)) if size != micro and share % size == 0)]
+    by_size: dict[int, dict[str, Counter[str]]] = {}
+    for size in sizes:
+        smaller = [found for other, found in by_size.items() if other < size]
+        engines = [e for e in ways if all(found[e].total() <= limit for found in smaller if e in found)]
+        if size != micro and not (engines := [e for e in engines if all(e in found for found in smaller)]):
+            break
+        changed = copy.deepcopy(config)
+        changed.batch.micro_sequences = size
+        passes = Passes(changed, cluster.gpus, cluster.on_gpu)
+        by_size[size] = {e: needed(changed, e, cluster.gpus, passes) for e in engines}
+    fits = {
+        e: [size for size in sorted(by_size) if e in by_size[size] and by_size[size][e].total() <= limit] for e in ways
+    }
+
+    unit, name = (
+        (1e9, "GB") if limit >= 20e9 and max(each.total() for each in by_size[micro].values()) > 1e9 else (1e6, "MB")
+    )
+
+    def sized(size: float) -> str:
+        return f"{size / unit:,.1f}"
+
+    console.rule(
+        f"memory of one {'GPU' if cluster.on_gpu else 'rank'} in {name}, batch.micro_sequences={micro}", align="left"
+    )
+    table = table_of("", *PARTS, "sum", "")
+    for engine, parts in by_size[micro].items():
+        mark = "" if parts.total() <= limit else "✗"
+        table.add_row(engine, *(sized(parts[part]) for part in PARTS), sized(parts.total()), mark)
+    console.print(table)
+    attention, experts = kernels(config, cluster.on_gpu)
+    moe = config.model.model_type == "granitemoe"
+    console.print(
+        f"At a step's most, on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
+        f"Counted with {attention}{f', {experts}, equal shares for all experts' if moe else ''}"
+        f"{', activation checkpointing' if config.engine.activation_checkpointing else ''}. copies: working weights; "
+        "backward: gradients on their way; buffers: of DeepSpeed."
+    )
+    if "zero3_offload" in by_size[micro]:
+        host = 16 * metrics.parameters_of(config)["total"] / cluster.gpus * min(cluster.gpus, cluster.gpus_per_node)
+        console.print(f"zero3_offload keeps {sized(host)} {name} more in the memory of each machine.")
+    if len(by_size) > 1:
+        table = table_of("sum, by batch.micro_sequences", *map(str, sorted(by_size)))
+        for engine in ways:
+            sums = [by_size[size][engine].total() if engine in by_size[size] else None for size in sorted(by_size)]
+            table.add_row(engine, *("✗" if each is None else f"{sized(each)}{' ✗' * (each > limit)}" for each in sums))
+        console.print(table)
+    able = [engine for engine in ways if fits[engine]]
+    chosen = next((engine for engine in able if micro in fits[engine]), None)
+    if chosen is None:
+        if able:
+            console.print(f"With {able[0]} batch.micro_sequences={fits[able[0]][-1]} would fit.")
+        return None
+    console.print(f"{chosen} is the simplest that fits, with up to {fits[chosen][-1]} sequences:")
+    console.print(command_of(cluster, chosen, fits[chosen][-1]), soft_wrap=True, markup=False)
+    return chosen
+
+
+def command_of(cluster: Cluster, engine: str, micro: int) -> str:
+    """What to paste; the run's own settings follow."""
+    if engine == "plain":
+        return f"  accelerate launch $(which powertrain) train … batch.micro_sequences={micro}"
+    if cluster.gpus <= cluster.gpus_per_node:
+        environment = "ACCELERATE_USE_CPU=true " if not cluster.on_gpu and engine == "ddp" else ""
+        file = f"--config_file $(powertrain path {engine}) --num_processes {cluster.gpus}"
+        return f"  {environment}accelerate launch {file} $(which powertrain) train … batch.micro_sequences={micro}"
+    nodes = -(-cluster.gpus // cluster.gpus_per_node)
+    file = "" if engine == "zero3" else f"ACCELERATE_CONFIG=$(powertrain path {engine}) "
+    return f"  {file}sbatch --nodes={nodes} $(powertrain path train.sbatch) … batch.micro_sequences={micro}"

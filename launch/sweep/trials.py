@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -23,15 +22,11 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from powertrain.launch.lean import Design, Place
-from powertrain.schedulers.cells import MOST
-from powertrain.schedulers.law import MIN_HORIZONS
 from powertrain.train.check import check
 from powertrain.train.compose import typed
 from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, as_dict
 from powertrain.train.errors import ConfigError
 
-KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
 WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
 
 
@@ -374,154 +369,3 @@ def in_common(config: Config) -> dict[str, Any]:
 def fingerprint(corpora: Mapping[str, str]) -> str:
     """One for the tokens of all corpora, from each one's own."""
     return hashlib.sha256("".join(corpora[name] for name in sorted(corpora)).encode()).hexdigest()[:16]
-
-
-def lean_design(sweep: SweepConfig, trials: list[Trial]) -> Design:
-    """The design of a lean sweep whose whole grid is `trials`.
-
-    Raises:
-        ConfigError: a grid or a budget that no law can be had from.
-    """
-    grid: dict[Place, list[float]] = {}
-    for trial in trials:
-        place, rate = place_of(trial)
-        grid.setdefault(place, []).append(rate)
-    target = (sweep.target.batch, sweep.target.tokens) if sweep.target else None
-    horizons, batches = ({trial.tokens for trial in trials}, {trial.batch for trial in trials})
-    if len(horizons) < MIN_HORIZONS or len(batches) < 2:
-        raise ConfigError(
-            f"A lean sweep is for a law, which takes {MIN_HORIZONS} horizons and two batches or more; with "
-            f"{sweep.min_steps} to {sweep.max_steps or 'any number of'} steps (sweep.min_steps, sweep.max_steps) this "
-            f"one has {len(horizons)} of sweep.tokens and {len(batches)} of sweep.batch. Give more, or a grid "
-            "(sweep.design=grid)."
-        )
-    design = Design(grid, target, sweep.budget_tokens or math.inf, sweep.decay_fraction)
-    if (least := design.of_a_law()) > design.budget:
-        raise ConfigError(
-            f"sweep.budget_tokens is {sweep.budget_tokens:,}, which gives no law: two batches and the shortest "
-            f"{MIN_HORIZONS} horizons take about {least:,.0f} tokens. Give as many, or shorter horizons."
-        )
-    return design
-
-
-def place_of(trial: Trial) -> tuple[Place, float]:
-    """A trial as a lean sweep asks for it: its cell and its learning rate."""
-    return (trial.model, trial.batch, trial.tokens), dict(trial.fields)["lr"]
-
-
-class Progress:
-    """Which trials are done and what may be run next.
-
-    Args:
-        results: name → line of the ledger.
-        failed: names of trials that broke in this start.
-        design: of a lean sweep, which says what to train.
-    """
-
-    def __init__(
-        self,
-        trials: list[Trial],
-        results: Mapping[str, dict[str, Any]],
-        failed: Collection[str] = (),
-        design: Design | None = None,
-    ) -> None:
-        self.trials, self.results, self.failed, self.design = trials, results, failed, design
-        if design is not None:
-            losses = {place_of(t): results[t.name]["loss"] for t in trials if t.name in results}
-            design.advance({place: math.inf if loss is None else loss for place, loss in losses.items()})
-        self._groups: dict[tuple[Any, ...], dict[int, list[Trial]]] = {}
-        self._left_out: dict[Trial, str | None] = {}
-        for trial in trials:
-            self._groups.setdefault(trial.group, {}).setdefault(trial.tokens, []).append(trial)
-
-    def before(self, trial: Trial) -> Trial | None:
-        """The same trial at the horizon before."""
-        earlier = [tokens for tokens in self._groups[trial.group] if tokens < trial.tokens]
-        return dataclasses.replace(trial, tokens=max(earlier)) if earlier else None
-
-    def done(self, trial: Trial) -> bool:
-        return trial.name in self.results
-
-    def left_out(self, trial: Trial) -> str | None:
-        """Why a trial is not run, or None. Decided by the results at the horizon before, whatever the order of work.
-
-        `diverged`: it did so before. `pruned`: its rate lies more than two above the best one, and the best rate does
-        not rise with the horizon. `not asked`: a lean sweep has no need of it so far.
-        """
-        if trial not in self._left_out:
-            self._left_out[trial] = self._why_left_out(trial)
-        return self._left_out[trial]
-
-    def _why_left_out(self, trial: Trial) -> str | None:
-        if self.design is not None:
-            return None if place_of(trial) in self.design.asked else "not asked"
-        before = self.before(trial)
-        if before is None:
-            return None
-        if reason := self.left_out(before):
-            return reason
-        if self.done(before) and self.results[before.name]["loss"] is None:
-            return "diverged"
-        if [name for name, _ in trial.fields] != ["lr"]:
-            return None
-        group = self._groups[trial.group][before.tokens]
-        if not all(map(self._is_known, group)):
-            return None
-        losses = [self.results[other.name]["loss"] if self.done(other) else None for other in group]
-        finished = [loss for loss in losses if loss is not None]
-        if not finished:
-            return None
-        above = [other for other in group if other.fields > group[losses.index(min(finished))].fields]
-        return "pruned" if before in sorted(above, key=lambda other: other.fields)[KEPT_ABOVE_BEST:] else None
-
-    def open(self) -> list[Trial]:
-        """Trials that neither have a result nor are left out."""
-        return [trial for trial in self.trials if not self.done(trial) and not self.left_out(trial)]
-
-    def ready(self) -> list[Trial]:
-        """Open trials that have not failed and of which everything that they stand on is known."""
-        return [trial for trial in self.open() if trial.name not in self.failed and self._before_is_known(trial)]
-
-    def _before_is_known(self, trial: Trial) -> bool:
-        if self.design is not None:
-            return True
-        before = self.before(trial)
-        return before is None or (
-            self.done(before) and all(map(self._is_known, self._groups[trial.group][before.tokens]))
-        )
-
-    def _is_known(self, trial: Trial) -> bool:
-        return self.done(trial) or bool(self.left_out(trial)) or trial.name in self.failed
-
-    def trained_tokens(self, sweep: SweepConfig, trial: Trial) -> int:
-        """Tokens that the trial's own process trains: behind the decay start of the one before."""
-        before = self.before(trial)
-        if before is None or trial.schedule not in WITH_DECAY:
-            return trial.tokens
-        return trial.tokens - (before.tokens - decay_tokens(sweep, before))
-
-
-def result_of(line: Any) -> dict[str, Any] | None:
-    """The line of a trial that has ended; None for what no sweep has written."""
-    if not isinstance(line, dict) or not isinstance(line.get("trial"), str) or "loss" not in line:
-        return None
-    loss = line["loss"]
-    known = loss is None or (isinstance(loss, (int, float)) and not isinstance(loss, bool) and abs(loss) < MOST)
-    return line if known else None
-
-
-def ledger_lines(path: Path) -> list[tuple[bytes, Any]]:
-    """The lines of a ledger as they stand, with the JSON of each, None where it is none; without one cut short."""
-    lines = []
-    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try:
-            lines.append((text.strip(), json.loads(text.decode(errors="replace"))))
-        except (ValueError, RecursionError):
-            if text.endswith(b"\n") and text.strip():
-                lines.append((text.strip(), None))
-    return lines
-
-
-def read_ledger(path: Path) -> dict[str, dict[str, Any]]:
-    """Name → line of a sweep's own ledger."""
-    return {line["trial"]: line for _, line in ledger_lines(path) if result_of(line)}

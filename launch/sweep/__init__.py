@@ -1,0 +1,194 @@
+"""Train small models over batch × rate × horizon × model, all or a lean choice: a ledger that `fit` makes a law.
+
+usage: powertrain sweep +sweep=NAME [KEY=VALUE …] [--pilot | --slurm | --dry-run]
+
+examples:
+  powertrain sweep +sweep=lean                      # minutes: the trials that tell most for their tokens
+  powertrain sweep +sweep=tiny                      # minutes: a small grid on Python's own standard library
+  powertrain sweep +sweep=tiny --dry-run            # which trials, how many tokens; trains nothing
+  powertrain sweep +sweep=tiny --pilot              # the shortest horizon, then hours and the error of b
+  powertrain sweep +sweep=tiny --slurm              # the same workers as a job array
+  powertrain sweep --config-dir mine +sweep=mine    # mine/sweep/mine.yaml
+
+Stopped or killed, the same command goes on: a trial that is in the ledger is not run again, one that had begun goes on
+from its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+
+from powertrain.data.prepare import prepare
+from powertrain.launch.parser import verb_parser
+from powertrain.launch.sweep.progress import Sweep, write_ledger
+from powertrain.launch.sweep.tables import pilot, planned, summary, tables
+from powertrain.launch.sweep.trials import WITH_DECAY, fingerprint, in_common
+from powertrain.launch.sweep.worker import BAD_INPUT, POLL_SECONDS, check_launcher, claim, work
+from powertrain.train.check import doubts
+from powertrain.train.cli import guard
+from powertrain.train.config import Config, setting_values
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.hardware import available_cores
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the sweep, or be one of its workers."""
+    parser = verb_parser("sweep", __doc__)
+    parser.add_argument(
+        "--pilot", action="store_true", help="train the shortest horizon, then predict hours and the error of b"
+    )
+    parser.add_argument("--slurm", action="store_true", help="let `sbatch --array` run sweep.jobs workers")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
+    # One of the processes that train: of the controller with this process number, or 0 for one of a job array.
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    sys.exit(guard(lambda: _sweep(*parser.parse_known_args(arguments))))
+
+
+def _sweep(options: argparse.Namespace, given: list[str]) -> int:
+    try:
+        return control(given, options) if options.worker is None else work(given, options)
+    except KeyboardInterrupt:
+        if options.worker is None:
+            raise
+        return 130  # the controller says what there is to say
+
+
+def control(given: list[str], options: argparse.Namespace) -> int:
+    """Check, prepare the data, start workers, and keep the ledger and a table of it up to date."""
+    sweep = Sweep(given)
+    if options.pilot and sweep.design is not None:
+        raise ConfigError("--pilot trains the shortest horizon of a grid; a lean sweep begins there by itself.")
+    if not options.slurm:  # the machines of its jobs may have another
+        check_launcher(sweep.sweep)
+    configs = sweep.configs()
+    console = Console()
+    for doubt in dict.fromkeys(doubt for config in configs.values() for doubt in doubts(config)):
+        console.print(f"Warning: {doubt}", markup=False)
+    if options.dry_run:
+        console.print(planned(sweep), summary(sweep, sweep.progress()))
+        return 0
+    if (sweep.folder / "config.yaml").exists():
+        raise ConfigError(f"{sweep.folder} is the folder of a run: choose another sweep.name.")
+    with claim(sweep.folder) as claimed:
+        if claimed is None:
+            raise ConfigError(
+                f"Another process is running the sweep in {sweep.folder}. Wait for it, or choose another sweep.name."
+            )
+        check_ledger(sweep, configs, prepare_data(sweep, configs, console))
+        for trial in sweep.trials:
+            sweep.failed_file(trial).unlink(missing_ok=True)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        stopped = ""
+        try:
+            killed = watch(sweep, start_workers(sweep, options), console)
+            stopped = f" ({killed} workers were killed)" if killed else ""
+        except KeyboardInterrupt:
+            stopped = " (stopped)"
+        progress = write_ledger(sweep)
+    console.print(tables(sweep, progress), summary(sweep, progress))
+    asked = [trial for trial in progress.open() if not options.pilot or progress.before(trial) is None]
+    if options.pilot and not asked:
+        console.print(pilot(sweep, progress))
+    for trial in sweep.trials:
+        if trial.name in progress.failed:
+            console.print(
+                f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
+            )
+            console.print(sweep.failed_file(trial).read_text(encoding="utf-8").strip()[-400:], markup=False)
+    if asked:
+        raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command goes on with them.")
+    return 0
+
+
+def prepare_data(
+    sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console
+) -> dict[tuple[str, str], list[str]]:
+    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule), and
+    what it would have been when large files were only sampled."""
+    fingerprints = {}
+    for key, config in configs.items():
+        workers = config.data.workers or available_cores()
+        prepared = prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir, workers=workers)
+        sampled = {name: file.sampled_fingerprint() for name, file in prepared.train.items()}
+        fingerprints[key] = [fingerprint(prepared.fingerprints), fingerprint(sampled)]
+        if not prepared.validation:
+            raise ConfigError(
+                "No corpus has validation documents, so no trial would have a loss: set its validation_fraction."
+            )
+    there, longest = sum(file.num_tokens for file in prepared.train.values()), max(sweep.sweep.tokens)
+    if longest > there:
+        console.print(f"The longest horizon is {longest:,} tokens and the corpora hold {there:,}: tokens repeat.")
+    return fingerprints
+
+
+def check_ledger(
+    sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], list[str]]
+) -> None:
+    """Raises ConfigError when what is known of a trial is not of this sweep's configuration, or of other tokens."""
+    results = sweep.progress().results
+    for trial in sweep.trials:
+        if trial.name not in results:
+            continue
+        key = trial.model, trial.schedule
+        asked = {
+            **in_common(configs[key]),
+            "data_fingerprint": fingerprints[key][results[trial.name].get("data_fingerprint") == fingerprints[key][1]],
+            "decay_fraction": sweep.sweep.decay_fraction if trial.schedule in WITH_DECAY else 0.0,
+        }
+        for name, now in asked.items():
+            was = results[trial.name].get(name)
+            if isinstance(was, dict) and isinstance(now, dict):
+                flat = [dict(setting_values(side)) for side in (was, now)]
+                was, now = ({k: v for k, v in side.items() if flat[0].get(k) != flat[1].get(k)} for side in flat)
+            if was != now:
+                raise ConfigError(
+                    f"{trial.name} was trained with another {name}: {was}, and now {now}. Trials of two configurations "
+                    f"make no law: choose another sweep.name. (Known from {sweep.ledger} or the trial's result.json.)"
+                )
+
+
+def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
+    """Processes that train: sweep.jobs of them here, or an array of jobs."""
+    arguments = [*sweep.arguments, *(["--pilot"] if options.pilot else [])]
+    if options.slurm:
+        script = Path(__file__).parents[1] / "slurm" / "sweep.sbatch"
+        return [subprocess.Popen(["sbatch", "--wait", f"--array=0-{sweep.sweep.jobs - 1}", str(script), *arguments])]
+    worker = [sys.executable, "-P", "-m", "powertrain.launch.sweep", f"--worker={os.getpid()}", *arguments]
+    return [subprocess.Popen(worker) for _ in range(sweep.sweep.jobs)]
+
+
+def watch(sweep: Sweep, workers: list[subprocess.Popen[bytes]], console: Console) -> int:
+    """Until the workers have ended: collect what they leave, and show it. Returns how many of them were killed."""
+    seen = set(sweep.progress().results)
+    terminal = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    with terminal or contextlib.nullcontext() as live:
+        try:
+            while any(worker.poll() is None for worker in workers):
+                progress = write_ledger(sweep)
+                if live is not None:
+                    live.update(Group(tables(sweep, progress), summary(sweep, progress)), refresh=True)
+                elif new := [trial for trial in sweep.trials if progress.done(trial) and trial.name not in seen]:
+                    seen |= {trial.name for trial in new}
+                    for trial in new:
+                        loss = progress.results[trial.name]["loss"]
+                        print(f"{trial.name}: {'diverged' if loss is None else f'{loss:.4f}'}")
+                    print(f"  {summary(sweep, progress)}", flush=True)
+                time.sleep(POLL_SECONDS)
+        finally:
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.wait()
+    if any(worker.returncode == BAD_INPUT for worker in workers):
+        raise ConfigError("A trial was refused, as the others would be; what is wrong stands above.")
+    return sum(worker.returncode < 0 for worker in workers)
