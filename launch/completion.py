@@ -14,7 +14,8 @@ import sys
 
 from powertrain.launch.__main__ import VERBS
 from powertrain.launch.parser import verb_parser
-from powertrain.train.cli import group_names, guard, options
+from powertrain.train.cli import guard
+from powertrain.train.compose import group_names, options
 from powertrain.train.config import setting_names
 
 # Only the word up to the cursor counts. bash breaks it at every = and replaces what follows the last one.

@@ -21,7 +21,9 @@ from typing import Any
 from powertrain.launch.parser import verb_parser
 from powertrain.schedulers.decay import SHAPES
 from powertrain.train.cli import leave, run_training
-from powertrain.train.config import Config, ConfigError, load
+from powertrain.train.compose import load
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,7 +76,7 @@ def branch(options: argparse.Namespace) -> Config:
         )
     if options.tokens <= 0:
         raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
-    begins = n - parent.run.tokens_seen
+    begins = parent.trained(n)
     changed: dict[str, Any] = {
         **place,
         "run.resume": str(chosen.resolve()),

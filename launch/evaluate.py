@@ -22,12 +22,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from powertrain.data.files import check_output
 from powertrain.data.sources import decompressed
 from powertrain.launch.generate import model_folder
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
-from powertrain.train.environment import check_output
+from powertrain.train.errors import ConfigError
 
 LONGEST_WINDOW = 4096  # tokens: whole logits of a longer one would want tens of GiB
 

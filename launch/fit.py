@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from powertrain.data.files import replace_text
 from powertrain.launch.parser import verb_parser
 from powertrain.launch.sweep.ledger import read
 from powertrain.schedulers import Power, forms
@@ -36,8 +37,8 @@ from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import Worth, distance
 from powertrain.schedulers.law import Law, fit, name_of
 from powertrain.train.cli import guard
-from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ConfigError, ModelConfig, MupConfig, OptimizerConfig
-from powertrain.train.environment import replace_text
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ModelConfig, MupConfig, OptimizerConfig
+from powertrain.train.errors import ConfigError
 from powertrain.train.report import plain
 
 

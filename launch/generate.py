@@ -15,7 +15,7 @@ from pathlib import Path
 
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 FILES = [
     *sorted((Path(__file__).parent / "accelerate").glob("*.yaml")),

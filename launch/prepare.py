@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 from powertrain.data.loader import windows_in
 from powertrain.data.order import Stage, epochs
 from powertrain.launch.parser import verb_parser
-from powertrain.train.cli import composed_data, guard
-from powertrain.train.config import Config, ConfigError
-from powertrain.train.environment import available_cores
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed_data
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
+from powertrain.train.hardware import available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from powertrain.data.files import check_output, replace_text
 from powertrain.launch import fit
 from powertrain.launch.parser import verb_parser
 from powertrain.launch.sweep.ledger import read
 from powertrain.schedulers.cells import MOST, is_number
 from powertrain.train.cli import guard
-from powertrain.train.config import ConfigError
-from powertrain.train.environment import check_output, replace_text
+from powertrain.train.errors import ConfigError
 from powertrain.train.report import Run, legend, looks, overlays, page, picture, runs_page, table
 
 Line = dict[str, Any]

@@ -110,7 +110,7 @@ def tiny_overrides(words: Path, cache: Path, folder: Path, *more: str) -> list[s
 
 def train_here(overrides: list[str]) -> Path:
     """Train in this process; the run's folder."""
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
     from powertrain.train.run import train
 
     config = composed(overrides)
@@ -211,7 +211,7 @@ SMALL = (
 
 @functools.cache
 def _small(*overrides: str) -> Config:
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
 
     return composed([*SMALL, *overrides])
 

@@ -20,10 +20,12 @@ import torch
 from conftest import CONFIGS, ROOT
 
 from powertrain.data import DataError, expand
-from powertrain.train import environment
-from powertrain.train.cli import composed, composed_sweep, guard, run_training
-from powertrain.train.config import Config, ConfigError, RunConfig, RunFailed, load, setting_values
-from powertrain.train.environment import settings_text
+from powertrain.train import hardware
+from powertrain.train.cli import guard, run_training
+from powertrain.train.compose import composed, composed_sweep, load
+from powertrain.train.config import Config, RunConfig, setting_values
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.redact import settings_text
 from powertrain.train.run import train
 
 QUICK = "+experiment=quickstart"
@@ -130,7 +132,7 @@ def test_the_command_leaves_the_working_directory_out(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "src/powertrain_command.py"), "--version"]
     own = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
-    assert done.stdout == f"powertrain {environment.version('powertrain')}\n"
+    assert done.stdout == f"powertrain {hardware.version('powertrain')}\n"
 
 
 def test_the_recorded_command_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,25 +284,25 @@ def test_a_text_without_quotes_in_a_file_is_refused(value: str, tmp_path: Path) 
 def test_a_version_has_the_build_that_its_wheel_does_not_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda package: "2.13.0")
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
-    assert environment.version("torch") == "2.13.0+cu130"
-    assert environment.version("not imported") == "2.13.0"
+    assert hardware.version("torch") == "2.13.0+cu130"
+    assert hardware.version("not imported") == "2.13.0"
 
 
 def test_the_commit_is_of_our_own_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    file = tmp_path / ".venv/site-packages/train/environment.py"
+    file = tmp_path / ".venv/site-packages/train/hardware.py"
     file.parent.mkdir(parents=True)
     file.touch()
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=theirs"], check=True)
-    monkeypatch.setattr(environment, "__file__", str(file))
-    assert environment._commit() is None
+    monkeypatch.setattr(hardware, "__file__", str(file))
+    assert hardware.commit() is None
     subprocess.run([*git, "add", str(file)], check=True)
     subprocess.run([*git, "commit", "--quiet", "--message=with a copy of ours"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert environment._commit() == head.strip()
+    assert hardware.commit() == head.strip()
     file.write_text("changed")
-    assert environment._commit() == f"{head.strip()}+"
+    assert hardware.commit() == f"{head.strip()}+"
 
 
 # ------------------------------------------------------------------------------------------------ launchers

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
@@ -37,11 +36,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from powertrain.data.files import read_record, replace_text, reset_permissions, sha256, sync
 from powertrain.train import faults as injected
 from powertrain.train.balance import Balance
-from powertrain.train.config import ConfigError, RunFailed
 from powertrain.train.engine import MOMENTS, Engine, Read
-from powertrain.train.environment import as_others_are, read_record, replace_text, settings_text
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.redact import settings_text
 from powertrain.train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -56,7 +56,7 @@ _LOST = (*_GONE, errno.ESTALE, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN
 
 
 class Saver:
-    """Writes checkpoints while training goes on. Every rank has one, and its methods are collective.
+    """Writes checkpoints while training continues. Every rank has one, and its methods are collective.
 
     `save` copies what this rank keeps and leaves the writing to a thread. That of the first rank waits until all
     ranks have written, then makes the checkpoint of it, and only then drops the oldest, so that `checkpoint.keep`
@@ -64,12 +64,18 @@ class Saver:
     """
 
     def __init__(
-        self, checkpoints: Path, engine: Engine, data_fingerprint: dict[str, str], say: Callable[[str], None]
+        self,
+        checkpoints: Path,
+        engine: Engine,
+        data_fingerprint: dict[str, str],
+        check_ours: Callable[[], None],
+        log: Callable[[str], None],
     ) -> None:
         self.checkpoints = checkpoints
         self.engine = engine
         self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
-        self.say = say
+        self.check_ours = check_ours  # raises ConfigError when the run's folder is another one now
+        self.log = log
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # why it could not be written here
@@ -81,11 +87,12 @@ class Saver:
         try:
             self.finish()
         except RunFailed as error:
-            self.say(f"Warning: {error} Training goes on.")
+            self.log(f"Warning: {error} Training continues.")
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
         def begin() -> None:
-            clean(self.checkpoints)
+            self.check_ours()
+            _clean(self.checkpoints)
             for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
                 folder.mkdir(exist_ok=folder == self.checkpoints)
             for rank in range(self.engine.world_size):
@@ -109,9 +116,9 @@ class Saver:
             }
             texts["state.json"] = json.dumps(progress)
             texts["config.yaml"] = settings_text(self.engine.config)
-        stood_still = time.perf_counter() - began
+        paused = time.perf_counter() - began
         self._thread = threading.Thread(
-            target=self._write, args=(partial, state.step, tensors, texts, stood_still), daemon=True
+            target=self._write, args=(partial, state.step, tensors, texts, paused), daemon=True
         )
         self._thread.start()
 
@@ -159,7 +166,7 @@ class Saver:
         step: int,
         tensors: dict[str, dict[str, torch.Tensor]],
         texts: dict[str, str],
-        stood_still: float,
+        paused: float,
     ) -> None:
         rank, done = self.engine.rank, {}
         try:
@@ -169,7 +176,7 @@ class Saver:
             for name, text in texts.items():
                 _write_text(partial / name, text)
             for name in (*tensors, *texts):
-                done[name] = {"size": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
+                done[name] = {"size": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
             replace_text(partial / _done_file(rank), json.dumps(done))
         except Exception as error:  # whatever it is: a checkpoint that is not there must not be taken for one
             self._error = self._explained(error, step)
@@ -179,7 +186,7 @@ class Saver:
             try:
                 final = self._commit(partial, step)
                 if final is not None:
-                    self.say(f"Saved {final} (training stood still for {stood_still:.1f} s).")
+                    self.log(f"Saved {final} (training was paused for {paused:.1f} s).")
             except Exception as error:
                 self._error = self._explained(error, step)
                 shutil.rmtree(partial, ignore_errors=True)
@@ -200,14 +207,14 @@ class Saver:
         injected.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
         _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
-        _sync_folder(partial / "rng")
-        _sync_folder(partial)
+        sync(partial / "rng")
+        sync(partial)
         injected.at("rename", 0, step)
         final = self.checkpoints / f"step-{step:08d}"
         if final.exists():  # what cannot be trusted; a valid one would not be written again
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync_folder(self.checkpoints)
+        sync(self.checkpoints)
         with contextlib.suppress(OSError):
             replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
         injected.at("prune", 0, step)
@@ -216,7 +223,7 @@ class Saver:
                 _remove(old)
             except OSError as error:  # the new one is there all the same
                 if old not in self._kept:
-                    self.say(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
+                    self.log(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
                 self._kept.add(old)
         return final
 
@@ -330,7 +337,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ConfigError(
             f"{checkpoint / 'state.json'} has been changed and does not tell where the run was. Restore it from a "
-            "copy, or move that checkpoint away to go on from the one before."
+            "copy, or move that checkpoint away to resume from the one before."
         ) from error
     return {**saved, "engine": engine}
 
@@ -384,7 +391,7 @@ def _named(checkpoints: Path) -> list[Path]:
 def _unreadable(path: Path, error: OSError) -> str:
     return (
         f"{path} cannot be read ({error.strerror or error}), which does not say that it is damaged, so nothing was "
-        "changed and nothing begins without it. See to it that it can be read and start again; to go on from an older "
+        "changed and nothing begins without it. See to it that it can be read and start again; to resume from an older "
         "checkpoint, or to begin again, move it away first."
     )
 
@@ -414,7 +421,7 @@ def faults(checkpoint: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"manifest.json cannot be read: {error}"]
     wrong = []
-    for name, (size, sha256) in files.items():
+    for name, (size, digest) in files.items():
         path = checkpoint / name
         if ".." in Path(name).parts or (path.is_absolute() and not path.is_relative_to(checkpoint)):
             wrong.append(f"{name} lies outside the checkpoint")
@@ -425,7 +432,7 @@ def faults(checkpoint: Path) -> list[str]:
                 wrong.append(f"{name} is missing")
             elif info.st_size != size:
                 wrong.append(f"{name} has {info.st_size} bytes, not {size}")
-            elif _sha256(path) != sha256:
+            elif sha256(path) != digest:
                 wrong.append(f"{name} differs from its SHA-256")
         except OSError as error:
             wrong.append(_lost(checkpoint, name, error))
@@ -499,7 +506,7 @@ def newest_valid(checkpoints: Path) -> Path | None:
         print(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")
     if _named(checkpoints):
         raise ConfigError(
-            f"No checkpoint in {checkpoints} is valid, so the run cannot go on. Restore one from a copy, or "
+            f"No checkpoint in {checkpoints} is valid, so the run cannot resume. Restore one from a copy, or "
             "choose another run.name to begin again."
         )
     return None
@@ -512,16 +519,18 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def set_aside(checkpoints: Path, newest: Path | None) -> None:
-    """Rename what is newer than `newest`, the newest valid one: nothing invalid counts among those to keep."""
+def tidy(checkpoints: Path, newest: Path | None) -> None:
+    """Remove what an interrupted save left, and quarantine what is newer than `newest`, the newest valid one, by
+    another name: nothing invalid counts among those to keep."""
+    _clean(checkpoints)
     for path in available(checkpoints):
         if newest is not None and step_of(path) > step_of(newest):
-            aside = path.with_name(f"{path.name}.invalid")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+            quarantined = path.with_name(f"{path.name}.invalid")
+            shutil.rmtree(quarantined, ignore_errors=True)
+            os.replace(path, quarantined)
 
 
-def clean(checkpoints: Path) -> None:
+def _clean(checkpoints: Path) -> None:
     """Remove what an interrupted save or removal left."""
     for path in (*checkpoints.glob(".step-*.partial"), *checkpoints.glob(".step-*.removing")):
         shutil.rmtree(path, ignore_errors=True)
@@ -562,31 +571,10 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     except SafetensorError as error:  # how safetensors reports a full disk
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, str(error)) from error
-    as_others_are(path)
-    _sync_file(path)
+    reset_permissions(path)
+    sync(path)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync_file(path)
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return digest.hexdigest()
+    sync(path)

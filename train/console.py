@@ -42,7 +42,7 @@ class Progressing:
         self.smooth = 0.0
         self.steps = self.collapsed_steps = 0  # of this start
         self.collapsed, self.in_a_row, self.warned = False, 0, False
-        done = state.tokens - config.run.tokens_seen
+        done = config.trained(state.tokens)
         self.told, self.told_tokens = -math.inf, done  # when the last line was written to a file
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -66,7 +66,7 @@ class Progressing:
         with contextlib.suppress(OSError):
             self.live.stop()
         if kind is None and 10 * self.collapsed_steps > self.steps:
-            self.say(
+            self.log(
                 f"Warning: in {self.collapsed_steps:,} of {self.steps:,} steps a layer did not route its tokens: see "
                 "expert_load in metrics.jsonl, and docs/balance.md."
             )
@@ -75,7 +75,7 @@ class Progressing:
         """Show one step's metrics: a line of them every LINE_SHARE of the run or LINE_SECONDS in a file."""
         if not self.active:
             return
-        end, done = self.config.run.tokens, state.tokens - self.config.run.tokens_seen
+        end, done = self.config.run.tokens, self.config.trained(state.tokens)
         speed = record["tokens_per_second"]
         self.smooth = 0.9 * self.smooth + 0.1 * speed if self.smooth else speed
         left = duration(max(0, end - done) / self.smooth)
@@ -103,7 +103,7 @@ class Progressing:
             if now - self.told >= LINE_SECONDS or done - self.told_tokens >= LINE_SHARE * end or done >= end:
                 self.told, self.told_tokens = now, done
                 tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
-                self.say("  ".join([f"step {state.step:>7,}", tokens, *facts]))
+                self.log("  ".join([f"step {state.step:>7,}", tokens, *facts]))
         if state.step == 1 and self.config.run.init_from is None and record["lm_loss"] is not None:
             self._explain_first(record["lm_loss"])
         if "expert_load" in record:
@@ -116,7 +116,7 @@ class Progressing:
         uniform, std = math.log(self.config.model.vocab_size), first_logits_std(self.config)
         if loss > uniform + NOTED_EXCESS:
             tied = " and, with tied embeddings, a token is guessed to follow itself"
-            self.say(
+            self.log(
                 f"The loss begins at {loss:.2f}, above the {uniform:.2f} = ln {self.config.model.vocab_size} of a "
                 f"uniform guess, as it should: the first logits are not all alike. Their standard deviation of "
                 f"{std:.2f} costs {std**2 / 2:.2f} nats{tied * self.config.model.tie_word_embeddings} (docs/mup.md)."
@@ -132,14 +132,14 @@ class Progressing:
             return
         self.warned = collapsed
         if collapsed:
-            self.say(
+            self.log(
                 f"Warning: routing has collapsed, at step {state.step:,} in {load['collapsed']} of "
                 f"{self.config.model.num_hidden_layers} layers: one expert gets nearly all tokens (the busiest "
                 f"{load['max_over_mean']:.2f} × mean), or half of them get none. If it stays so, raise "
-                "balance.router_aux_loss_coef or lower the rate (docs/balance.md)."
+                "balance.router_aux_loss_coef or lower the learning rate (docs/balance.md)."
             )
         else:
-            self.say(f"Every layer routes its tokens again, at step {state.step:,}.")
+            self.log(f"Every layer routes its tokens again, at step {state.step:,}.")
 
     def _rate(self, record: dict[str, Any]) -> str:
         """The rate, the schedule's phase, and how far the cap of a Power schedule is away."""
@@ -153,14 +153,14 @@ class Progressing:
                 where += ", above the critical batch"
         return f"rate {record['lr']:.2e} ({where})"
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line above the bar."""
         if self.active:
             with contextlib.suppress(OSError):  # a terminal that was closed, a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def progress_lines(say: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
+def progress_lines(log: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
     """For `data.prepare`'s progress: a line when something begins, and one every so many seconds."""
     begun: dict[str, tuple[float, int]] = {}
     said: dict[str, float] = {}
@@ -178,7 +178,7 @@ def progress_lines(say: Callable[[str], None], every: float = 30.0) -> Callable[
             line += f", {decimal(int(speed))}/s"
             if total is not None:
                 line += f", {duration((total - done) / speed)} left"
-        say(line)
+        log(line)
 
     return progress
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from powertrain.data import DataError
-from powertrain.train import environment, optim
-from powertrain.train.config import Config, ConfigError, RunFailed
+from powertrain.train import optim
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss, Outputs, logits_of
 from powertrain.train.model import granite, mup
 
@@ -103,7 +106,7 @@ class Engine:
         if self.device.type == "cpu" or self._offloads():
             # accelerate launch leaves one thread to a process, however many cores there are.
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            torch.set_num_threads(config.threads or max(1, environment.available_cores() // local))
+            torch.set_num_threads(config.threads or max(1, available_cores() // local))
 
     def _offloads(self) -> bool:
         if not self.sharded:
@@ -237,7 +240,7 @@ class Engine:
             loss.backward()
 
     def step(self, lr: float) -> tuple[float, bool]:
-        """Clip, and step at the rate `lr` (each group by its multiplier), unless the gradient is not finite.
+        """Clip, and step at the learning rate `lr` (each group by its multiplier), unless the gradient is not finite.
 
         Returns:
             The norm of the whole gradient before clipping, and whether the step was skipped; a skipped step
@@ -263,7 +266,7 @@ class Engine:
             return logits_of(self.module, input_ids.to(self.device))
 
     def learning_rates(self) -> dict[str, float]:
-        """The rate of each group in the last step."""
+        """The learning rate of each group in the last step."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def reduce(self, tensor: Tensor) -> Tensor:
@@ -299,6 +302,18 @@ class Engine:
                 f"{blind} of {self.world_size} ranks do not see {path.parent}: run.folder has to lie on a file system "
                 "that all machines share."
             )
+
+    def hardware(self) -> dict[str, Any]:
+        """What decides the last bits of a sum: kernels, device, ranks and threads."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "kernels": granite.kernels(self.config, self.device),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else platform.processor() or self.device.type,
+            "ranks": self.world_size,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+        }
 
     def lost_a_rank(self, error: RuntimeError) -> bool:
         """Whether an error comes from a collective that another rank has left by dying."""
@@ -346,7 +361,7 @@ class Engine:
         """Bring masters and moments; only what this rank keeps is read. Collective.
 
         Raises:
-            KeyError: something is missing.
+            ConfigError: `weights` or a moment does not have something (by `checkpoint.Stored.read`).
         """
         fragments = self.fragments()
         for name, fragment in fragments.items():
@@ -359,6 +374,8 @@ class Engine:
             for name, fragment in fragments.items():
                 for moment, read in moments.items():
                     self.moment(fragment, moment).copy_(read(name, fragment.start, fragment.stop))
+        # DeepSpeed 0.19 has no public way to say that masters have changed: these are what its own loading of a
+        # checkpoint calls, so that what the forward pass gathers is cast from them anew.
         if self.kind == "zero3":
             self.zero._partition_all_parameters()
             for group in range(len(self.zero.fp16_groups)):

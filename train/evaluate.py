@@ -14,8 +14,8 @@ from powertrain.data.tokens import TokenFile
 from powertrain.train import faults
 from powertrain.train.config import Config
 from powertrain.train.engine import Engine
-from powertrain.train.loop import to_device
 from powertrain.train.state import State
+from powertrain.train.step import to_device
 
 
 class Validation:

@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from powertrain.data.files import replace_folder
 from powertrain.data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
-from powertrain.train.config import Config, ConfigError, RunFailed, setting_values
-from powertrain.train.environment import replace_folder
+from powertrain.train.config import Config, setting_values
+from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.metrics import parameters_of
 from powertrain.train.model import granite
 from powertrain.train.state import State

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -15,8 +14,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from powertrain.data import expand
-from powertrain.train import checkpoint
-from powertrain.train.config import Config, ConfigError, ModelConfig, load
+from powertrain.train.config import Config, ModelConfig
+from powertrain.train.errors import ConfigError
 from powertrain.train.export import config_in
 
 _SAME = (
@@ -39,13 +38,14 @@ _ADOPTED = (*_SAME, "rope_theta", "num_local_experts", "num_experts_per_tok")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def adopt(config: Config, given: Collection[str] = ()) -> None:
+def adopt(config: Config, model: ModelConfig | None, given: Collection[str] = ()) -> None:
     """Make `config.model` describe the model in `run.init_from`, and take its tokenizer when none is named.
 
     A run that has begun is described by its checkpoint, and needs the folder no more. muP's m_width stays
     hidden_size / mup.base_hidden_size, which the folder does not tell: it is the rate's.
 
     Args:
+        model: that of the run's checkpoint; None when it has not begun.
         given: settings of the model that somebody has asked for by name; what they say has to be so.
 
     Raises:
@@ -53,7 +53,6 @@ def adopt(config: Config, given: Collection[str] = ()) -> None:
             asked for.
     """
     assert config.run.init_from is not None
-    model = _begun(config)
     if model is None:
         folder = model_folder(config.run.init_from)
         model = _described(config.run.init_from, folder)
@@ -71,19 +70,6 @@ def adopt(config: Config, given: Collection[str] = ()) -> None:
         )
     for name in _ADOPTED:
         setattr(config.model, name, getattr(model, name))
-
-
-def _begun(config: Config) -> ModelConfig | None:
-    """The model of the checkpoint that the run will go on from, or None at its first beginning."""
-    wanted = config.run.resume
-    found = [] if wanted == "never" else checkpoint.available(config.run_folder / "checkpoints")
-    if not found and wanted not in ("auto", "never"):
-        found = [Path(wanted)]
-    for path in reversed(found):
-        with contextlib.suppress(ConfigError):  # damaged: another one, or none, will be gone on from
-            then = load(path / "config.yaml")
-            return then.model if then.run.init_from == config.run.init_from else None
-    return None
 
 
 def model_folder(init_from: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, load, setting_values
-from powertrain.train.environment import read_record
+from powertrain.data.files import read_record
+from powertrain.train.compose import load
+from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, setting_values
 from powertrain.train.track import read_spread
 
 POINTS = 600  # of a curve at most: more of them are averaged
@@ -407,7 +408,7 @@ def overlays(runs: Sequence[Run]) -> list[str]:
 
 
 def _phases(axis: Any, run: Run, color: str | None, named: bool) -> None:
-    """Shade the phases of the schedule, or mark where they begin in the color of the run; mark where it went on, and
+    """Shade the phases of the schedule, or mark where they begin in the color of the run; mark where it resumed, and
     where it changed its mixture."""
     for place, (phase, first, last) in enumerate(run.phases):
         if color is None:

@@ -1,4 +1,4 @@
-"""What may change when a run goes on, and what may not.
+"""Where a start of a run begins, and what may change when it resumes.
 
 A change that would have altered what is already trained is refused with a diff; a change that lies ahead (budget,
 decay, later stages, micro-batch, engine, logging) passes. Schedule and batch are judged by what they give for
@@ -7,16 +7,20 @@ the steps already taken, not by their spelling.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from powertrain.data.files import read_record
 from powertrain.data.tokens import TokenFile
 from powertrain.schedulers import Cosine, Power, Rewarmup, Schedule
-from powertrain.train.checkpoint import load_state, read_state, trained_by
-from powertrain.train.config import Config, ConfigError, as_dict, load
-from powertrain.train.state import State
+from powertrain.train.checkpoint import SAVED, available, load_state, newest_valid, read_state, trained_by, verified
+from powertrain.train.compose import load
+from powertrain.train.config import Config, as_dict
+from powertrain.train.errors import ConfigError
+from powertrain.train.state import Beginning, State
 
 # How a step is computed or told of, never what it computes.
 _FREE = (
@@ -42,6 +46,66 @@ TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
 
+def where_to_begin(config: Config, ranks: int) -> Beginning:
+    """The checkpoint to resume from, and what has changed since. A query: nothing is changed, see `checkpoint.tidy`.
+
+    Raises:
+        ConfigError: no checkpoint is valid, a changed setting affects what is already trained, or something else is in
+            the way.
+    """
+    checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
+    branched_off = parent(config.run_folder)
+    chosen = None
+    if wanted == "never":
+        if available(checkpoints):
+            raise ConfigError(
+                f"run.resume=never, but {config.run_folder} holds checkpoints of an earlier run. Choose another "
+                "run.name, or move that folder away."
+            )
+    elif wanted == "auto" or Path(wanted).resolve().parent != checkpoints.resolve():
+        chosen = newest_valid(checkpoints)
+        if chosen is None and wanted != "auto":  # the beginning of a branch off another run
+            chosen = verified(Path(wanted))
+        elif wanted != "auto" and branched_off != Path(wanted).resolve():
+            raise ConfigError(
+                f"{config.run_folder} has checkpoints of its own and did not begin from run.resume={wanted}. To branch "
+                "off that one choose another run.name; to resume this run leave run.resume out."
+            )
+    else:
+        chosen = verified(Path(wanted))
+        if newer := [path for path in available(checkpoints) if path.name > chosen.name]:
+            raise ConfigError(
+                f"{config.run_folder} has gone further than run.resume={wanted}: it holds {newer[-1].name}. Move the "
+                "newer checkpoints away to resume from there, or choose another run.name to branch off."
+            )
+    saved = config.run_folder / SAVED
+    if wanted != "never" and saved.exists() and not available(checkpoints):
+        step = saved.read_text(encoding="utf-8", errors="replace").strip()
+        raise ConfigError(
+            f"{config.run_folder} had saved step {step}, but there is no checkpoint in "
+            f"{checkpoints}. Bring them back to resume; to begin again choose another run.name, or run.resume=never."
+        )
+    if chosen is None:
+        return Beginning(None, False, {}, config.run.tokens_seen, branched_off)
+    own = chosen.resolve().parent == checkpoints.resolve()
+    tokens = load_state(chosen).tokens
+    return Beginning(chosen, own, changes(chosen, config, ranks), tokens, branched_off if own else chosen.resolve())
+
+
+def parent(folder: Path) -> Path | None:
+    """The checkpoint of another run that the run in `folder` branched off, from its run.json."""
+    recorded = read_record(folder / "run.json").get("parent", "")
+    if isinstance(recorded, str) and recorded:
+        return Path(recorded)
+    if recorded is not None:  # that record is lost, and the settings of a branch tell, too
+        with contextlib.suppress(ConfigError):
+            resume = load(folder / "config.yaml").run.resume
+            began = Path(resume).resolve()
+            if resume not in ("auto", "never") and began.parent.parent != folder.resolve():
+                return began
+    return None
+
+
 def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]]:
     """What differs from what the checkpoint was trained with: setting, or `ranks` → [then, now].
 
@@ -59,7 +123,7 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
     }
     if refused:
         raise ConfigError(
-            f"The run cannot go on from step {state.step:,} with settings that it was not trained with:\n"
+            f"The run cannot resume from step {state.step:,} with settings that it was not trained with:\n"
             f"{_diff(refused)}\nPut them back, or begin another run (run.name=…)."
         )
     if "run.tokens" in differences and config.end_tokens < min(state.tokens, then.end_tokens):
@@ -100,8 +164,7 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
         if pair[0] != pair[1]
     ]
     split = micro[0] != micro[1] or on[0] != on[1]
-    begun = state.tokens - config.run.tokens_seen
-    batches = [config.batch_at(begun), *(phase.sequences for phase in config.batch.ramp if phase.from_tokens > begun)]
+    batches = config.batches_from(state.tokens)
     whole = all(sequences <= m * n for sequences in batches for m, n in zip(micro, on, strict=True))
     scope = config.balance.scope
     balanced = config.model.model_type == "granitemoe" and config.balance.router_aux_loss_coef != 0
@@ -132,7 +195,7 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
     n, length, step = then.run.tokens_seen, then.data.sequence_length, 0
     edges = {math.ceil(edge) for edge in (*_edges(then, old), *_edges(now, new)) if n < edge < state.tokens}
     for edge in (*sorted(edges), state.tokens):
-        sequences = then.batch_at(n - then.run.tokens_seen)
+        sequences = then.sequences_at(n)
         size, beta = sequences * length, then.beta(sequences)
         steps = -((n - edge) // size)  # that begin before the edge
         spread = {(steps - 1) * i // COMPARED for i in range(COMPARED + 1)}
@@ -140,12 +203,12 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
             if not 0 <= taken < steps:
                 continue
             number, at = step + taken + 1, n + taken * size
-            other = now.batch_at(at - now.run.tokens_seen)
+            other = now.sequences_at(at)
             if sequences != other:
                 raise ConfigError(
                     f"Step {number:,} was taken with a batch of {sequences} sequences and would now have had {other}:\n"
                     f"{_diff(effects)}\nPut them back; a batch can grow from here on: "
-                    f"batch.ramp=[{{from_tokens: {state.tokens - then.run.tokens_seen}, sequences: …}}]."
+                    f"batch.ramp=[{{from_tokens: {then.trained(state.tokens)}, sequences: …}}]."
                 )
             rates = old(tokens=at, batch=beta), new(tokens=at, batch=beta)
             if rates[0] != rates[1] and not rewarmed:
@@ -157,8 +220,8 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
                         f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
                     )
                 raise ConfigError(
-                    f"Step {number:,} was taken at the rate {rates[0]:.6g} and would now have had {rates[1]:.6g}:\n"
-                    f"{_diff(effects)}\n{advice}"
+                    f"Step {number:,} was taken at the learning rate {rates[0]:.6g} and would now have had "
+                    f"{rates[1]:.6g}:\n{_diff(effects)}\n{advice}"
                 )
         step += max(0, steps)
         n += max(0, steps) * size

@@ -1,13 +1,15 @@
-"""Where a run is: integers only, so that they are exact on every rank and in every checkpoint."""
+"""Where a run is, and where a start of it begins."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass
 class State:
-    """Progress of a run.
+    """Progress of a run: integers only, so that they are exact on every rank and in every checkpoint.
 
     Attributes:
         step: optimizer steps taken.
@@ -28,3 +30,22 @@ class State:
         self.samples += sequences
         self.tokens += sequences * sequence_length
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a start of a run begins.
+
+    Attributes:
+        checkpoint: to resume from; None at the first step.
+        own: whether it is the run's own, and not another run's that this one branches off.
+        changes: settings that have changed since: setting → [then, now].
+        tokens: reading of the clock.
+        parent: the checkpoint of another run that this run branched off, if it did.
+    """
+
+    checkpoint: Path | None
+    own: bool
+    changes: dict[str, list[Any]]
+    tokens: int
+    parent: Path | None

@@ -22,7 +22,7 @@ import torch
 from datasets import DatasetDict, load_from_disk
 
 from powertrain.data import expand
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 try:
     import lm_eval.api.task

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from powertrain.data.files import read_record
 from powertrain.train.config import Config, as_dict, setting_values
-from powertrain.train.environment import add_to_start, read_record, without_secrets
+from powertrain.train.folder import add_to_start
+from powertrain.train.redact import without_secrets
 
 if TYPE_CHECKING:
     from powertrain.train.engine import Engine
@@ -37,10 +39,10 @@ class Tracker:
     run and the other trackers nothing, and MOST_SECONDS at the end. That it ended is said, and recorded in run.json.
     """
 
-    def __init__(self, folder: Path, config: Config, engine: Engine, state: State, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, config: Config, engine: Engine, state: State, log: Callable[[str], None]) -> None:
         self.active = engine.is_main
         self.folder = folder
-        self.say = say
+        self.log = log
         self._trackers: list[_Passing] = []
         self._recording = threading.Lock()
         if self.active:
@@ -48,14 +50,14 @@ class Tracker:
                 if not state.step:  # what begins anew, with other settings perhaps, has no past
                     (folder / name).unlink(missing_ok=True)
                 elif unreadable := cut_after(folder / name, state.step):
-                    say(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
+                    log(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
             self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
             run_id = read_record(folder / "run.json").get("id")
-            # A run that goes on is the same run there, too.
+            # A run that resumes is the same run there, too.
             own: dict[str, dict[str, Any]] = {
                 "wandb": {
                     "name": config.run.name,
@@ -84,13 +86,13 @@ class Tracker:
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step done again after a resume is written again; the last line counts."""
         self._append("metrics.jsonl", metrics)
-        self._log({k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
+        self._pass_on({k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """One evaluation of one corpus, or of all together."""
         self._append("evals.jsonl", metrics)
         prefix = f"evaluation/{metrics['corpus']}/"
-        self._log({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
+        self._pass_on({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def evaluations(self, step: int) -> list[dict[str, Any]]:
         """The lines of this step in evals.jsonl, `overall` last; none if some were changed. On the first rank."""
@@ -110,7 +112,7 @@ class Tracker:
                     os.fsync(file.fileno())
                     file.close()
                 except OSError as error:  # the model is still to come
-                    self.say(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
+                    self.log(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
         for tracker in self._trackers:
             tracker.put(None)
         until = time.monotonic() + MOST_SECONDS
@@ -127,25 +129,25 @@ class Tracker:
             self._unwritten[name] += json.dumps(finite).encode() + b"\n"
             self._write(name)
             if self._unwritten[name] and not complained:
-                self.say(
+                self.log(
                     f"Warning: {name} cannot be written, on a full disk for example; its lines are kept for later."
                 )
 
     def _write(self, name: str) -> None:
         with contextlib.suppress(OSError):
             if not os.fstat(self._files[name].fileno()).st_nlink:  # else what follows would go to no file
-                self.say(f"Warning: {name} has been removed while the run trains; it begins anew here.")
+                self.log(f"Warning: {name} has been removed while the run trains; it begins anew here.")
                 self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
             written = self._files[name].write(self._unwritten[name])  # perhaps a part
             self._unwritten[name] = self._unwritten[name][written:]
 
-    def _log(self, numbers: dict[str, float], step: int) -> None:
+    def _pass_on(self, numbers: dict[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.put((numbers, step))
 
     def _has_ended(self, tracker: str, why: str) -> None:
         why = without_secrets(why)
-        self.say(f"Warning: the tracker {tracker} has ended: {why}. All is in metrics.jsonl and evals.jsonl.")
+        self.log(f"Warning: the tracker {tracker} has ended: {why}. All is in metrics.jsonl and evals.jsonl.")
         with self._recording, contextlib.suppress(OSError):
             add_to_start(self.folder / "run.json", "trackers_ended", {tracker: why})
 
@@ -319,7 +321,7 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Drop what lies after the checkpoint that the run goes on from: those steps are taken again, or never.
+    """Drop what lies after the checkpoint that the run resumes from: those steps are taken again, or never.
 
     In place and from the end, so that it costs what is dropped and not what is kept. Returns how many whole lines among
     the dropped ones could not be read.

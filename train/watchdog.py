@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from powertrain.data.files import replace_text
 from powertrain.train.engine import Engine
-from powertrain.train.environment import replace_text
 from powertrain.train.state import State
 
 BEAT_SECONDS = 10.0  # at most: a file system of many machines may show a file seconds late
@@ -56,7 +56,7 @@ class Watchdog:
         self._thread.join()
 
     def alive(self) -> None:
-        """This rank has got on."""
+        """This rank has made progress."""
         self._progress = time.monotonic()
 
     @contextlib.contextmanager
@@ -113,7 +113,7 @@ class Watchdog:
         )
         reason = (
             f"No progress for {timeout:g} s (engine.timeout) after step {self.state.step}: {named}. The run ends here; "
-            "the same command goes on from the newest checkpoint."
+            "the same command resumes from the newest checkpoint."
         )
         try:
             if self.engine.rank == min({*after} - {*stopped}, default=self.engine.rank):

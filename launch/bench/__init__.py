@@ -34,9 +34,12 @@ import psutil
 
 from powertrain.data.tokens import TokenWriter, dtype_for
 from powertrain.launch.parser import verb_parser
-from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, RunFailed, check_batch
-from powertrain.train.environment import available_cores, version
+from powertrain.train.check import check_batch
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
+from powertrain.train.errors import RunFailed
+from powertrain.train.hardware import available_cores, version
 
 _SHAPE = (
     "data.sequence_length=512",

@@ -28,13 +28,13 @@ from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from powertrain.launch import bench
 from powertrain.launch.bench.worker import Ours, assemble
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.config import Config
-from powertrain.train.environment import settings_text
-from powertrain.train.loop import loss_terms, to_device, total_loss, train_step
+from powertrain.train.redact import settings_text
 from powertrain.train.report import runs_page
 from powertrain.train.resume import check_steps_taken
 from powertrain.train.state import State
+from powertrain.train.step import loss_terms, to_device, total_loss, train_step
 from powertrain.train.track import cut_after, read_back
 
 ROUNDS, STEPS = 3, 3

@@ -25,14 +25,14 @@ from powertrain.data.loader import Batches, num_windows, window
 from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import TokenFile
 from powertrain.train.balance import Balance
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.engine import Engine
-from powertrain.train.environment import available_cores
-from powertrain.train.loop import train_step
+from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.state import State
+from powertrain.train.step import train_step
 
 PEAK_SECONDS = 1.5  # of products in each precision
 Clock = Callable[[float | None], None]  # called at the end of a step, with its loss

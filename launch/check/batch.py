@@ -10,11 +10,12 @@ from powertrain.data.loader import IGNORE_INDEX
 from powertrain.launch.check import described
 from powertrain.launch.parser import verb_parser
 from powertrain.train.balance import Balance
-from powertrain.train.cli import composed
-from powertrain.train.config import Config, ConfigError
-from powertrain.train.loop import loss_terms, total_loss
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
+from powertrain.train.step import loss_terms, total_loss
 
 
 def main(arguments: list[str]) -> int:

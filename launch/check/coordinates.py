@@ -31,12 +31,13 @@ from torch import Tensor, nn
 
 from powertrain.launch.parser import verb_parser
 from powertrain.train.balance import Balance
-from powertrain.train.cli import composed
-from powertrain.train.config import Config, ConfigError
-from powertrain.train.loop import loss_terms, total_loss
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.optim import adamw, parameter_groups
+from powertrain.train.step import loss_terms, total_loss
 
 WIDTHS = (1, 2, 4, 8)  # × model.hidden_size
 SEEDS = (0, 1, 2)

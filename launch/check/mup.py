@@ -10,8 +10,8 @@ from rich.table import Table
 from powertrain.launch.check import described
 from powertrain.launch.parser import verb_parser
 from powertrain.train import optim
-from powertrain.train.cli import composed
-from powertrain.train.config import batch_doubts, doubts
+from powertrain.train.check import batch_doubts, doubts
+from powertrain.train.compose import composed
 from powertrain.train.model import granite, mup
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.launch.parser import verb_parser
-from powertrain.train.config import ConfigError, check, load
+from powertrain.train.check import check
+from powertrain.train.compose import load
+from powertrain.train.errors import ConfigError
 
 _EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")
 _LOSSES = ("lm_loss", "balance_loss", "z_loss", "loss", "grad_norm")
@@ -30,7 +32,8 @@ def main(arguments: list[str]) -> int:
     config = load(options.run / "config.yaml")
     check(config)
 
-    from powertrain.train import checkpoint, environment
+    from powertrain.data.files import read_record
+    from powertrain.train import checkpoint, resume
     from powertrain.train.track import read_back
 
     found = checkpoint.available(options.run / "checkpoints")
@@ -44,7 +47,7 @@ def main(arguments: list[str]) -> int:
     last = next((line["step"] for line in read_back(metrics)), 0)
     if not last:
         raise ConfigError(f"{metrics} has no step to replay.")
-    parent = environment.parent(options.run / "run.json")
+    parent = resume.parent(options.run)
     before = [path for path in [*([parent] if parent else []), *found] if checkpoint.step_of(path) < last]
     # A second warmup says nothing of the steps before it.
     begins = config.rewarmup_start or 0
@@ -58,19 +61,18 @@ def main(arguments: list[str]) -> int:
             f"instead of {options.steps}. Ask for --steps {last}, or keep more checkpoints (checkpoint.keep)."
         )
 
+    from powertrain.train.assemble import assemble
     from powertrain.train.engine import Engine
-    from powertrain.train.environment import hardware
-    from powertrain.train.loop import train_step
-    from powertrain.train.run import assemble
     from powertrain.train.state import State
+    from powertrain.train.step import train_step
 
-    begun = environment.read_record(options.run / "run.json").get("starts")
+    begun = read_record(options.run / "run.json").get("starts")
     recorded = begun[-1].get("hardware") if isinstance(begun, list) and begun and isinstance(begun[-1], dict) else None
     with tempfile.TemporaryDirectory() as scratch:
         config.data.tokenizer.path = str(options.run / "tokenizer")
         config.run.folder = scratch
         engine = Engine(config)
-        same_machine = hardware(engine) == recorded
+        same_machine = engine.hardware() == recorded
         state = State(tokens=config.run.tokens_seen)
         parts = assemble(config, engine, state, start_from, print if engine.is_main else lambda text: None)
         first = state.step + 1

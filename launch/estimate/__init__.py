@@ -40,9 +40,12 @@ from powertrain.launch.estimate.rate import (
 )
 from powertrain.launch.estimate.time import steps_of, time_section
 from powertrain.launch.parser import verb_parser
-from powertrain.train.cli import composed, guard
-from powertrain.train.config import Config, ConfigError, batch_doubts, batch_problems, doubts, problems
+from powertrain.train.check import batch_doubts, batch_problems, doubts, problems
+from powertrain.train.cli import guard
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
 from powertrain.train.console import human
+from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:

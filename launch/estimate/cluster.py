@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from powertrain.train.config import Config, ConfigError
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 
 # 419 unexpected interruptions in 54 days on 16,384 H100s: arXiv 2407.21783, section 3.3.4.
 FAILURE_HOURS = 54 * 24 * 16_384 / 419

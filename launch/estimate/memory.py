@@ -30,9 +30,9 @@ from powertrain.train import loss as train_loss
 from powertrain.train import metrics, optim
 from powertrain.train.balance import Balance
 from powertrain.train.config import Config
-from powertrain.train.loop import loss_terms, total_loss
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import experts, granite
+from powertrain.train.step import loss_terms, total_loss
 
 # DeepSpeed's defaults, which a run keeps, in elements: reduce_bucket_size, and of stage 3 max_live_parameters,
 # prefetch_bucket_size and param_persistence_threshold.

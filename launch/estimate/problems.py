@@ -12,8 +12,9 @@ from rich.filesize import decimal
 from powertrain.data import DataError, expand
 from powertrain.launch.estimate.cluster import Cluster
 from powertrain.launch.estimate.time import CHECKPOINT_BYTES
-from powertrain.train.config import Config, ConfigError
+from powertrain.train.config import Config
 from powertrain.train.console import human
+from powertrain.train.errors import ConfigError
 
 
 def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:

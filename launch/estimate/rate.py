@@ -13,8 +13,10 @@ from rich.console import Console
 from powertrain.launch.estimate.tables import table_of
 from powertrain.launch.estimate.time import steps_of
 from powertrain.schedulers import Power, Rewarmup, power_of
-from powertrain.train.config import Config, ConfigError, RampConfig, batch_problems, problems
+from powertrain.train.check import batch_problems, problems
+from powertrain.train.config import Config, RampConfig
 from powertrain.train.console import human
+from powertrain.train.errors import ConfigError
 
 MARKS = " ▁▂▃▄▅▆▇█"
 
@@ -29,15 +31,15 @@ def schedule_section(console: Console, config: Config) -> None:
     table = table_of("at", "tokens", "of the run", "sequences", *(["critical"] * (power is not None)), "rate", "phase")
     points = key_points(config)
     for name, tokens in points:
-        sequences = config.batch_at(tokens - config.run.tokens_seen)
+        sequences = config.sequences_at(tokens)
         rate = schedule(tokens=tokens, batch=config.beta(sequences))
-        share = (tokens - config.run.tokens_seen) / config.run.tokens
+        share = config.trained(tokens) / config.run.tokens
         critical = [f"{power.critical_batch(tokens) / config.beta(1):,.1f}"] if power is not None else []
         phase = schedule.phase(tokens)
         table.add_row(name, human(tokens), f"{share:.1%}", f"{sequences:,}", *critical, f"{rate:.3g}", phase)
     console.print(table)
     rates = [rate for _, rate in curve(config, 72)]
-    top = max(schedule(tokens=at, batch=config.beta(config.batch_at(at - config.run.tokens_seen))) for _, at in points)
+    top = max(schedule(tokens=at, batch=config.beta(config.sequences_at(at))) for _, at in points)
     console.print(
         "  "
         + "".join(MARKS[min(len(MARKS) - 1, math.ceil(rate / top * (len(MARKS) - 1)))] for rate in rates)
@@ -49,7 +51,7 @@ def curve(config: Config, points: int) -> list[tuple[int, float]]:
     """(tokens, rate) at equal distances over the run."""
     schedule, start = config.make_schedule(), config.run.tokens_seen
     at = [start + config.run.tokens * number // points for number in range(points)]
-    return [(tokens, schedule(tokens=tokens, batch=config.beta(config.batch_at(tokens - start)))) for tokens in at]
+    return [(tokens, schedule(tokens=tokens, batch=config.beta(config.sequences_at(tokens)))) for tokens in at]
 
 
 def key_points(config: Config) -> list[tuple[str, int]]:
@@ -86,7 +88,7 @@ def schedule_warnings(config: Config) -> Iterator[str]:
     schedule: Any = config.make_schedule()
     release, decay = cap_release(config), getattr(schedule, "decay", None)
     trunk_ends = config.end_tokens if decay is None else decay.start
-    warmup = schedule.warmup_tokens - config.run.tokens_seen  # what of it lies ahead
+    warmup = config.trained(schedule.warmup_tokens)  # what of it lies ahead
     if release is not None and release >= trunk_ends:
         smooth = config.schedule.get("cap") == "smooth"
         rate = "between half of max_lr and all of it to its end" if smooth else "max_lr to its end, as WSD's is"
@@ -177,7 +179,7 @@ def ramp_section(console: Console, config: Config, ranks: int) -> None:
     power = check_followed(config)
     parts = ",".join(f"{{from_tokens:{begin},sequences:{sequences}}}" for begin, sequences in phases[1:])
     console.print(f"  batch.sequences={phases[0][1]} 'batch.ramp=[{parts}]'", soft_wrap=True)
-    above = math.ceil(power.cap_release(config.beta(phases[0][1]))) - config.run.tokens_seen
+    above = config.trained(math.ceil(power.cap_release(config.beta(phases[0][1]))))
     most = max(sequences for begin, sequences in config.batch_phases() if begin < config.run.tokens)
     said = (
         f"{steps_of(changed)[0]:,} steps instead of {steps_of(config)[0]:,}. Sizes are {unit:,} sequences, "
@@ -210,7 +212,7 @@ def draw(config: Config, path: Path) -> None:
             axis.axvline(at, color="grey", linewidth=0.5)
             axis.annotate(name, (at, max(rates)), rotation=90, va="top", ha="right", fontsize=8)
     axis.set(ylabel="learning rate", title=config.run.name.replace("$", r"\$"), ylim=(0, None))
-    batches = [config.beta(config.batch_at(at - config.run.tokens_seen)) for at in tokens]
+    batches = [config.beta(config.sequences_at(at)) for at in tokens]
     below.plot(tokens, batches, drawstyle="steps-post", label="batch")
     if (power := power_of(config.make_schedule())) is not None and power.batch_exponent > 0:
         critical = [power.critical_batch(at) or math.nan for at in tokens]  # 0 before the first token

@@ -34,9 +34,11 @@ from powertrain.launch.sweep.progress import Sweep, write_ledger
 from powertrain.launch.sweep.tables import pilot, planned, summary, tables
 from powertrain.launch.sweep.trials import WITH_DECAY, fingerprint, in_common
 from powertrain.launch.sweep.worker import BAD_INPUT, POLL_SECONDS, check_launcher, claim, work
+from powertrain.train.check import doubts
 from powertrain.train.cli import guard
-from powertrain.train.config import Config, ConfigError, RunFailed, doubts, setting_values
-from powertrain.train.environment import available_cores
+from powertrain.train.config import Config, setting_values
+from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.hardware import available_cores
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.schedulers.cells import is_number
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 
 def ledger_lines(path: Path) -> list[tuple[int, bytes, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.data import expand
+from powertrain.data.files import read_record, replace_text
 from powertrain.launch.sweep.lean import Design, Place
 from powertrain.launch.sweep.ledger import ledger_lines, result_of, results
 from powertrain.launch.sweep.trials import (
@@ -24,9 +25,9 @@ from powertrain.launch.sweep.trials import (
     sweep_config,
 )
 from powertrain.schedulers.law import MIN_HORIZONS
-from powertrain.train.cli import composed, composed_sweep
-from powertrain.train.config import Config, ConfigError
-from powertrain.train.environment import read_record, replace_text
+from powertrain.train.compose import composed, composed_sweep
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
 

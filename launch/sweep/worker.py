@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import powertrain_command
+from powertrain.data.files import lock, read_record, replace_text
 from powertrain.launch.sweep.ledger import result_of
 from powertrain.launch.sweep.progress import Progress, Sweep
 from powertrain.launch.sweep.trials import (
@@ -31,8 +32,8 @@ from powertrain.launch.sweep.trials import (
     quoted,
 )
 from powertrain.train import cli
-from powertrain.train.config import ConfigError, RunFailed, load
-from powertrain.train.environment import lock, read_record, replace_text
+from powertrain.train.compose import load
+from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.track import read_back
 
 POLL_SECONDS = 0.5

@@ -10,7 +10,7 @@ import pytest
 from powertrain.data.tokens import TokenFile
 from powertrain.launch import bench
 from powertrain.train import metrics
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 
 TINY = (
     "model.vocab_size=64",

@@ -16,8 +16,8 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from powertrain.schedulers import Decay, Power
 from powertrain.train import checkpoint
-from powertrain.train.cli import composed, of_a_run
-from powertrain.train.config import ConfigError
+from powertrain.train.compose import composed, of_a_run
+from powertrain.train.errors import ConfigError
 from powertrain.train.run import train
 from powertrain.train.track import read_lines
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from powertrain.launch.check import coordinates
-from powertrain.train.cli import composed
-from powertrain.train.config import Config, ConfigError
+from powertrain.train.compose import composed
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.model import mup
 
 FAMILIES = ("granitemoe", "granite")

@@ -15,8 +15,8 @@ from rich.console import Console
 from powertrain.data.tokens import TokenWriter
 from powertrain.launch import estimate
 from powertrain.launch.estimate import rate, time
-from powertrain.train.cli import composed
-from powertrain.train.config import batch_doubts, check_batch
+from powertrain.train.check import batch_doubts, check_batch
+from powertrain.train.compose import composed
 
 TINY = ["+experiment=proxy_tiny", "cluster.gpu=cpu"]
 
@@ -129,7 +129,7 @@ def test_steps_are_those_of_the_loop(ramp: str) -> None:
     tokens = steps = last = 0
     while tokens < config.run.tokens:
         last = tokens
-        tokens += config.batch_at(tokens) * config.data.sequence_length
+        tokens += config.sequences_at(tokens) * config.data.sequence_length
         steps += 1
     assert time.steps_of(config) == (steps, last)
 
@@ -161,7 +161,7 @@ def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
     schedule, release = config.make_schedule(), rate.cap_release(config)
     assert release is not None
     at_cap = [
-        n for n in range(4096, 740_000, 4096) if schedule(tokens=n, batch=config.beta(config.batch_at(n))) == 0.02
+        n for n in range(4096, 740_000, 4096) if schedule(tokens=n, batch=config.beta(config.sequences_at(n))) == 0.02
     ]
     assert at_cap[-1] <= release < at_cap[-1] + 4096
     assert any(n < 60_000 for n in at_cap) and any(n > 60_000 for n in at_cap)
@@ -208,7 +208,7 @@ def test_the_ramp_to_paste_follows_the_critical_batch(number: int) -> None:
     ends = config.end_tokens if power.decay is None else power.decay.start
     begun, clock, sizes = 0, config.run.tokens_seen, []
     while begun < tokens:
-        size = config.batch_at(begun)
+        size = config.sequences_at(clock)
         at_critical = [power.critical_batch(clock) / config.beta(each) for each in (size, 2 * size)]
         assert size == unit or at_critical[0] >= 1
         assert 2 * size > most or at_critical[1] < 1 or clock >= ends  # no later than it could

@@ -14,7 +14,7 @@ from conftest import tiny_overrides, train_here
 
 from powertrain import train
 from powertrain.launch import evaluate
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

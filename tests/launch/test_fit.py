@@ -18,7 +18,7 @@ from test_law import BATCHES, RATES, TOKENS, around, planted
 
 from powertrain.launch import fit, report
 from powertrain.schedulers import Power, law
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.model.mup import unlike_the_law
 
 

@@ -20,7 +20,7 @@ from powertrain.launch.sweep.trials import plan, sweep_config
 from powertrain.schedulers.cells import Cell
 from powertrain.schedulers.held_out import regret_of
 from powertrain.schedulers.law import Form, fit
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 Losses = dict[tuple[Place, float], float]

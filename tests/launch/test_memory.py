@@ -15,9 +15,9 @@ from powertrain.data.tokens import TokenFile
 from powertrain.launch.bench import write_tokens
 from powertrain.launch.bench.worker import assemble
 from powertrain.launch.estimate.memory import BUCKET, Passes, Tally, needed
-from powertrain.train.cli import composed
-from powertrain.train.loop import train_step
+from powertrain.train.compose import composed
 from powertrain.train.state import State
+from powertrain.train.step import train_step
 
 SHAPE = (
     "+experiment=quickstart",

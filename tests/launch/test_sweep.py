@@ -29,7 +29,7 @@ from powertrain.launch.sweep.progress import Progress, Sweep, write_ledger
 from powertrain.launch.sweep.tables import summary
 from powertrain.launch.sweep.trials import SweepConfig, Trial, in_common, overrides, plan, sweep_config
 from powertrain.launch.sweep.worker import begin_from, result
-from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.track import read_lines
 
 SWEEP: dict[str, Any] = {
@@ -218,7 +218,7 @@ def words_sweep(words: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_trial_on_a_shared_trunk_equals_a_separate_run(
     words_sweep: Callable[..., list[str]], tmp_path: Path, schedule: str
 ) -> None:
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
     from powertrain.train.run import train
 
     arguments = words_sweep()
@@ -419,7 +419,7 @@ def test_a_result_of_another_shape_is_none(words_sweep: Callable[..., list[str]]
 
 def train_trial(arguments: list[str], trial: Trial, *more: str) -> Sweep:
     """One trial as a worker does it, in this process."""
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
     from powertrain.train.run import train
 
     sweep = Sweep(arguments)
@@ -482,7 +482,7 @@ def test_a_trial_begins_further_back_when_the_trunk_is_damaged(words_sweep: Call
 
 
 def test_the_users_own_start_of_a_decay_does_not_beat_the_sweeps(words_sweep: Callable[..., list[str]]) -> None:
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
 
     arguments = words_sweep("+schedule.decay.start=1024")
     sweep = Sweep(arguments)
@@ -503,7 +503,7 @@ def test_a_failed_trial_keeps_nobody_else_from_going_on() -> None:
 
 def test_train_takes_the_settings_of_a_sweep(words_sweep: Callable[..., list[str]]) -> None:
     """A trial's own command, which its output and run.json show, can be given again by hand."""
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
 
     sweep = Sweep(words_sweep())
     config = composed([*words_sweep(), *overrides(sweep.sweep, sweep.trials[0], sweep.settings)])

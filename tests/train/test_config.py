@@ -11,9 +11,12 @@ from omegaconf import OmegaConf
 
 from powertrain.schedulers import WSD, Constant, Cosine, Power
 from powertrain.train import config as config_module
-from powertrain.train.cli import composed
-from powertrain.train.config import Config, ConfigError, RampConfig, StageConfig, check, check_batch, load
-from powertrain.train.environment import settings_text
+from powertrain.train.check import batch_doubts as doubts_of_batch
+from powertrain.train.check import check, check_batch
+from powertrain.train.compose import composed, load
+from powertrain.train.config import Config, RampConfig, StageConfig
+from powertrain.train.errors import ConfigError
+from powertrain.train.redact import settings_text
 
 EXPERIMENTS = [
     "quickstart",
@@ -371,9 +374,14 @@ def test_every_phase_of_a_ramp_has_to_split(quickstart: Config) -> None:
         check_batch(change(quickstart, {"batch.ramp": ramp((100, 32), (200, 48)), "batch.sequences": 64}), 2)
 
 
-def test_batch_at_counts_this_runs_tokens(quickstart: Config) -> None:
+def test_a_ramp_counts_this_runs_tokens(quickstart: Config) -> None:
     config = change(quickstart, {"batch.ramp": ramp((100, 32), (200, 64)), "run.tokens_seen": 10**9})
-    assert [config.batch_at(n) for n in (0, 99, 100, 199, 200, 10**9)] == [16, 16, 32, 32, 64, 64]
+    clock = [10**9 + n for n in (-1, 0, 99, 100, 199, 200, 10**9)]
+    assert [config.sequences_at(tokens) for tokens in clock] == [16, 16, 16, 32, 32, 64, 64]
+    assert [config.trained(tokens) for tokens in clock[:2]] == [-1, 0]
+    with pytest.raises(ConfigError, match="A batch of 32"):
+        check_batch(config, 4, clock[4])
+    check_batch(config, 4, clock[5])
 
 
 @pytest.mark.parametrize(("length", "sequences", "beta"), [(4096, 128, 128.0), (256, 16, 1.0), (8192, 3, 6.0)])
@@ -411,7 +419,7 @@ def test_the_step_after_a_token_count_is_that_of_the_loop(quickstart: Config, se
     config = change(quickstart, {"run.tokens_seen": seen, "batch.ramp": phases})
     begins = [0]
     while begins[-1] < 200_000:
-        begins.append(begins[-1] + config.batch_at(begins[-1]) * 256)
+        begins.append(begins[-1] + config.sequences_at(seen + begins[-1]) * 256)
     for tokens in (0, 1, 4_095, 4_096, 4_999, 5_000, 8_192, 9_999, 39_999, 40_960, 45_056, 57_344, 150_000):
         assert config.step_after(seen + tokens) == seen + next(n for n in begins if n > tokens), tokens
 
@@ -426,9 +434,9 @@ def test_a_cosine_that_no_step_sees_is_refused() -> None:
 def test_a_run_that_began_with_a_decay_of_one_step_is_still_read(quickstart: Config, tmp_path: Path) -> None:
     change(quickstart, {"schedule.decay.tokens": 1})
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_module.as_dict(quickstart))))
-    assert config_module.load(tmp_path / "config.yaml") == quickstart
+    assert load(tmp_path / "config.yaml") == quickstart
     with pytest.raises(ConfigError, match="never be seen"):
-        config_module.load(tmp_path / "config.yaml", {"run.name": "another"})
+        load(tmp_path / "config.yaml", {"run.name": "another"})
 
 
 # ------------------------------------------------------------------------------------------------- round trips
@@ -438,12 +446,12 @@ def test_what_a_run_writes_down_it_can_read(small_config: Callable[..., Config],
     config = small_config("batch.ramp=[{from_tokens: 100, sequences: 32}]", "optimizer.betas=[0.8,0.9]", "run.seed=4")
     path = tmp_path / "config.yaml"
     OmegaConf.save(OmegaConf.create(config_module.as_dict(config)), path)
-    assert config_module.load(path) == config
+    assert load(path) == config
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
-        config_module.load(tmp_path / "config.yaml")
+        load(tmp_path / "config.yaml")
 
 
 def test_setting_names_are_every_leaf() -> None:
@@ -455,7 +463,7 @@ def test_setting_names_are_every_leaf() -> None:
 
 
 def test_one_expert_a_token_is_doubted() -> None:
-    from powertrain.train.config import doubts
+    from powertrain.train.check import doubts
 
     make = ["+experiment=quickstart"]
     assert list(doubts(composed(make))) == []
@@ -470,12 +478,12 @@ def _without_decay(*overrides: str) -> Config:
 
 
 def batch_doubts(settings: dict[str, Any], *overrides: str) -> list[str]:
-    return list(config_module.batch_doubts(change(copy.deepcopy(_without_decay(*overrides)), settings)))
+    return list(doubts_of_batch(change(copy.deepcopy(_without_decay(*overrides)), settings)))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_no_experiment_trains_above_its_critical_batch(experiment: str) -> None:
-    assert list(config_module.batch_doubts(composed([f"+experiment={experiment}"]))) == []
+    assert list(doubts_of_batch(composed([f"+experiment={experiment}"]))) == []
 
 
 def test_a_batch_above_the_critical_batch_is_pointed_out_with_where_it_is() -> None:

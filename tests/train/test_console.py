@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from powertrain.train import console
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 from powertrain.train.console import Progressing, duration, human
 from powertrain.train.state import State
 
@@ -31,7 +31,7 @@ def watched(
             state.advance(16, 256, False)
             record = {"lm_loss": 4.25, "lr": 0.01, "phase": "trunk", "at_cap": False, "tokens_per_second": 2048.0}
             progress.step({**record, "mfu": None, **metrics}, state)
-        progress.say("a line above the bar")
+        progress.log("a line above the bar")
     return out.getvalue()
 
 

@@ -16,7 +16,7 @@ from powertrain.data.prepare import prepare
 from powertrain.data.tokens import TokenFile
 from powertrain.launch.estimate.problems import data_problems
 from powertrain.launch.prepare import _say_epochs
-from powertrain.train.config import load
+from powertrain.train.compose import load
 from powertrain.train.track import read_lines
 
 SHORT = ("run.tokens=512", "schedule.warmup_tokens=0", "schedule.decay.tokens=0")
@@ -170,14 +170,14 @@ def test_fault_07_the_file_stop_while_the_tokenizer_is_trained(
     stop = tmp_path / "tiny/stop"
     script.write_text(f"import pathlib, time\npathlib.Path({str(stop)!r}).touch()\ntime.sleep(600)")
     monkeypatch.setattr(bpe, "__file__", str(script))
-    monkeypatch.setattr("powertrain.train.run.SHORT_PREPARATION", 0.0)
+    monkeypatch.setattr("powertrain.train.assemble.SHORT_PREPARATION", 0.0)
     folder = run(*SHORT, f"data.cache_dir={tmp_path}/cache")
     assert json.loads((folder / "exit.json").read_text()) == {
         "code": 0,
         "reason": "the file 'stop' in the run folder",
         "step": 0,
     }
-    assert "while the corpora were prepared. The same command goes on" in capsys.readouterr().out
+    assert "while the corpora were prepared. The same command continues" in capsys.readouterr().out
     assert not (folder / "run.json").exists()
     monkeypatch.undo()
     monkeypatch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from powertrain.train.checkpoint import Stored
-from powertrain.train.cli import composed
-from powertrain.train.config import ConfigError
+from powertrain.train.compose import composed
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 Overrides = Callable[..., list[str]]
@@ -232,8 +232,8 @@ def test_compiled_layers_follow_the_others(
 
 
 def test_every_rank_draws_a_dropout_of_its_own(tiny: Overrides, run: Callable[..., Path], tmp_path: Path) -> None:
+    from powertrain.train.assemble import assemble
     from powertrain.train.engine import Engine
-    from powertrain.train.run import assemble
     from powertrain.train.state import State
 
     config = composed(tiny("model.attention_dropout=0.1"))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from powertrain.data.tokenizer import SAMPLE, save_tokenizer
-from powertrain.train.config import RunFailed
+from powertrain.train.errors import RunFailed
 from powertrain.train.export import generate
 
 # Settings that another reader of config.json can miss; the dense model has two matrices for its vocabulary.

@@ -33,9 +33,10 @@ from conftest import (
 from safetensors.torch import load_file
 
 from powertrain import train
+from powertrain.data.files import sha256
 from powertrain.train import checkpoint, faults
-from powertrain.train.cli import composed
-from powertrain.train.config import ConfigError, RunFailed
+from powertrain.train.compose import composed
+from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.state import State
 from powertrain.train.track import Tracker, read_lines
 
@@ -140,7 +141,7 @@ def test_fault_06_a_full_disk_for_a_while(
     folder = run("checkpoint.every=2", "checkpoint.keep=9")
     said = " ".join(capsys.readouterr().out.split())
     assert "Warning: " in said and "The checkpoint of step 4 could not be written" in said
-    assert "No space left on device. It needs about 0 MB" in said and "Training goes on." in said
+    assert "No space left on device. It needs about 0 MB" in said and "Training continues." in said
     assert [path.name[-2:] for path in sorted((folder / "checkpoints").iterdir())] == ["02", "06", "08", "10", "12"]
     assert all(not checkpoint.faults(path) for path in (folder / "checkpoints").iterdir())
 
@@ -307,7 +308,7 @@ def test_fault_12_other_ranks_and_engines(tiny: Overrides, undisturbed: Callable
         said = succeed(launch(tiny("run.name=legs", *settings), ranks=ranks, engine=engine, **stop))
         if number:
             before = legs[number - 1]
-            assert f"trained as {before[0]} on {before[1]} rank(s); it goes on as {engine} on {ranks}" in said
+            assert f"trained as {before[0]} on {before[1]} rank(s); it continues as {engine} on {ranks}" in said
     alone, legs_lines = (read_lines(folder / "metrics.jsonl") for folder in (undisturbed(*settings), tmp_path / "legs"))
     for one, other in zip(alone, legs_lines, strict=True):
         for exact in ("step", "tokens", "samples", "batch", "lr", "expert_load"):
@@ -494,7 +495,7 @@ def test_fault_24_secrets_are_written_nowhere(tiny: Overrides, tmp_path: Path) -
 
 
 def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from powertrain.train.environment import without_secrets
+    from powertrain.train.redact import without_secrets
 
     monkeypatch.setenv("SOME_TOKEN", "abcdefgh")
     monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
@@ -523,7 +524,7 @@ def test_fault_24_what_is_hidden_and_what_is_not(monkeypatch: pytest.MonkeyPatch
 
 
 def test_fault_24_names_of_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from powertrain.train.environment import without_secrets
+    from powertrain.train.redact import without_secrets
 
     secrets = """DB_PASS PASS SSHPASS SMTP_PASS_1 MYSQL_PWD DBPWD PGPASSWORD PASSPHRASE SSH_KEY KEY SIGNING_KEY
         SSH_KEY_B64 SERVICE_KEY2 AWS_ACCESS_KEY_ID GITHUB_PAT PAT AUTH NPM_CONFIG__AUTH PROXY_AUTHORIZATION
@@ -579,7 +580,7 @@ def test_every_ranks_files_are_required(tmp_path: Path, missing: str) -> None:
     state = {"state": vars(State()), "optimizer_steps": 3, "assignments": [[1, 2]], "data_fingerprint": {}}
     (path / "state.json").write_text(json.dumps({**state, "engine": {"kind": "zero3", "ranks": 2}}))
     files = {
-        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
         for file in path.rglob("*.*")
     }
     (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
@@ -606,7 +607,7 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["weights.safetensors"] = {
         "size": (path / "weights.safetensors").stat().st_size,
-        "sha256": checkpoint._sha256(path / "weights.safetensors"),
+        "sha256": sha256(path / "weights.safetensors"),
     }
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ConfigError, match="is not a safetensors file"):
@@ -616,7 +617,7 @@ def test_fault_25_a_pickle_is_not_opened(run: Callable[..., Path], tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["model._target_", "data.corpora.words._target_", "tracker.init_kwargs.wandb._target_"])
 def test_fault_25_a_target_is_not_called(tiny: Overrides, tmp_path: Path, key: str) -> None:
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
 
     mark = tmp_path / "mark"
     evil = ("tracker=wandb", f"+{key}=os.mkdir", f"+{key.rpartition('.')[0]}.path={mark}")

@@ -76,7 +76,7 @@ def test_fault_07_a_signal_saves_and_the_run_goes_on(
     newest = checkpoint.newest_valid(tmp_path / "stopped/checkpoints")
     assert newest is not None
     assert checkpoint.step_of(newest) == ended["step"] < 150
-    assert "The same command goes on from there" in output
+    assert "The same command resumes from there" in output
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, Gr
 from powertrain.schedulers import WSD, Power
 from powertrain.train import metrics
 from powertrain.train.balance import Balance
-from powertrain.train.cli import composed
-from powertrain.train.config import BalanceConfig, Config, ConfigError
+from powertrain.train.compose import composed
+from powertrain.train.config import BalanceConfig, Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
 

@@ -21,9 +21,11 @@ from conftest import assert_same_run, cut_at, tiny_overrides, train_here, withou
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from powertrain.data.files import sha256
 from powertrain.data.tokens import TokenFile
 from powertrain.train import checkpoint
-from powertrain.train.config import ConfigError, RampConfig
+from powertrain.train.config import RampConfig
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 # attention dropout makes the random state matter; 12 steps of 256 tokens, warmup to 700, decay from 2304.
@@ -42,7 +44,7 @@ def go_on(whole: Path, tiny: Callable[..., list[str]], tmp_path: Path) -> Callab
     """Cut the undisturbed run at a step and go on in this process, with more overrides."""
 
     def resumed(step: int, *more: str, prepare: Callable[[Path], None] | None = None) -> Path:
-        from powertrain.train.cli import composed
+        from powertrain.train.compose import composed
         from powertrain.train.run import train
 
         copy = cut_at(whole, step, f"cut-{tmp_path.name}")
@@ -103,8 +105,8 @@ def test_fault_02_leaving_out_one_saved_item_shows(
 def test_fault_10_steps_skipped_before_the_cut_still_count(
     go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from powertrain.train.config import RunFailed
     from powertrain.train.engine import Engine
+    from powertrain.train.errors import RunFailed
 
     def nine(folder: Path) -> None:
         path = folder / "checkpoints/step-00000006/state.json"
@@ -342,7 +344,7 @@ def test_what_another_split_of_the_batch_changes_is_said(
     whole: Path, tiny: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from powertrain.train import resume
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
 
     path = whole / "checkpoints/step-00000006"
     config = composed(tiny())
@@ -408,7 +410,7 @@ def test_fault_18_changed_bytes_of_a_corpus_are_noticed(
             manifest = json.loads((path / "manifest.json").read_text())
             manifest["files"]["config.yaml"] = {
                 "size": (path / "config.yaml").stat().st_size,
-                "sha256": checkpoint._sha256(path / "config.yaml"),
+                "sha256": sha256(path / "config.yaml"),
             }
             (path / "manifest.json").write_text(json.dumps(manifest))
 
@@ -432,7 +434,7 @@ def test_fault_18_the_fingerprint_of_an_earlier_version(
                 manifest = json.loads((path / "manifest.json").read_text())
                 manifest["files"]["state.json"] = {
                     "size": (path / "state.json").stat().st_size,
-                    "sha256": checkpoint._sha256(path / "state.json"),
+                    "sha256": sha256(path / "state.json"),
                 }
                 (path / "manifest.json").write_text(json.dumps(manifest))
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from powertrain.schedulers import Decay, Power
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 
@@ -135,7 +135,7 @@ def test_an_evaluation_before_the_first_step_is_of_the_initial_weights(
     """By Transformers and cross-entropy alone, window by window."""
     from powertrain.data.loader import window
     from powertrain.data.prepare import prepare
-    from powertrain.train.cli import composed
+    from powertrain.train.compose import composed
     from powertrain.train.model import granite, mup
 
     first = read_lines(run("evaluation.every=100", "evaluation.sequences=100") / "evals.jsonl")[:2]
@@ -280,8 +280,8 @@ def test_fault_09_a_skipped_step_leaves_weights_and_moments(
 def test_fault_10_gradients_that_are_never_finite_stop_the_run(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from powertrain.train.config import RunFailed
     from powertrain.train.engine import Engine
+    from powertrain.train.errors import RunFailed
 
     original = Engine.backward
     monkeypatch.setattr(Engine, "backward", lambda self, loss: original(self, loss * float("inf")))

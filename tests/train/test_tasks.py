@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_same_run, launch, without_timing
 
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 TASKS = ("piqa", "arc_easy", "boolq", "hellaswag")

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from powertrain.schedulers import Schedule
-from powertrain.train import environment, resume, track
-from powertrain.train.config import Config, ConfigError
+from powertrain.train import folder, resume, track
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
 from powertrain.train.export import facts_of
 from powertrain.train.state import State
 from powertrain.train.track import Tracker, read_lines
@@ -154,9 +155,9 @@ def walked(then: Config, now: Config, tokens: int) -> bool:
     old, new = then.make_schedule(), now.make_schedule()
     n = 0
     while n < tokens:
-        sequences = then.batch_at(n)
+        sequences = then.sequences_at(n)
         beta = then.beta(sequences)
-        if sequences != now.batch_at(n) or old(tokens=n, batch=beta) != new(tokens=n, batch=beta):
+        if sequences != now.sequences_at(n) or old(tokens=n, batch=beta) != new(tokens=n, batch=beta):
             return False
         n += sequences * then.data.sequence_length
     return True
@@ -194,7 +195,7 @@ def test_a_few_steps_tell_what_all_steps_tell(small_config: Callable[..., Config
             setattr(now, part, getattr(then, part))  # so that differences are few
         tokens, length, taken = draw.choice([0, 128, 1024, 5000, 12_000, 31_000, 45_000]), 16, 0
         while taken < tokens:
-            taken += then.batch_at(taken) * length
+            taken += then.sequences_at(taken) * length
         try:
             same = walked(then, now, taken)
         except ConfigError:  # a decay inside a warmup
@@ -253,10 +254,10 @@ def test_all_schedules_have_their_edges_listed() -> None:
 def test_the_end_of_a_tracker_is_no_reason_to_end_a_run_whose_record_was_edited(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
-    environment.add_to_start(path, "trackers_ended", {"wandb": "left"})
+    folder.add_to_start(path, "trackers_ended", {"wandb": "left"})
     assert path.read_text() == text
     path.write_text('{"starts": [{"from": null}]}')
-    environment.add_to_start(path, "trackers_ended", {"wandb": "left"})
+    folder.add_to_start(path, "trackers_ended", {"wandb": "left"})
     assert json.loads(path.read_text())["starts"] == [{"from": None, "trackers_ended": {"wandb": "left"}}]
 
 

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from powertrain.train.config import ConfigError
+from powertrain.train.errors import ConfigError
 from powertrain.train.model import experts, mup
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.launch.estimate.memory import BUCKET, Passes, Tally, needed
-from powertrain.train.cli import composed
+from powertrain.train.compose import composed
 
 HERE = Path(__file__).parent
 SMALL_BUCKET = 1_500_000
@@ -112,8 +112,8 @@ def rank(bucket: int, overrides: list[str]) -> None:
     from powertrain.launch.bench import write_tokens
     from powertrain.launch.bench.worker import assemble
     from powertrain.train.engine import Engine
-    from powertrain.train.loop import train_step
     from powertrain.train.state import State
+    from powertrain.train.step import train_step
 
     config = composed(overrides)
     configure = Engine._configure_deepspeed

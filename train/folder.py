@@ -1,0 +1,161 @@
+"""The folder of a run: who has it, the record of each start (run.json), and how the last one ended (exit.json)."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import platform
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from powertrain.data import files
+from powertrain.data.files import read_record, replace_text
+from powertrain.train.errors import ConfigError, status_of
+from powertrain.train.hardware import commit, versions
+from powertrain.train.redact import without_secrets
+
+if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports take
+    from powertrain.train.engine import Engine
+    from powertrain.train.state import Beginning, State
+
+
+def lock(path: Path) -> IO[str] | None:
+    """As `data.files.lock`; where the file system has no locks, the file without one, and a warning."""
+    try:
+        return files.lock(path)
+    except OSError as error:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        print(f"Warning: {path} cannot be locked ({error.strerror}): take care that nothing else writes beside it.")
+        return file
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
+    """Make the run's folder, and keep others from training in it. A process that dies gives it up by dying.
+
+    Yields:
+        What raises ConfigError on the first rank once the folder is another one: nothing may be written there then.
+
+    Raises:
+        ConfigError: another process has it, or it is a link.
+    """
+    held: list[IO[str]] = []
+
+    def claim() -> None:
+        if (folder / "ledger.jsonl").exists():
+            raise ConfigError(f"{folder} is the folder of a sweep: choose another run.name.")
+        if folder.is_symlink():
+            raise ConfigError(f"{folder} is a link; name the folder that it leads to with run.folder and run.name.")
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        file = lock(folder / ".lock")
+        if file is None:
+            raise ConfigError(
+                f"Another process is training in {folder}. Wait for it, stop it (touch {folder / 'stop'}), or choose "
+                "another run.name."
+            )
+        held.append(file)
+        (folder / "stop").unlink(missing_ok=True)  # from before; one that comes from now on is meant for this start
+
+    def check_ours() -> None:
+        for file in held:
+            try:
+                ours = os.path.samestat(os.stat(folder / ".lock"), os.fstat(file.fileno()))
+            except OSError as error:  # a server that does not answer has not taken the folder away
+                ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
+            if not ours:
+                raise ConfigError(
+                    f"{folder} is not the folder any more that this run began in: it, or its file .lock, was moved, "
+                    "removed or replaced meanwhile. The run ends here and makes nothing anew; what it had written lies "
+                    "where that folder is now. Put it back, and the same command resumes from its newest checkpoint."
+                )
+
+    engine.first_rank_decides(claim)
+    try:
+        engine.check_shared(folder / ".lock")
+        yield check_ours
+    finally:
+        for file in held:
+            file.close()
+
+
+def record_start(
+    path: Path,
+    engine: Engine,
+    command: list[str],
+    begin: Beginning,
+    parameters: dict[str, int],
+    data: dict[str, Any],
+    log: Callable[[str], None],
+) -> None:
+    """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
+
+    `data` is of each corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
+    `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
+    """
+    there = read_record(path)
+    starts = there.get("starts")
+    whole = isinstance(there.get("id"), str) and isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
+    if not whole and path.exists():  # a power cut or an editor can leave it so
+        os.replace(path, path.with_name("run.json.unreadable"))
+        log(f"Warning: {path} was not a run's record. It is kept as run.json.unreadable, and a new one begins.")
+    record: dict[str, Any] = {"id": secrets.token_hex(4), "starts": [], **(there if whole else {})}
+    record["parent"] = None if begin.parent is None else str(begin.parent)
+    record["parameters"] = parameters
+    record["starts"].append(
+        {
+            "from": None if begin.checkpoint is None else str(begin.checkpoint),
+            "changed_settings": begin.changes,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": command,
+            "commit": commit(),
+            "python": platform.python_version(),
+            "versions": versions(),
+            "engine": engine.kind,
+            "hardware": engine.hardware(),
+            "data": data,
+        }
+    )
+    replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
+
+
+def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
+    """Add values to those of this name in run.json's newest start; a record that somebody has edited stays so."""
+    record = read_record(path)
+    starts = record.get("starts")
+    newest = starts[-1] if isinstance(starts, list) and starts else None
+    if isinstance(newest, dict) and isinstance(newest.setdefault(name, {}), dict):
+        newest[name].update(values)
+        replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def leaving_exit_json(
+    folder: Path, engine: Engine, state: State, check_ours: Callable[[], None]
+) -> Iterator[dict[str, Any]]:
+    """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
+    ended: dict[str, Any] = {}
+    before = read_record(folder / "exit.json").get("step")  # where the run is, though this start is refused
+    try:
+        yield ended
+    except BaseException as error:
+        code = status_of(error)
+        step = state.step or (before if type(before) is int else 0)
+        ended |= {"code": code, "reason": f"{type(error).__name__}: {error}", "step": step}
+        if code > 128:
+            ended["reason"] = f"{signal.Signals(code - 128).name}, when no step was under way"
+        raise
+    finally:
+        if engine.is_main:
+            try:
+                check_ours()
+                replace_text(folder / "exit.json", json.dumps(without_secrets(ended)) + "\n")
+            except (OSError, ConfigError) as error:
+                if str(error) not in str(ended.get("reason")):  # which will be said
+                    print(f"powertrain: exit.json cannot be written: {error}", file=sys.stderr)

@@ -1,0 +1,44 @@
+"""What a run ran on and with: cores, versions of packages, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def version(package: str) -> str | None:
+    """Of a package. One that is imported knows its build, too (+cu130), where its wheel's name does not."""
+    if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
+        return str(loaded)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that decide what a run computes."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this file is tracked in, with + when it has been changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook, say
+    try:
+        # Of an installed package: there may be somebody's repository around its virtual environment.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True, env=own)
+        describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, encoding="utf-8", check=True, env=own).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
