@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from powertrain.data import DataError
+from powertrain.data.files import lock, sync
 from powertrain.data.sources import COMPRESSED, Corpus, files
 from powertrain.data.tokens import TokenFile
 
@@ -181,27 +182,6 @@ def _claim(folder: Path) -> tuple[Path, IO[str]]:
 
 def _lock(slot: Path) -> IO[str] | None:
     """The lock of a temporary folder; None if another process has it, or has just removed the folder."""
-    path = slot / "lock"
-    try:
-        lock = open(path, "w", encoding="utf-8")  # noqa: SIM115
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        lock.close()
-        raise
-    lock.close()
+    with suppress(FileNotFoundError):
+        return lock(slot / "lock")
     return None
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

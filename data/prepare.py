@@ -37,9 +37,9 @@ from powertrain.data.cache import (
     fingerprint,
     identity_of,
     settings_of,
-    sync,
 )
 from powertrain.data.encode import Encoded, encode_blocks
+from powertrain.data.files import replace_text
 from powertrain.data.sources import DIGEST, LONGEST, Corpus, Place, Skipped
 from powertrain.data.tokenizer import (
     bytes_of_tokens,
@@ -356,10 +356,7 @@ class Output:
             "lowest": self.lowest,
             "done": self.done,
         }
-        partial = self._folder.parent / f"{STATE}.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        sync(partial)
-        partial.replace(self._folder.parent / STATE)
+        replace_text(self._folder.parent / STATE, json.dumps(state))
         self._saved_at = time.monotonic()
 
     def add(self, new: Encoded, place: tuple[int, Place], done: int | None) -> None:
