@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from powertrain.data.loader import IGNORE_INDEX
 from powertrain.launch.parser import verb_parser
 from powertrain.train.balance import Balance
 from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
-from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
+from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
 from powertrain.train.optim import adamw, parameter_groups
 from powertrain.train.step import loss_terms, total_loss
