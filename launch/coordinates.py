@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from powertrain.train.balance import Balance
 from powertrain.train.cli import guard
 from powertrain.train.compose import composed
-from powertrain.train.config import Config
+from powertrain.train.config import MODELS, Config
 from powertrain.train.errors import ConfigError
 from powertrain.train.loss import IGNORE_INDEX, LanguageModelLoss
 from powertrain.train.model import granite, mup
@@ -41,7 +41,6 @@ WIDTHS = (1, 2, 4, 8)  # × model.hidden_size
 SEEDS = (0, 1, 2)
 STEPS = 4
 BANDS = {"init": 0.25, "update": 0.3, "output": 0.6}  # docs/coordinates.md has the measurement
-FAMILIES = ("granitemoe", "granite")
 
 # A model at the smallest width; the caller's overrides come later and win.
 DEFAULTS = [
@@ -116,7 +115,7 @@ def main(arguments: list[str]) -> int:
 def _main(overrides: list[str], plot: str | None) -> int:
     if plot and not Path(plot).parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder '{Path(plot).parent}'. Make it, or name another file.")
-    configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in FAMILIES]
+    configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in MODELS]
     results = {}
     # A dict: both are the same where the caller chose the family.
     for family, config in {config.model.model_type: config for config in configs}.items():
@@ -206,9 +205,7 @@ def _batches(config: Config) -> Tensor:
 def _train(config: Config, model: granite.CausalLM, rows: dict[str, mup.Row], batches: Tensor) -> None:
     """STEPS steps at the schedule's peak rate."""
     rate = config.schedule["max_lr" if "max_lr" in config.schedule else "lr"]
-    moe = config.model.model_type == "granitemoe"
-    layers, experts = (config.model.num_hidden_layers, config.model.num_local_experts) if moe else (0, 0)
-    balance = Balance(config.balance, layers, experts, lambda counts: counts)
+    balance = Balance(config, lambda counts: counts)
     optimizer = adamw(parameter_groups(model.named_parameters(), rows, config.optimizer), config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_multiplier"]

@@ -261,10 +261,9 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
         table.add_row(engine, *(sized(parts[part]) for part in memory.PARTS), sized(parts.total()), mark)
     console.print(table)
     attention, experts = memory.kernels(config, cluster.on_gpu)
-    moe = config.model.model_type == "granitemoe"
     console.print(
         f"At a step's most, on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
-        f"Counted with {attention}{f', {experts}, equal shares for all experts' if moe else ''}"
+        f"Counted with {attention}{f', {experts}, equal shares for all experts' if config.model.is_moe else ''}"
         f"{', activation checkpointing' if config.engine.activation_checkpointing else ''}. copies: working weights; "
         "backward: gradients on their way; buffers: of DeepSpeed."
     )

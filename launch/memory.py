@@ -219,9 +219,6 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
     attention, expert_kernel = kernels(config, gpu)
     config.model.attn_implementation = _UNMASKED if attention.startswith(("flash", "flex")) else attention
     config.model.experts_implementation = expert_kernel
-    layers, width = config.model.num_hidden_layers, config.model.num_local_experts
-    if config.model.model_type != "granitemoe":
-        layers = width = 0
     tally = Tally()
     with FakeTensorMode(), _shapes_alone(gpu):
         model = granite.build(config)
@@ -233,7 +230,7 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
             model.tie_weights()
         loss = LanguageModelLoss(model)
         wrapped = optim.for_training(loss, config.engine.activation_checkpointing, bf16 and not sharded)
-        balance = Balance(config.balance, layers, width, lambda tensor: tensor)
+        balance = Balance(config, lambda tensor: tensor)
         tokens = torch.zeros(config.batch.micro_sequences, config.data.sequence_length, dtype=torch.int64)
         for parameter in loss.parameters():
             tally.move(parameter, "masters")

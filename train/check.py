@@ -10,7 +10,7 @@ from typing import Any
 from powertrain import schedulers
 from powertrain.data import DataError
 from powertrain.data.mixture import mixture_of
-from powertrain.train.config import ATTENTION, ENGINES, EXPERTS, TRACKERS, Config, DataConfig, setting_values
+from powertrain.train.config import ATTENTION, ENGINES, EXPERTS, MODELS, TRACKERS, Config, DataConfig, setting_values
 from powertrain.train.errors import ConfigError
 
 ABOVE_CRITICAL = 0.1  # of the tokens, from which a batch above the critical one is pointed out
@@ -34,7 +34,7 @@ def problems(config: Config) -> Iterator[str]:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             yield f"{name} is {value}; it has to fit 64 bits."
             return
-    yield from _unless_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
+    yield from _unless_one_of("model.model_type", model.model_type, MODELS)
     yield from _unless_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
     yield from _unless_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
     yield from _unless_one_of("balance.pool", config.balance.pool, ("layer", "all"))
@@ -132,7 +132,7 @@ def problems(config: Config) -> Iterator[str]:
         )
     if kv_heads < 1 or heads % kv_heads:
         yield f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}."
-    if model.model_type == "granitemoe" and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
+    if model.is_moe and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
         yield (
             f"model.num_experts_per_tok is {model.num_experts_per_tok} with model.num_local_experts "
             f"{model.num_local_experts}; a token needs at least one expert and at most all of them."
@@ -233,7 +233,7 @@ def doubts(config: Config) -> Iterator[str]:
             f"The decay ends at {decay.start + decay.tokens:,} tokens and the run at {config.end_tokens:,}: in between "
             "the learning rate is 0. Leave schedule.decay.start out, and the decay ends with the run."
         )
-    if config.model.model_type == "granitemoe" and config.model.num_experts_per_tok == 1:
+    if config.model.is_moe and config.model.num_experts_per_tok == 1:
         yield (
             "model.num_experts_per_tok is 1: GraniteMoe weighs the chosen experts by a softmax over their logits, "
             "which for a single one is 1 whatever the router says. The router then learns from the balance and z "

@@ -26,6 +26,8 @@ Number = TypeVar("Number", int, float)
 LAW_SEQUENCE_LENGTH = 4096
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+MOE = ("granitemoe",)  # Transformers' model types of mixtures of experts
+MODELS = (*MOE, "granite")
 EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm", "sonicmoe")
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -73,6 +75,11 @@ class ModelConfig:
     logits_scaling: float | None = None  # default: m_width
     attn_implementation: str = "auto"  # one of ATTENTION
     experts_implementation: str = "auto"  # one of EXPERTS
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether a router sends each token to some of a layer's experts."""
+        return self.model_type in MOE
 
 
 @dataclass

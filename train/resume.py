@@ -167,7 +167,7 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
     batches = config.batches_from(state.tokens)
     whole = all(sequences <= m * n for sequences in batches for m, n in zip(micro, on, strict=True))
     scope = config.balance.scope
-    balanced = config.model.model_type == "granitemoe" and config.balance.router_aux_loss_coef != 0
+    balanced = config.model.is_moe and config.balance.router_aux_loss_coef != 0
     why = []
     # `micro` sees the same slices of a batch on any number of ranks, the others one slice of each rank at a time.
     if balanced and (

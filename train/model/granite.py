@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from powertrain.train.config import Config
 
 CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM
+CLASSES: dict[str, Any] = {"granite": GraniteForCausalLM, "granitemoe": GraniteMoeForCausalLM}
 
 
 def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
@@ -42,17 +44,17 @@ def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
         "eos_token_id": None,
         **mup.multipliers(config),
     }
-    if model.model_type == "granite":
-        return GraniteConfig(**fields)
-    return GraniteMoeConfig(
-        **fields,
-        num_local_experts=model.num_local_experts,
-        num_experts_per_tok=model.num_experts_per_tok,
-        # Transformers' loss pools the layers and is top_k at balance where ours sums them and is one a layer.
-        router_aux_loss_coef=(
-            config.balance.router_aux_loss_coef * model.num_hidden_layers / model.num_experts_per_tok
-        ),
-    )
+    if model.is_moe:
+        fields |= {
+            "num_local_experts": model.num_local_experts,
+            "num_experts_per_tok": model.num_experts_per_tok,
+            # Transformers' loss pools the layers and is top_k at balance where ours sums them and is one a layer.
+            "router_aux_loss_coef": (
+                config.balance.router_aux_loss_coef * model.num_hidden_layers / model.num_experts_per_tok
+            ),
+        }
+    described: GraniteConfig | GraniteMoeConfig = CLASSES[model.model_type].config_class(**fields)
+    return described
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
@@ -61,11 +63,33 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     On the meta device nothing is allocated, which is enough to count.
     """
     hf_config = transformers_config(config)
-    model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
+    model_class = CLASSES[config.model.model_type]
     with torch.device(device), no_init_weights():
         model: CausalLM = model_class._from_config(hf_config, dtype=torch.float32, **implementations(config, device))
     model.tie_weights()  # which is left out together with the initialisation
     return model
+
+
+def shape_of(config: Config) -> str:
+    """The sizes of the model, for its card."""
+    model = config.model
+    parts = [
+        f"{model.num_hidden_layers} layers",
+        f"hidden size {model.hidden_size}",
+        f"{model.num_attention_heads} heads",
+    ]
+    if model.is_moe:
+        parts += [f"{model.num_local_experts} experts of {model.intermediate_size}", f"top-{model.num_experts_per_tok}"]
+    return ", ".join(parts)
+
+
+def moe_blocks(module: nn.Module) -> list[Any]:
+    """The blocks with a router and its experts in `module`, in the order of the layers.
+
+    By what they have, not by a class's name: a family whose blocks were missed would train without balance, and could
+    hang under ZeRO-3.
+    """
+    return [block for block in module.modules() if hasattr(block, "router") and hasattr(block, "experts")]
 
 
 def implementations(config: Config, device: torch.device | str) -> dict[str, str]:
@@ -73,8 +97,8 @@ def implementations(config: Config, device: torch.device | str) -> dict[str, str
     model = config.model
     attention = attention_implementation(model.attn_implementation, device, config.precision, model.attention_dropout)
     chosen = {"attn_implementation": attention}
-    if config.model.model_type == "granitemoe":
-        chosen["experts_implementation"] = experts_implementation(config.model.experts_implementation, device)
+    if model.is_moe:
+        chosen["experts_implementation"] = experts_implementation(model.experts_implementation, device)
     return chosen
 
 
