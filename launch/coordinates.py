@@ -53,6 +53,7 @@ DEFAULTS = [
     "model.num_key_value_heads=null",
     "model.num_local_experts=4",
     "model.num_experts_per_tok=2",
+    "model.shared_intermediate_size=32",
     "mup.base_hidden_size=64",
     "data.sequence_length=64",
     "batch.sequences=8",
@@ -64,9 +65,16 @@ _OUTPUT_ROWS = {
     "attention output": "attention_out",
     "router logits": "router",
     "MLP output": "down",
+    "shared expert": "shared_down",
     "logits": "head",
 }
-_OUTPUTS = {"o_proj": "attention output", "router": "router logits", "experts": "MLP output", "mlp": "MLP output"}
+_OUTPUTS = {
+    "o_proj": "attention output",
+    "router": "router logits",
+    "experts": "MLP output",
+    "shared_mlp": "shared expert",
+    "mlp": "MLP output",
+}
 
 Rows = Callable[[Config], dict[str, mup.Row]]
 Calls = dict[str, tuple[Any, Any]]  # module -> (arguments, output) of its forward pass
@@ -164,6 +172,7 @@ def _widened(config: Config, factor: int) -> Config:
             model,
             hidden_size=model.hidden_size * factor,
             intermediate_size=model.intermediate_size * factor,
+            shared_intermediate_size=model.shared_intermediate_size * factor,
             num_attention_heads=model.num_attention_heads * factor,
             num_key_value_heads=None if kv_heads is None else kv_heads * factor,
         ),

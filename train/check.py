@@ -95,6 +95,7 @@ def problems(config: Config) -> Iterator[str]:
     for name, value in (
         ("model.num_local_experts", model.num_local_experts),
         ("model.num_experts_per_tok", model.num_experts_per_tok),
+        ("model.shared_intermediate_size", model.shared_intermediate_size),
         ("optimizer.weight_decay", config.optimizer.weight_decay),
         ("balance.router_aux_loss_coef", config.balance.router_aux_loss_coef),
         ("balance.router_z_loss_coef", config.balance.router_z_loss_coef),
@@ -136,6 +137,11 @@ def problems(config: Config) -> Iterator[str]:
         yield (
             f"model.num_experts_per_tok is {model.num_experts_per_tok} with model.num_local_experts "
             f"{model.num_local_experts}; a token needs at least one expert and at most all of them."
+        )
+    if model.model_type == "granitemoeshared" and model.shared_intermediate_size == 0:
+        yield (
+            "model.shared_intermediate_size is 0, which is the width of granitemoeshared's shared expert. Give it one "
+            "above 0; the family without a shared expert is model.model_type=granitemoe."
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < length:
         yield (

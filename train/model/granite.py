@@ -1,29 +1,43 @@
-"""From a run's configuration to Transformers' GraniteMoe or Granite, on any device, without weights."""
+"""From a run's configuration to Transformers' model of its family, and back, on any device, without weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+)
 from transformers.initialization import no_init_weights
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from powertrain.train.config import ModelConfig
 from powertrain.train.errors import ConfigError
 from powertrain.train.model import experts, mup
 
 if TYPE_CHECKING:
     from powertrain.train.config import Config
 
-CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM
-CLASSES: dict[str, Any] = {"granite": GraniteForCausalLM, "granitemoe": GraniteMoeForCausalLM}
+HFConfig = GraniteConfig | GraniteMoeConfig | GraniteMoeSharedConfig
+CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM | GraniteMoeSharedForCausalLM
+CLASSES: dict[str, Any] = {
+    "granite": GraniteForCausalLM,
+    "granitemoe": GraniteMoeForCausalLM,
+    "granitemoeshared": GraniteMoeSharedForCausalLM,
+}
 
 
-def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
+def transformers_config(config: Config) -> HFConfig:
     """The Transformers configuration of the run's model, muP's multipliers in their fields."""
     model = config.model
     fields: dict[str, Any] = {
@@ -53,8 +67,17 @@ def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
                 config.balance.router_aux_loss_coef * model.num_hidden_layers / model.num_experts_per_tok
             ),
         }
-    described: GraniteConfig | GraniteMoeConfig = CLASSES[model.model_type].config_class(**fields)
+    if model.shared_size:
+        fields["shared_intermediate_size"] = model.shared_size
+    described: HFConfig = CLASSES[model.model_type].config_class(**fields)
     return described
+
+
+def described(hf_config: Any) -> dict[str, Any]:
+    """The settings of `model` that a Transformers configuration of one of the families has."""
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    values = {name: getattr(hf_config, name) for name in names if hasattr(hf_config, name)}
+    return {**values, "rope_theta": float(hf_config.rope_parameters["rope_theta"])}
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
@@ -80,6 +103,8 @@ def shape_of(config: Config) -> str:
     ]
     if model.is_moe:
         parts += [f"{model.num_local_experts} experts of {model.intermediate_size}", f"top-{model.num_experts_per_tok}"]
+    if model.shared_size:
+        parts.append(f"a shared expert of {model.shared_size}")
     return ", ".join(parts)
 
 
