@@ -39,7 +39,7 @@ CHECKPOINTING = ("data.sequence_length=256", "batch.micro_sequences=2", "engine.
 
 
 @pytest.mark.parametrize(
-    "more", [(), SHARED, (*DENSE, *CHECKPOINTING), ("precision=fp32", *CHECKPOINTING[:2])], ids=" ".join
+    "more", [SHARED, (*DENSE, *CHECKPOINTING), ("precision=fp32", *CHECKPOINTING[:2])], ids=" ".join
 )
 def test_a_step_takes_what_was_estimated(more: tuple[str, ...], tmp_path: Path) -> None:
     config = composed([*SHAPE, *more])
