@@ -213,7 +213,7 @@ def _batches(config: Config) -> Tensor:
 
 def _train(config: Config, model: granite.CausalLM, rows: dict[str, mup.Row], batches: Tensor) -> None:
     """STEPS steps at the schedule's peak rate."""
-    rate = config.schedule["max_lr" if "max_lr" in config.schedule else "lr"]
+    rate = config.make_schedule().peak
     balance = Balance(config, lambda counts: counts)
     optimizer = adamw(parameter_groups(model.named_parameters(), rows, config.optimizer), config.optimizer)
     for group in optimizer.param_groups:

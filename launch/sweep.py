@@ -42,7 +42,6 @@ from powertrain.data import expand
 from powertrain.data.files import read_record, replace_text
 from powertrain.data.prepare import prepare
 from powertrain.launch.trials import (
-    WITH_DECAY,
     Progress,
     SweepConfig,
     Trial,
@@ -61,6 +60,7 @@ from powertrain.launch.trials import (
     result_of,
     sweep_config,
 )
+from powertrain.schedulers import WITH_DECAY
 from powertrain.schedulers.cells import MOST
 from powertrain.schedulers.law import expected_error
 from powertrain.train import cli, streams

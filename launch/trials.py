@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from powertrain.launch.lean import Design, Place
+from powertrain.schedulers import WITH_DECAY
 from powertrain.schedulers.cells import MOST
 from powertrain.schedulers.law import MIN_HORIZONS
 from powertrain.train.check import check
@@ -32,7 +33,6 @@ from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, as_dict
 from powertrain.train.errors import ConfigError
 
 KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
-WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
 
 
 @dataclass

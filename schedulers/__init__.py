@@ -22,7 +22,7 @@ from .wsd import WSD
 if __name__ != "powertrain.schedulers":
     raise ImportError("This folder is the package powertrain.schedulers; import it by that name.")
 
-__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build", "power_of"]
+__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build"]
 
 Named = Power | WSD | Cosine | Constant
 Schedule = Named | Rewarmup
@@ -48,10 +48,12 @@ def build(name: str, **fields: Any) -> Named:
     return schedule
 
 
-def power_of(schedule: Schedule) -> Power | None:
-    """The schedule itself, or the one that it warms up to again, if that is a Power; else None."""
-    inner = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
-    return inner if isinstance(inner, Power) else None
+def fields_of(name: str) -> set[str]:
+    """Names of the fields that `build` takes for the schedule `name`; none of an unknown one."""
+    return {field.name for field in dataclasses.fields(_SCHEDULES[name])} if name in _SCHEDULES else set()
+
+
+WITH_DECAY = tuple(name for name in _SCHEDULES if "decay" in fields_of(name))
 
 
 def _make(cls: type[Any], label: str, values: Mapping[str, Any]) -> Any:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from powertrain import schedulers
 from powertrain.data import DataError
 from powertrain.data.mixture import mixture_of
 from powertrain.train.config import ATTENTION, ENGINES, EXPERTS, MODELS, TRACKERS, Config, DataConfig, setting_values
@@ -170,7 +168,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    decay = getattr(schedule, "decay", None)
+    decay = schedule.decay
     if schedule.warmup_tokens >= config.end_tokens:
         yield (
             f"schedule.warmup_tokens {schedule.warmup_tokens:,} is not shorter than the run, which ends at "
@@ -191,16 +189,14 @@ def _decay_problems(config: Config) -> Iterator[str]:
     if min(config.data.sequence_length, config.batch.sequences, *(phase.sequences for phase in ramp)) <= 0:
         return
     try:
-        schedule: Any = config.make_schedule()
+        schedule = config.make_schedule()
     except ConfigError:
         return  # said above
-    schedule = getattr(schedule, "schedule", schedule)  # of a second warmup
-    start, what = schedule.warmup_tokens, "fall of the cosine"
-    end = min(getattr(schedule, "total_tokens", math.inf), config.end_tokens)
-    if (decay := getattr(schedule, "decay", None)) is not None:
-        start, end, what = decay.start, decay.start + decay.tokens, "decay"
-    elif not isinstance(schedule, schedulers.Cosine):
+    if schedule.fall is None:
         return
+    (start, end), decay, what = schedule.fall, schedule.decay, "decay"
+    if decay is None:
+        end, what = min(end, config.end_tokens), f"fall of the {config.schedule['name']}"
     if start >= config.run.tokens_seen and config.step_after(start) >= end:
         step = config.sequences_at(start) * config.data.sequence_length
         yield (
@@ -233,7 +229,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 def doubts(config: Config) -> Iterator[str]:
     """What is allowed and seldom meant, a paragraph each."""
-    decay = getattr(config.make_schedule(), "decay", None)
+    decay = config.make_schedule().decay
     if decay is not None and not decay.floor and decay.start + decay.tokens < config.end_tokens:
         yield (
             f"The decay ends at {decay.start + decay.tokens:,} tokens and the run at {config.end_tokens:,}: in between "
@@ -255,7 +251,7 @@ def batch_doubts(config: Config) -> Iterator[str]:
     that is over with the warmup. A batch that grows, and its rate with it, is when it stays below half of the critical
     batch: no cap is near.
     """
-    power = schedulers.power_of(config.make_schedule())
+    power = config.make_schedule().power
     if power is None or power.batch_exponent <= 0:
         return
     above, grown, tokens_above, previous = [], [], 0, math.inf

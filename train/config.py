@@ -276,7 +276,7 @@ class Config:
         name = fields.pop("name", None)
         rewarmup = fields.pop("rewarmup", None)
         fields.pop("belongs_to", None)  # of a fitted law; see train.model.mup
-        if name in ("cosine", "constant"):
+        if "decay" not in schedulers.fields_of(str(name)):
             fields.pop("decay", None)  # an experiment's, for the schedules that have one
         try:
             if (decay := fields.get("decay")) is not None:
@@ -291,7 +291,7 @@ class Config:
                             f"{self.end_tokens:,} tokens. Shorten it, or set it to 0 for no decay."
                         )
                 fields["decay"] = decay
-            if name == "cosine" and fields.get("total_tokens") is None:
+            if "total_tokens" in schedulers.fields_of(str(name)) and fields.get("total_tokens") is None:
                 fields["total_tokens"] = self.end_tokens
             schedule: schedulers.Schedule = schedulers.build(str(name), **fields)
             if rewarmup and rewarmup["tokens"]:
