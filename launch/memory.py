@@ -274,7 +274,7 @@ def _shapes_alone(gpu: bool) -> contextlib.ExitStack:
 
     def equal_shares(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
         counts = [-(-chosen.numel() // num_experts)] * num_experts
-        return torch.zeros_like(chosen), counts, [experts._filled(count) for count in counts]
+        return torch.zeros_like(chosen), counts, [experts._padded(count) for count in counts]
 
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(experts, "_sorted_by_expert", equal_shares))

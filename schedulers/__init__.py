@@ -22,7 +22,7 @@ from .wsd import WSD
 if __name__ != "powertrain.schedulers":
     raise ImportError("This folder is the package powertrain.schedulers; import it by that name.")
 
-__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build"]
+__all__ = ["WSD", "Constant", "Cosine", "Decay", "Power", "Rewarmup", "Schedule", "build", "power_of"]
 
 Named = Power | WSD | Cosine | Constant
 Schedule = Named | Rewarmup
@@ -51,6 +51,11 @@ def build(name: str, **fields: Any) -> Named:
 def fields_of(name: str) -> set[str]:
     """Names of the fields that `build` takes for the schedule `name`; none of an unknown one."""
     return {field.name for field in dataclasses.fields(_SCHEDULES[name])} if name in _SCHEDULES else set()
+
+
+def power_of(schedule: Schedule) -> Power | None:
+    """The schedule itself, or the one that it warms up to again, if that is a Power; else None."""
+    return schedule.power
 
 
 WITH_DECAY = tuple(name for name in _SCHEDULES if "decay" in fields_of(name))

@@ -209,7 +209,7 @@ def test_a_run_ends_in_a_folder_that_transformers_loads_and_that_a_run_begins_fr
     assert model.config.shared_intermediate_size == 16
     card = (folder / "model/README.md").read_text()
     assert "tags: [granitemoeshared, powertrain]" in card and "4 experts of 24, top-2, a shared expert of 16" in card
-    begun = composed(["+experiment=quickstart", f"run.init_from={folder}"])
+    begun = composed(["+experiment=quickstart", "data.sequence_length=32", f"run.init_from={folder}"])
     assert (begun.model.model_type, begun.model.shared_size) == ("granitemoeshared", 16)
     weights = dict(model.named_parameters())
     read = init_from.reader(str(folder), {name: weight.shape for name, weight in weights.items()})

@@ -89,7 +89,7 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     model_class = CLASSES[config.model.model_type]
     with torch.device(device), no_init_weights():
         model: CausalLM = model_class._from_config(hf_config, dtype=torch.float32, **implementations(config, device))
-    model.tie_weights()  # which is left out together with the initialisation
+    model.tie_weights()  # which is skipped together with the initialisation
     return model
 
 
@@ -150,7 +150,7 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
         )
     if attention == "flash_attention_3" and config.model.attention_dropout:
         raise ConfigError(
-            f"model.attention_dropout is {config.model.attention_dropout}, which FlashAttention 3 would leave out. "
+            f"model.attention_dropout is {config.model.attention_dropout}, which FlashAttention 3 would ignore. "
             "Name flash_attention_2 or sdpa, or leave the choice to `auto`."
         )
     if attention == "flex_attention" and not _on_gpu(device):
@@ -176,7 +176,7 @@ def attention_implementation(name: str, device: torch.device | str, precision: s
     if name != "auto":
         return name
     if precision == "bf16" and _on_gpu(device):  # it has no float32 kernels
-        if is_flash_attn_3_available() and not dropout:  # which it would leave out
+        if is_flash_attn_3_available() and not dropout:  # which it would ignore
             return "flash_attention_3"
         if is_flash_attn_2_available():
             return "flash_attention_2"
