@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from powertrain.launch.parser import verb_parser
+from powertrain.schedulers import WITH_DECAY
 from powertrain.schedulers.decay import SHAPES
 from powertrain.train.cli import leave, run_training
 from powertrain.train.compose import load
@@ -62,10 +63,10 @@ def branch(options: argparse.Namespace) -> Config:
     chosen = checkpoint.at_step(checkpoints, options.at)
     parent = load(chosen / "config.yaml")
     n = checkpoint.load_state(chosen).tokens
-    if getattr(parent.make_schedule(), "decay", False) is False:
+    if parent.schedule["name"] not in WITH_DECAY:
         raise ConfigError(
             f"{options.run} was trained with the schedule '{parent.schedule['name']}', which has no decay to branch; "
-            "power and wsd have one."
+            f"{' and '.join(WITH_DECAY)} have one."
         )
     phase = parent.make_schedule().phase(n)
     if phase != "trunk":

@@ -48,10 +48,17 @@ def build(name: str, **fields: Any) -> Named:
     return schedule
 
 
+def fields_of(name: str) -> set[str]:
+    """Names of the fields that `build` takes for the schedule `name`; none of an unknown one."""
+    return {field.name for field in dataclasses.fields(_SCHEDULES[name])} if name in _SCHEDULES else set()
+
+
 def power_of(schedule: Schedule) -> Power | None:
     """The schedule itself, or the one that it warms up to again, if that is a Power; else None."""
-    inner = schedule.schedule if isinstance(schedule, Rewarmup) else schedule
-    return inner if isinstance(inner, Power) else None
+    return schedule.power
+
+
+WITH_DECAY = tuple(name for name in _SCHEDULES if "decay" in fields_of(name))
 
 
 def _make(cls: type[Any], label: str, values: Mapping[str, Any]) -> Any:

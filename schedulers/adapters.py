@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from powertrain.schedulers import Cosine, Schedule, build
+from powertrain.schedulers import Schedule, build
 
 
 def _whole(name: str, value: float, least: int) -> int:
@@ -123,16 +123,12 @@ class _TokenLR(LRScheduler):
         self._write_rates()
 
     def _check_decay(self) -> None:
-        decay = getattr(self.schedule, "decay", None)
-        start, length = (decay.start, decay.tokens) if decay is not None else (0, 0)
-        if isinstance(self.schedule, Cosine):
-            start = self.schedule.warmup_tokens
-            length = self.schedule.total_tokens - start
+        start, end = self.schedule.fall or (0, 0)
         # A step's learning rate is that at the tokens before it; at the decay's start it is still the trunk's.
         first = self.tokens + ((start - self.tokens) // self.batch_tokens + 1) * self.batch_tokens
-        if length > 0 and self.tokens <= start and first >= start + length:
+        if end > start and self.tokens <= start and first >= end:
             raise ValueError(
-                f"{type(self).__name__}: the decay from {start:,} tokens on takes {length:,}, and no step of "
+                f"{type(self).__name__}: the decay from {start:,} tokens on takes {end - start:,}, and no step of "
                 f"{self.batch_tokens:,} begins in it, so it has no effect. Make it longer than a step, or remove it."
             )
 

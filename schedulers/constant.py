@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from .decay import Phase, equation_8, require
+from .decay import Answers, equation_8, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant:
+class Constant(Answers):
     """Linear warmup to `lr`, then `lr` for good. `WSD` is this with a decay.
 
     Args:
@@ -27,6 +27,7 @@ class Constant:
         """The learning rate of the step after `tokens` tokens; `batch` is ignored."""
         return self.lr * equation_8(tokens, self.warmup_tokens, None)[1]
 
-    def phase(self, tokens: int) -> Phase:
-        """The part of the schedule after `tokens` tokens: "warmup", then "trunk"."""
-        return equation_8(tokens, self.warmup_tokens, None)[0]
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return self.lr

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from .decay import Decay, Phase, equation_8, require
+from .decay import Answers, Decay, equation_8, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(Answers):
     """Linear warmup to `lr`, then half a cosine down to `floor * lr` at `total_tokens`, and `floor * lr` after.
 
     Args:
@@ -44,9 +44,12 @@ class Cosine:
         curve = Decay(start=self.warmup_tokens, tokens=length, shape="cosine", floor=self.floor)
         return self.lr * equation_8(tokens, self.warmup_tokens, curve)[1]
 
-    def phase(self, tokens: int) -> Phase:
-        """The part of the schedule after `tokens` tokens: "warmup", then "trunk".
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return self.lr
 
-        The cosine falls throughout its trunk; no part of it is a decay that could be branched off.
-        """
-        return equation_8(tokens, self.warmup_tokens, None)[0]
+    @property
+    def fall(self) -> tuple[int, int]:
+        """The whole trunk; no part of it is a decay that was branched off."""
+        return self.warmup_tokens, self.total_tokens

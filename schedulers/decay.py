@@ -1,10 +1,13 @@
-"""What the schedules share: the decay and its shapes, the phases of equation 8, and the check of fields."""
+"""What the schedules share: the decay and its shapes, the phases of equation 8, their answers, and checks of fields."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .power import Power
 
 Phase = Literal["warmup", "trunk", "decay"]
 
@@ -118,3 +121,40 @@ def equation_8(tokens: int, warmup_tokens: int, decay: Decay | None) -> tuple[Ph
     if decay is not None and tokens > decay.start:
         return "decay", decay.factor(tokens), decay.start
     return "trunk", 1.0, tokens
+
+
+class Answers:
+    """What every schedule says of itself, so that nobody has to ask which one it is.
+
+    Attributes:
+        warmup_tokens: length of the warmup.
+        decay: the decay, or None.
+        rewarmup: tokens between which a second warmup lies, or None.
+        power: the Power schedule that sets the rate, or None.
+    """
+
+    warmup_tokens: int
+    decay: Decay | None = None
+    rewarmup: tuple[int, int] | None = None
+
+    @property
+    def power(self) -> "Power | None":
+        return None
+
+    @property
+    def fall(self) -> tuple[int, int] | None:
+        """Tokens between which the rate falls to its end, or None."""
+        return None if self.decay is None else (self.decay.start, self.decay.start + self.decay.tokens)
+
+    def phase(self, tokens: int) -> Phase:
+        """The part of equation 8 that the step after `tokens` tokens is in: "warmup", "trunk" or "decay"."""
+        return equation_8(tokens, self.warmup_tokens, self.decay)[0]
+
+    def at_cap(self, tokens: int, batch: float) -> bool:
+        """Whether a cap binds the rate of this step."""
+        return False
+
+    def edges(self, batches: Iterable[float]) -> Iterator[float]:
+        """Tokens at which the rate of one of `batches` begins to follow another formula."""
+        yield self.warmup_tokens
+        yield from self.fall or ()

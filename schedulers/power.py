@@ -1,15 +1,16 @@
 """The Power schedule: a learning rate that depends on the tokens seen and the batch size, and on no horizon."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .decay import Decay, Phase, check_decay, equation_8, require
+from .decay import Answers, Decay, check_decay, equation_8, require
 
 CAPS = ("hard", "smooth")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Power:
+class Power(Answers):
     """The Power schedule, equations 7 and 8 of arXiv 2408.13359, with the values chosen there as defaults.
 
     Equation 7 is the trunk: min(max_lr, batch**batch_exponent * a * n**b), and max_lr at n = 0. With the cap "smooth"
@@ -69,9 +70,15 @@ class Power:
         low, high = sorted((self.max_lr, uncapped))
         return factor * low / (1.0 + low / high)  # the harmonic sum, in a form that 0 and infinity do not break
 
-    def phase(self, tokens: int) -> Phase:
-        """The part of equation 8 that the step after `tokens` tokens is in."""
-        return equation_8(tokens, self.warmup_tokens, self.decay)[0]
+    @property
+    def peak(self) -> float:
+        """The cap."""
+        return self.max_lr
+
+    @property
+    def power(self) -> "Power":
+        """This schedule."""
+        return self
 
     def at_cap(self, tokens: int, batch: float) -> bool:
         """Whether the batch of this step is above the critical batch: the power law alone would give more than max_lr.
@@ -111,6 +118,11 @@ class Power:
             return math.pow(self._gain(batch) / self.max_lr, -1.0 / self.b)
         except OverflowError:
             return math.inf
+
+    def edges(self, batches: Iterable[float]) -> Iterator[float]:
+        """Tokens at which the rate of one of `batches` begins to follow another formula."""
+        yield from super().edges(batches)
+        yield from map(self.cap_release, batches)
 
     def _uncapped(self, tokens: int, batch: float) -> float:
         gain = self._gain(batch)

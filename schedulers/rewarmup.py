@@ -1,12 +1,13 @@
 """A second warmup in front of the rest of a schedule."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .decay import Decay, Phase, require
 
 if TYPE_CHECKING:
-    from . import Schedule
+    from . import Power, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,4 +57,33 @@ class Rewarmup:
     @property
     def decay(self) -> Decay | None:
         """The schedule's decay."""
-        return getattr(self.schedule, "decay", None)
+        return self.schedule.decay
+
+    @property
+    def rewarmup(self) -> tuple[int, int]:
+        """Tokens between which the second warmup lies."""
+        return self.start, self.start + self.tokens
+
+    @property
+    def power(self) -> "Power | None":
+        """The Power schedule that is warmed up to, or None."""
+        return self.schedule.power
+
+    @property
+    def peak(self) -> float:
+        """The schedule's highest rate."""
+        return self.schedule.peak
+
+    @property
+    def fall(self) -> tuple[int, int] | None:
+        """Tokens between which the schedule's rate falls to its end, or None."""
+        return self.schedule.fall
+
+    def at_cap(self, tokens: int, batch: float) -> bool:
+        """Whether a cap binds the schedule's rate of this step."""
+        return self.schedule.at_cap(tokens, batch)
+
+    def edges(self, batches: Iterable[float]) -> Iterator[float]:
+        """Tokens at which the rate of one of `batches` begins to follow another formula."""
+        yield from self.rewarmup
+        yield from self.schedule.edges(batches)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from .decay import Decay, Phase, check_decay, equation_8, require
+from .decay import Answers, Decay, check_decay, equation_8, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSD:
+class WSD(Answers):
     """Linear warmup to `lr`, then `lr`, then the decay: equation 2 of arXiv 2408.13359.
 
     Args:
@@ -30,6 +30,7 @@ class WSD:
         """The learning rate of the step after `tokens` tokens; `batch` is ignored."""
         return self.lr * equation_8(tokens, self.warmup_tokens, self.decay)[1]
 
-    def phase(self, tokens: int) -> Phase:
-        """The part of the schedule that the step after `tokens` tokens is in."""
-        return equation_8(tokens, self.warmup_tokens, self.decay)[0]
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return self.lr

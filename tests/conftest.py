@@ -204,6 +204,7 @@ SMALL = (
     "model.num_attention_heads=4",  # attention_multiplier 1/8, where 1/sqrt(d) is 0.35
     "model.num_key_value_heads=2",
     "model.intermediate_size=24",
+    "model.shared_intermediate_size=40",  # of granitemoeshared alone
     "model.num_hidden_layers=3",
     "data.sequence_length=16",
 )

@@ -85,13 +85,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     elif start_from is None:
         engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
     seed_rank(config.run.seed, engine.rank, 0 if start_from is None else checkpoint.step_of(start_from))
-    moe = config.model.model_type == "granitemoe"
-    balance = Balance(
-        config.balance,
-        config.model.num_hidden_layers if moe else 0,
-        config.model.num_local_experts if moe else 0,
-        engine.reduce,
-    )
+    balance = Balance(config, engine.reduce)
     if unlike := mup.unlike_the_law(config):
         log(
             f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from powertrain.train.config import BalanceConfig
+from powertrain.train.config import Config
 from powertrain.train.loss import Outputs
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
@@ -32,11 +32,13 @@ Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 class Balance:
     """Holds the assignments of the previous and the current global batch; `previous` belongs in a checkpoint."""
 
-    def __init__(self, config: BalanceConfig, num_layers: int, num_experts: int, reduce: Reduce) -> None:
-        self.config = config
-        self.num_experts = num_experts
+    def __init__(self, config: Config, reduce: Reduce) -> None:
+        model = config.model
+        self.config = config.balance
+        self.num_experts = model.num_local_experts if model.is_moe else 0
         self.reduce = reduce
-        self.previous = torch.zeros(num_layers, num_experts, dtype=torch.int64)  # zeros: no batch yet
+        layers = model.num_hidden_layers if model.is_moe else 0
+        self.previous = torch.zeros(layers, self.num_experts, dtype=torch.int64)  # zeros: no batch yet
         self._current = torch.zeros_like(self.previous)
 
     def losses(self, outputs: Outputs, batch_tokens: int) -> tuple[Tensor, Tensor]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from powertrain import schedulers
 from powertrain.data import DataError
 from powertrain.data.mixture import mixture_of
-from powertrain.train.config import ATTENTION, ENGINES, EXPERTS, TRACKERS, Config, DataConfig, setting_values
+from powertrain.train.config import ATTENTION, ENGINES, EXPERTS, MODELS, TRACKERS, Config, DataConfig, setting_values
 from powertrain.train.errors import ConfigError
 
 ABOVE_CRITICAL = 0.1  # of the tokens, from which a batch above the critical one is pointed out
@@ -34,7 +32,7 @@ def problems(config: Config) -> Iterator[str]:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             yield f"{name} is {value}; it has to fit 64 bits."
             return
-    yield from _unless_one_of("model.model_type", model.model_type, ("granitemoe", "granite"))
+    yield from _unless_one_of("model.model_type", model.model_type, MODELS)
     yield from _unless_one_of("mup.rule", config.mup.rule, ("paper", "fan_in"))
     yield from _unless_one_of("balance.scope", config.balance.scope, ("lagged", "accumulated", "dp", "micro"))
     yield from _unless_one_of("balance.pool", config.balance.pool, ("layer", "all"))
@@ -95,6 +93,7 @@ def problems(config: Config) -> Iterator[str]:
     for name, value in (
         ("model.num_local_experts", model.num_local_experts),
         ("model.num_experts_per_tok", model.num_experts_per_tok),
+        ("model.shared_intermediate_size", model.shared_intermediate_size),
         ("optimizer.weight_decay", config.optimizer.weight_decay),
         ("balance.router_aux_loss_coef", config.balance.router_aux_loss_coef),
         ("balance.router_z_loss_coef", config.balance.router_z_loss_coef),
@@ -132,10 +131,15 @@ def problems(config: Config) -> Iterator[str]:
         )
     if kv_heads < 1 or heads % kv_heads:
         yield f"model.num_attention_heads {heads} is not divisible by model.num_key_value_heads {kv_heads}."
-    if model.model_type == "granitemoe" and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
+    if model.is_moe and not 1 <= model.num_experts_per_tok <= model.num_local_experts:
         yield (
             f"model.num_experts_per_tok is {model.num_experts_per_tok} with model.num_local_experts "
             f"{model.num_local_experts}; a token needs at least one expert and at most all of them."
+        )
+    if model.model_type == "granitemoeshared" and model.shared_intermediate_size == 0:
+        yield (
+            "model.shared_intermediate_size is 0, which is the width of granitemoeshared's shared expert. Give it one "
+            "above 0; the family without a shared expert is model.model_type=granitemoe."
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < length:
         yield (
@@ -164,7 +168,7 @@ def _schedule_problems(config: Config) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    decay = getattr(schedule, "decay", None)
+    decay = schedule.decay
     if schedule.warmup_tokens >= config.end_tokens:
         yield (
             f"schedule.warmup_tokens {schedule.warmup_tokens:,} is not shorter than the run, which ends at "
@@ -185,16 +189,14 @@ def _decay_problems(config: Config) -> Iterator[str]:
     if min(config.data.sequence_length, config.batch.sequences, *(phase.sequences for phase in ramp)) <= 0:
         return
     try:
-        schedule: Any = config.make_schedule()
+        schedule = config.make_schedule()
     except ConfigError:
         return  # said above
-    schedule = getattr(schedule, "schedule", schedule)  # of a second warmup
-    start, what = schedule.warmup_tokens, "fall of the cosine"
-    end = min(getattr(schedule, "total_tokens", math.inf), config.end_tokens)
-    if (decay := getattr(schedule, "decay", None)) is not None:
-        start, end, what = decay.start, decay.start + decay.tokens, "decay"
-    elif not isinstance(schedule, schedulers.Cosine):
+    if schedule.fall is None:
         return
+    (start, end), decay, what = schedule.fall, schedule.decay, "decay"
+    if decay is None:
+        end, what = min(end, config.end_tokens), f"fall of the {config.schedule['name']}"
     if start >= config.run.tokens_seen and config.step_after(start) >= end:
         step = config.sequences_at(start) * config.data.sequence_length
         yield (
@@ -227,13 +229,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 def doubts(config: Config) -> Iterator[str]:
     """What is allowed and seldom meant, a paragraph each."""
-    decay = getattr(config.make_schedule(), "decay", None)
+    decay = config.make_schedule().decay
     if decay is not None and not decay.floor and decay.start + decay.tokens < config.end_tokens:
         yield (
             f"The decay ends at {decay.start + decay.tokens:,} tokens and the run at {config.end_tokens:,}: in between "
             "the learning rate is 0. Leave schedule.decay.start out, and the decay ends with the run."
         )
-    if config.model.model_type == "granitemoe" and config.model.num_experts_per_tok == 1:
+    if config.model.is_moe and config.model.num_experts_per_tok == 1:
         yield (
             "model.num_experts_per_tok is 1: GraniteMoe weighs the chosen experts by a softmax over their logits, "
             "which for a single one is 1 whatever the router says. The router then learns from the balance and z "
@@ -249,7 +251,7 @@ def batch_doubts(config: Config) -> Iterator[str]:
     that is over with the warmup. A batch that grows, and its rate with it, is when it stays below half of the critical
     batch: no cap is near.
     """
-    power = schedulers.power_of(config.make_schedule())
+    power = config.make_schedule().power
     if power is None or power.batch_exponent <= 0:
         return
     above, grown, tokens_above, previous = [], [], 0, math.inf

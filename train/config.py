@@ -26,6 +26,8 @@ Number = TypeVar("Number", int, float)
 LAW_SEQUENCE_LENGTH = 4096
 
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+MOE = ("granitemoe", "granitemoeshared")  # Transformers' model types of mixtures of experts
+MODELS = (*MOE, "granite")
 EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm", "sonicmoe")
 ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
 TRACKERS = ("wandb", "tensorboard", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab")
@@ -40,7 +42,7 @@ class RunConfig:
     seed: int = 0  # of the initial weights and of the order of samples
     tokens: int = MISSING  # budget of this run: without tokens_seen, but with what a branch's parent trained
     tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
-    init_from: str | None = None  # a Hugging Face GraniteMoe or Granite model (folder or hub name), or a run's folder
+    init_from: str | None = None  # a Hugging Face model of a family of ours (folder or hub name), or a run's folder
     resume: str = "auto"  # auto: from the newest valid checkpoint; never: refuse if there is one; or a path
 
     def __post_init__(self) -> None:
@@ -50,9 +52,9 @@ class RunConfig:
 
 @dataclass
 class ModelConfig:
-    """Transformers' GraniteMoe or Granite configuration, by its names."""
+    """Transformers' configuration of the model's family, by its names."""
 
-    model_type: str = "granitemoe"  # granitemoe | granite
+    model_type: str = "granitemoe"  # one of MODELS
     vocab_size: int = MISSING  # rows of the embedding: the tokenizer's, or more
     hidden_size: int = MISSING  # width; muP's m_width is this over mup.base_hidden_size
     intermediate_size: int = MISSING  # of one expert, or of the dense MLP
@@ -61,6 +63,7 @@ class ModelConfig:
     num_key_value_heads: int | None = None  # fewer share keys and values; default: num_attention_heads
     num_local_experts: int = 0  # of a layer; of no meaning for granite
     num_experts_per_tok: int = 0  # that a token is sent to (top-k); 2 or more, see docs/balance.md
+    shared_intermediate_size: int = 0  # of the expert that every token meets, in granitemoeshared alone
     max_position_embeddings: int | None = None  # default: data.sequence_length
     rope_theta: float = 10000.0  # base of the rotary position embeddings
     rms_norm_eps: float = 1e-6  # added to the mean square in RMSNorm
@@ -73,6 +76,16 @@ class ModelConfig:
     logits_scaling: float | None = None  # default: m_width
     attn_implementation: str = "auto"  # one of ATTENTION
     experts_implementation: str = "auto"  # one of EXPERTS
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether a router sends each token to some of a layer's experts."""
+        return self.model_type in MOE
+
+    @property
+    def shared_size(self) -> int:
+        """Width of the shared expert of a layer; 0: there is none."""
+        return self.shared_intermediate_size if self.model_type == "granitemoeshared" else 0
 
 
 @dataclass
@@ -263,7 +276,7 @@ class Config:
         name = fields.pop("name", None)
         rewarmup = fields.pop("rewarmup", None)
         fields.pop("belongs_to", None)  # of a fitted law; see train.model.mup
-        if name in ("cosine", "constant"):
+        if "decay" not in schedulers.fields_of(str(name)):
             fields.pop("decay", None)  # an experiment's, for the schedules that have one
         try:
             if (decay := fields.get("decay")) is not None:
@@ -278,7 +291,7 @@ class Config:
                             f"{self.end_tokens:,} tokens. Shorten it, or set it to 0 for no decay."
                         )
                 fields["decay"] = decay
-            if name == "cosine" and fields.get("total_tokens") is None:
+            if "total_tokens" in schedulers.fields_of(str(name)) and fields.get("total_tokens") is None:
                 fields["total_tokens"] = self.end_tokens
             schedule: schedulers.Schedule = schedulers.build(str(name), **fields)
             if rewarmup and rewarmup["tokens"]:

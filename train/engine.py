@@ -217,8 +217,7 @@ class Engine:
         import deepspeed
 
         # Ranks that reach different experts would wait for each other for ever.
-        blocks = {type(module) for module in self.loss.modules() if type(module).__name__ == "GraniteMoeMoE"}
-        if blocks:
+        if blocks := {type(block) for block in granite.moe_blocks(self.model)}:
             deepspeed.utils.set_z3_leaf_modules(self.loss, list(blocks))
         # The loss multiplies with the head's weight itself, without going through the head.
         deepspeed.zero.register_external_parameter(self.loss, self.model.lm_head.weight)

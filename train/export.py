@@ -215,16 +215,8 @@ def _mixtures(config: Config) -> str:
 
 def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
     counts = parameters_of(config)
-    moe = config.model.model_type == "granitemoe"
-    shape = (
-        f"{config.model.num_hidden_layers} layers, hidden size {config.model.hidden_size}, "
-        f"{config.model.num_attention_heads} heads"
-    )
-    if moe:
-        shape += (
-            f", {config.model.num_local_experts} experts of {config.model.intermediate_size}, "
-            f"top-{config.model.num_experts_per_tok}"
-        )
+    family = granite.CLASSES[config.model.model_type].__name__.removesuffix("ForCausalLM")
+    kind = family if config.model.is_moe else f"dense {family}"
     fields = {name: value for name, value in config.schedule.items() if name not in ("name", "belongs_to")}
     schedule = ", ".join(f"{name} {value}" for name, value in setting_values(fields) if value is not None)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -237,7 +229,7 @@ def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
         _of_the_hub(config.data.tokenizer.path),
     ]
     balance = ""
-    if moe:
+    if config.model.is_moe:
         own = config.balance.router_aux_loss_coef
         exported = granite.transformers_config(config).router_aux_loss_coef
         balance = (
@@ -248,12 +240,12 @@ def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [{"granitemoe" if moe else "granite"}, powertrain]
+tags: [{config.model.model_type}, powertrain]
 ---
 
 # {config.run.name}
 
-A {"GraniteMoe" if moe else "dense Granite"} language model pretrained with powertrain: {shape};
+A {kind} language model pretrained with powertrain: {granite.shape_of(config)};
 {counts["total"]:,} parameters, {counts["active"]:,} active for a token besides the embedding.
 
 ```python

@@ -1,7 +1,8 @@
-"""Starting from somebody's Hugging Face GraniteMoe or Granite model."""
+"""Starting from somebody's Hugging Face model of one of the families."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -14,27 +15,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from powertrain.data import expand
-from powertrain.train.config import Config, ModelConfig
+from powertrain.train.config import MODELS, Config, ModelConfig
 from powertrain.train.errors import ConfigError
 from powertrain.train.export import config_in
+from powertrain.train.model import granite
 
-_SAME = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "attention_multiplier",
-    "logits_scaling",
-)
-_ADOPTED = (*_SAME, "rope_theta", "num_local_experts", "num_experts_per_tok")
+_OF_THE_RUN = ("attention_dropout", "initializer_range", "attn_implementation", "experts_implementation")
+_ADOPTED = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name not in _OF_THE_RUN)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -96,13 +83,15 @@ def model_folder(init_from: str) -> str:
 def _described(init_from: str, folder: str) -> ModelConfig:
     try:
         theirs = config_in(folder)
-        if theirs.model_type not in ("granitemoe", "granite"):
+        if theirs.model_type not in MODELS:
             raise ConfigError(
-                f"run.init_from={init_from} holds a '{theirs.model_type}' model; only 'granitemoe' and 'granite' are "
-                "trained."
+                f"run.init_from={init_from} holds a '{theirs.model_type}' model; what is trained here is one of "
+                f"{', '.join(MODELS)}."
             )
         head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         rope = theirs.rope_parameters
+        # Fields that Transformers' class does not know, and would pass over: the model would be another one.
+        ignored = {name: value for name, value in vars(theirs).items() if name not in theirs.__dataclass_fields__}
         for what, found, supported in (
             ("attention_bias", theirs.attention_bias, False),
             ("mlp_bias", getattr(theirs, "mlp_bias", False), False),
@@ -110,15 +99,16 @@ def _described(init_from: str, folder: str) -> ModelConfig:
             ("rope_type", rope["rope_type"], "default"),
             ("head_dim", head_dim, theirs.hidden_size // theirs.num_attention_heads),
             ("quantization_config", getattr(theirs, "quantization_config", None), None),
+            ("position_embedding_type", ignored.get("position_embedding_type") or "rope", "rope"),
+            ("shared_intermediate_size", ignored.get("shared_intermediate_size") or 0, 0),
+            ("sliding_window", ignored.get("sliding_window"), None),
         ):
             if found != supported:
                 raise ConfigError(
-                    f"run.init_from={init_from} has {what} {found}; only {supported} can be trained here."
+                    f"run.init_from={init_from} has {what} {found}; of a '{theirs.model_type}' model only {supported} "
+                    "can be trained here."
                 )
-        values = {name: getattr(theirs, name) for name in _SAME}
-        values["rope_theta"] = float(rope["rope_theta"])
-        values["num_local_experts"] = getattr(theirs, "num_local_experts", 0)
-        values["num_experts_per_tok"] = getattr(theirs, "num_experts_per_tok", 0)
+        values = {name: value for name, value in granite.described(theirs).items() if name in _ADOPTED}
         if Path(folder).is_dir():
             _check_files(Path(folder), theirs.num_hidden_layers)
         model: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))

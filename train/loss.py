@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from powertrain.data.loader import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from powertrain.train.model.granite import CausalLM
+from powertrain.train.model.granite import CausalLM, moe_blocks
 
 _CHUNK_LOGITS = 1 << 25  # logits that exist at one time: 128 MiB in float32
 _CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache. No fewer than 128 rows
@@ -110,9 +108,8 @@ class LanguageModelLoss(nn.Module):
         super().__init__()
         self.model = model
         self._routed: list[tuple[Tensor, Tensor]] | None = None
-        for module in model.modules():
-            if type(module).__name__ == "GraniteMoeTopKRouter":
-                module.register_forward_hook(self._record)
+        for block in moe_blocks(model):
+            block.router.register_forward_hook(self._record)
 
     @torch.compiler.disable  # or every layer would be compiled anew, for its place in the list
     def _record(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -28,7 +28,7 @@ def count_parameters(shapes: Mapping[str, torch.Size], config: Config) -> dict[s
     """
     total = embedding = active = 0.0
     share = 1.0
-    if config.model.model_type == "granitemoe":
+    if config.model.is_moe:
         share = config.model.num_experts_per_tok / config.model.num_local_experts
     for name, shape in shapes.items():
         total += shape.numel()

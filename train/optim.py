@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from powertrain.train.config import Config, ModelConfig, MupConfig, OptimizerConfig
 from powertrain.train.loss import LanguageModelLoss
-from powertrain.train.model.granite import CausalLM
+from powertrain.train.model.granite import CausalLM, described
 from powertrain.train.model.mup import Row, role_of, table
 
 
@@ -48,7 +48,7 @@ def parameter_groups(
 def mup_groups(
     model: CausalLM, mup: MupConfig | None = None, optimizer: OptimizerConfig | None = None
 ) -> list[dict[str, Any]]:
-    """muP's groups of a Transformers GraniteMoe or Granite model, for an optimizer and a loop of your own.
+    """muP's groups of a Transformers model of one of the families, for an optimizer and a loop of your own.
 
     They are those that a run trains with (see `parameter_groups`), and `lr` in each is its multiplier of the rate: a
     scheduler of `powertrain.schedulers.adapters` takes it so, and a loop of its own multiplies its rate with
@@ -61,9 +61,7 @@ def mup_groups(
     Raises:
         ValueError: a parameter that the muP table has no role for.
     """
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
-    fields: dict[str, Any] = {name: getattr(model.config, name) for name in sizes}
-    rows = table(Config(model=ModelConfig(**fields), mup=mup or MupConfig()))
+    rows = table(Config(model=ModelConfig(**described(model.config)), mup=mup or MupConfig()))
     groups = parameter_groups(model.named_parameters(), rows, optimizer or OptimizerConfig())
     return [{**group, "lr": group["lr_multiplier"]} for group in groups]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from powertrain.data.files import read_record
 from powertrain.data.tokens import TokenFile
-from powertrain.schedulers import Cosine, Power, Rewarmup, Schedule
+from powertrain.schedulers import Schedule
 from powertrain.train.checkpoint import SAVED, available, load_state, newest_valid, read_state, trained_by, verified
 from powertrain.train.compose import load
 from powertrain.train.config import Config, as_dict
@@ -132,7 +132,7 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
             f"already (the budget was {then.run.tokens:,}). Give a larger budget; for a model of fewer tokens branch "
             "off an earlier checkpoint (run.resume=PATH run.name=ANOTHER)."
         )
-    decay = getattr(config.make_schedule(), "decay", None)
+    decay = config.make_schedule().decay
     if "run.tokens" in differences and decay is not None and not decay.floor:
         ends = decay.start + decay.tokens
         if config.end_tokens > max(ends, then.end_tokens):
@@ -167,7 +167,7 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
     batches = config.batches_from(state.tokens)
     whole = all(sequences <= m * n for sequences in batches for m, n in zip(micro, on, strict=True))
     scope = config.balance.scope
-    balanced = config.model.model_type == "granitemoe" and config.balance.router_aux_loss_coef != 0
+    balanced = config.model.is_moe and config.balance.router_aux_loss_coef != 0
     why = []
     # `micro` sees the same slices of a batch on any number of ranks, the others one slice of each rank at a time.
     if balanced and (
@@ -230,17 +230,7 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
 def _edges(config: Config, schedule: Schedule) -> Iterator[float]:
     """Tokens at which the batch changes, or the rate begins to follow another formula."""
     yield from (config.run.tokens_seen + phase.from_tokens for phase in config.batch.ramp)
-    if isinstance(schedule, Rewarmup):
-        yield from (schedule.start, schedule.start + schedule.tokens)
-        schedule = schedule.schedule
-    yield schedule.warmup_tokens
-    if decay := getattr(schedule, "decay", None):
-        yield from (decay.start, decay.start + decay.tokens)
-    if isinstance(schedule, Cosine):
-        yield schedule.total_tokens
-    if isinstance(schedule, Power):
-        batches = (config.batch.sequences, *(phase.sequences for phase in config.batch.ramp))
-        yield from (schedule.cap_release(config.beta(sequences)) for sequences in batches)
+    yield from schedule.edges([config.beta(sequences) for _, sequences in config.batch_phases()])
 
 
 def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from powertrain.data.loader import IGNORE_INDEX, Batches
-from powertrain.schedulers import power_of
 from powertrain.train import faults, metrics
 from powertrain.train.balance import Balance
 from powertrain.train.config import BalanceConfig, Config
@@ -52,7 +51,7 @@ def train_step(
     sequences = config.sequences_at(state.tokens)
     beta = config.beta(sequences)
     schedule = config.make_schedule()
-    power = power_of(schedule)
+    power = schedule.power
     lr = schedule(tokens=state.tokens, batch=beta)
 
     # ---- this rank's share of samples [k, k + sequences): one contiguous run of them
@@ -92,7 +91,7 @@ def train_step(
         "lr_per_group": engine.learning_rates(),
         "batch": beta,
         "gamma": lr / beta,
-        "at_cap": power is not None and power.at_cap(state.tokens, beta),
+        "at_cap": schedule.at_cap(state.tokens, beta),
         "phase": schedule.phase(state.tokens),
         "grad_norm": grad_norm,
         "skipped": skipped,

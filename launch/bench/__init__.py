@@ -117,8 +117,9 @@ class Shape:
         from powertrain.train import metrics
 
         flops = metrics.flops_per_token(self.config, metrics.parameters_of(self.config))
-        moe = self.config.model.model_type == "granitemoe"
-        experts = (*EXPERTS, *(GPU_EXPERTS if torch.cuda.is_available() else ())) if moe else ("dense",)
+        experts = (
+            (*EXPERTS, *(GPU_EXPERTS if torch.cuda.is_available() else ())) if self.config.model.is_moe else ("dense",)
+        )
         theirs = [f"trainer/{e}/{p}" for e in experts for p in PRECISIONS]
         with tempfile.TemporaryDirectory() as folder:
             tokens = Path(folder) / "tokens"

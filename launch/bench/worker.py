@@ -121,9 +121,7 @@ def assemble(config: Config, file: TokenFile) -> Ours:
     rows = mup.table(config)
     engine.prepare(LanguageModelLoss(model), rows)
     engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
-    moe = config.model.model_type == "granitemoe"
-    layers, experts = (config.model.num_hidden_layers, config.model.num_local_experts) if moe else (0, 0)
-    return Ours(engine, batches, Balance(config.balance, layers, experts, engine.reduce))
+    return Ours(engine, batches, Balance(config, engine.reduce))
 
 
 def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0) -> list[float]:
@@ -149,7 +147,7 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
 
     `autocast` is Trainer's bf16=True. `bf16` holds weights and moments in bf16: no float32 masters.
     """
-    from transformers import GraniteForCausalLM, GraniteMoeForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Clocked(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -165,12 +163,11 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
 
     hf_config = granite.transformers_config(config)
     chosen = {}
-    if config.model.model_type == "granitemoe":
+    if config.model.is_moe:
         hf_config.output_router_logits = True  # for the auxiliary loss
         chosen["experts_implementation"] = experts
-    model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = model_class._from_config(hf_config, dtype=dtype, **chosen)
+    model = granite.CLASSES[config.model.model_type]._from_config(hf_config, dtype=dtype, **chosen)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder,

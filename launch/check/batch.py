@@ -21,8 +21,11 @@ from powertrain.train.step import loss_terms, total_loss
 def main(arguments: list[str]) -> int:
     """Gradients of one batch under three splits: equal for `lagged`, and different for `micro`, or exit status 1."""
     config = composed(described(verb_parser("check batch", __doc__).parse_known_args(arguments)[1]))
-    if config.model.model_type != "granitemoe":
-        raise ConfigError("check batch is about the balance of experts; model.model_type is 'granite', which has none.")
+    if not config.model.is_moe:
+        raise ConfigError(
+            f"check batch is about the balance of experts; model.model_type is '{config.model.model_type}', which has "
+            "none."
+        )
     print(f"{'scope':<12} {'split':<6} {'assignments':<12} {'gradient':>10} {'balance gradient alone':>24}")
     passed = True
     for scope in ("lagged", "micro"):
@@ -54,10 +57,7 @@ def _gradients(
     mup.initialize(model.named_parameters(), mup.table(config), config.run.seed)
     module = LanguageModelLoss(model)
     balance = Balance(
-        dataclasses.replace(config.balance, scope=scope),
-        config.model.num_hidden_layers,
-        config.model.num_local_experts,
-        lambda tensor: tensor,
+        dataclasses.replace(config, balance=dataclasses.replace(config.balance, scope=scope)), lambda tensor: tensor
     )
     generator = torch.Generator().manual_seed(config.run.seed)
     length = min(64, config.data.sequence_length)

@@ -33,7 +33,7 @@ from powertrain.data.loader import IGNORE_INDEX
 from powertrain.launch.parser import verb_parser
 from powertrain.train.balance import Balance
 from powertrain.train.compose import composed
-from powertrain.train.config import Config
+from powertrain.train.config import MODELS, Config
 from powertrain.train.errors import ConfigError
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.model import granite, mup
@@ -44,7 +44,6 @@ WIDTHS = (1, 2, 4, 8)  # × model.hidden_size
 SEEDS = (0, 1, 2)
 STEPS = 4
 BANDS = {"init": 0.25, "update": 0.3, "output": 0.6}  # docs/coordinates.md has the measurement
-FAMILIES = ("granitemoe", "granite")
 
 # A model at the smallest width; the caller's overrides come later and win.
 DEFAULTS = [
@@ -57,6 +56,7 @@ DEFAULTS = [
     "model.num_key_value_heads=null",
     "model.num_local_experts=4",
     "model.num_experts_per_tok=2",
+    "model.shared_intermediate_size=32",
     "mup.base_hidden_size=64",
     "data.sequence_length=64",
     "batch.sequences=8",
@@ -68,9 +68,16 @@ _OUTPUT_ROWS = {
     "attention output": "attention_out",
     "router logits": "router",
     "MLP output": "down",
+    "shared expert": "shared_down",
     "logits": "head",
 }
-_OUTPUTS = {"o_proj": "attention output", "router": "router logits", "experts": "MLP output", "mlp": "MLP output"}
+_OUTPUTS = {
+    "o_proj": "attention output",
+    "router": "router logits",
+    "experts": "MLP output",
+    "shared_mlp": "shared expert",
+    "mlp": "MLP output",
+}
 
 Rows = Callable[[Config], dict[str, mup.Row]]
 Calls = dict[str, tuple[Any, Any]]  # module -> (arguments, output) of its forward pass
@@ -114,7 +121,7 @@ def main(arguments: list[str]) -> int:
     plot = options.plot
     if plot and not Path(plot).parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder '{Path(plot).parent}'. Make it, or name another file.")
-    configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in FAMILIES]
+    configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in MODELS]
     results = {}
     # A dict: both are the same where the caller chose the family.
     for family, config in {config.model.model_type: config for config in configs}.items():
@@ -163,6 +170,7 @@ def _widened(config: Config, factor: int) -> Config:
             model,
             hidden_size=model.hidden_size * factor,
             intermediate_size=model.intermediate_size * factor,
+            shared_intermediate_size=model.shared_intermediate_size * factor,
             num_attention_heads=model.num_attention_heads * factor,
             num_key_value_heads=None if kv_heads is None else kv_heads * factor,
         ),
@@ -203,10 +211,8 @@ def _batches(config: Config) -> Tensor:
 
 def _train(config: Config, model: granite.CausalLM, rows: dict[str, mup.Row], batches: Tensor) -> None:
     """STEPS steps at the schedule's peak rate."""
-    rate = config.schedule["max_lr" if "max_lr" in config.schedule else "lr"]
-    moe = config.model.model_type == "granitemoe"
-    layers, experts = (config.model.num_hidden_layers, config.model.num_local_experts) if moe else (0, 0)
-    balance = Balance(config.balance, layers, experts, lambda counts: counts)
+    rate = config.make_schedule().peak
+    balance = Balance(config, lambda counts: counts)
     optimizer = adamw(parameter_groups(model.named_parameters(), rows, config.optimizer), config.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_multiplier"]

@@ -224,9 +224,6 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
     attention, expert_kernel = kernels(config, gpu)
     config.model.attn_implementation = _UNMASKED if attention.startswith(("flash", "flex")) else attention
     config.model.experts_implementation = expert_kernel
-    layers, width = config.model.num_hidden_layers, config.model.num_local_experts
-    if config.model.model_type != "granitemoe":
-        layers = width = 0
     tally = Tally()
     with FakeTensorMode(), _shapes_alone(gpu):
         model = granite.build(config)
@@ -238,7 +235,7 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
             model.tie_weights()
         loss = LanguageModelLoss(model)
         wrapped = optim.for_training(loss, config.engine.activation_checkpointing, bf16 and not sharded)
-        balance = Balance(config.balance, layers, width, lambda tensor: tensor)
+        balance = Balance(config, lambda tensor: tensor)
         tokens = torch.zeros(config.batch.micro_sequences, config.data.sequence_length, dtype=torch.int64)
         for parameter in loss.parameters():
             tally.move(parameter, "masters")
@@ -282,7 +279,7 @@ def _shapes_alone(gpu: bool) -> contextlib.ExitStack:
 
     def equal_shares(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
         counts = [-(-chosen.numel() // num_experts)] * num_experts
-        return torch.zeros_like(chosen), counts, [experts._filled(count) for count in counts]
+        return torch.zeros_like(chosen), counts, [experts._padded(count) for count in counts]
 
     stack = contextlib.ExitStack()
     stack.enter_context(patch.object(experts, "_sorted_by_expert", equal_shares))
@@ -332,10 +329,9 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
         table.add_row(engine, *(sized(parts[part]) for part in PARTS), sized(parts.total()), mark)
     console.print(table)
     attention, experts = kernels(config, cluster.on_gpu)
-    moe = config.model.model_type == "granitemoe"
     console.print(
         f"At a step's most, on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
-        f"Counted with {attention}{f', {experts}, equal shares for all experts' if moe else ''}"
+        f"Counted with {attention}{f', {experts}, equal shares for all experts' if config.model.is_moe else ''}"
         f"{', activation checkpointing' if config.engine.activation_checkpointing else ''}. copies: working weights; "
         "backward: gradients on their way; buffers: of DeepSpeed."
     )

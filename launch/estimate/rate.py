@@ -6,13 +6,12 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from powertrain.launch.estimate.tables import table_of
 from powertrain.launch.estimate.time import steps_of
-from powertrain.schedulers import Power, Rewarmup, power_of
+from powertrain.schedulers import Power
 from powertrain.train.check import batch_problems, problems
 from powertrain.train.config import Config, RampConfig
 from powertrain.train.console import human
@@ -25,7 +24,7 @@ def schedule_section(console: Console, config: Config) -> None:
     """Print the rate where something happens to it, and its curve."""
     schedule = config.make_schedule()
     console.rule(f"rate, schedule {config.schedule.get('name')}", align="left")
-    power = power_of(schedule)
+    power = schedule.power
     if power is not None and power.batch_exponent <= 0:
         power = None  # no critical batch
     table = table_of("at", "tokens", "of the run", "sequences", *(["critical"] * (power is not None)), "rate", "phase")
@@ -61,9 +60,9 @@ def key_points(config: Config) -> list[tuple[str, int]]:
     points.append(("last step", start + steps_of(config)[1]))
     if (release := cap_release(config)) is not None and math.isfinite(release):
         points.append(("cap releases", math.ceil(release)))
-    if isinstance(schedule, Rewarmup):
-        points += [("rewarmup", schedule.start), ("end of rewarmup", schedule.start + schedule.tokens)]
-    if (decay := getattr(schedule, "decay", None)) is not None:
+    if schedule.rewarmup is not None:
+        points += zip(("rewarmup", "end of rewarmup"), schedule.rewarmup, strict=True)
+    if (decay := schedule.decay) is not None:
         points += [("decay starts", decay.start), ("half of decay", decay.start + decay.tokens // 2)]
     points += [(f"batch of {phase.sequences}", start + phase.from_tokens) for phase in config.batch.ramp]
     points += [(f"{quarter}/4", start + config.run.tokens * quarter // 4) for quarter in (1, 2, 3)]
@@ -72,7 +71,7 @@ def key_points(config: Config) -> list[tuple[str, int]]:
 
 def cap_release(config: Config) -> float | None:
     """Clock reading from which on max_lr sets no rate any more: a batch that grows can bring it back."""
-    if (power := power_of(config.make_schedule())) is None:
+    if (power := config.make_schedule().power) is None:
         return None
     begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in config.batch_phases()]
     release = None
@@ -85,8 +84,8 @@ def cap_release(config: Config) -> float | None:
 
 def schedule_warnings(config: Config) -> Iterator[str]:
     """What of a schedule is allowed and seldom meant."""
-    schedule: Any = config.make_schedule()
-    release, decay = cap_release(config), getattr(schedule, "decay", None)
+    schedule = config.make_schedule()
+    release, decay = cap_release(config), schedule.decay
     trunk_ends = config.end_tokens if decay is None else decay.start
     warmup = config.trained(schedule.warmup_tokens)  # what of it lies ahead
     if release is not None and release >= trunk_ends:
@@ -124,7 +123,7 @@ def check_followed(config: Config) -> Power:
     Raises:
         ConfigError: there is none.
     """
-    power = power_of(config.make_schedule())
+    power = config.make_schedule().power
     if power is None or power.batch_exponent <= 0:
         name, exponent = config.schedule.get("name"), "" if power is None else " with batch_exponent 0 or below"
         raise ConfigError(
@@ -214,7 +213,7 @@ def draw(config: Config, path: Path) -> None:
     axis.set(ylabel="learning rate", title=config.run.name.replace("$", r"\$"), ylim=(0, None))
     batches = [config.beta(config.sequences_at(at)) for at in tokens]
     below.plot(tokens, batches, drawstyle="steps-post", label="batch")
-    if (power := power_of(config.make_schedule())) is not None and power.batch_exponent > 0:
+    if (power := config.make_schedule().power) is not None and power.batch_exponent > 0:
         critical = [power.critical_batch(at) or math.nan for at in tokens]  # 0 before the first token
         below.plot(tokens, critical, "--", label="critical batch")
         below.legend()

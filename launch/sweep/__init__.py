@@ -32,8 +32,9 @@ from powertrain.data.prepare import prepare
 from powertrain.launch.parser import verb_parser
 from powertrain.launch.sweep.progress import Sweep, write_ledger
 from powertrain.launch.sweep.tables import pilot, planned, summary, tables
-from powertrain.launch.sweep.trials import WITH_DECAY, fingerprint, in_common
+from powertrain.launch.sweep.trials import fingerprint, in_common
 from powertrain.launch.sweep.worker import BAD_INPUT, POLL_SECONDS, check_launcher, claim, work
+from powertrain.schedulers import WITH_DECAY
 from powertrain.train.check import doubts
 from powertrain.train.cli import guard
 from powertrain.train.config import Config, setting_values

@@ -14,7 +14,6 @@ from powertrain.data.files import read_record, replace_text
 from powertrain.launch.sweep.lean import Design, Place
 from powertrain.launch.sweep.ledger import ledger_lines, result_of, results
 from powertrain.launch.sweep.trials import (
-    WITH_DECAY,
     SweepConfig,
     Trial,
     check_batches,
@@ -24,6 +23,7 @@ from powertrain.launch.sweep.trials import (
     plan,
     sweep_config,
 )
+from powertrain.schedulers import WITH_DECAY
 from powertrain.schedulers.law import MIN_HORIZONS
 from powertrain.train.compose import composed, composed_sweep
 from powertrain.train.config import Config

@@ -22,12 +22,11 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from powertrain.schedulers import WITH_DECAY
 from powertrain.train.check import check
 from powertrain.train.compose import typed
 from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, as_dict
 from powertrain.train.errors import ConfigError
-
-WITH_DECAY = ("power", "wsd")  # schedules whose trials share a trunk
 
 
 @dataclass

@@ -22,7 +22,6 @@ from powertrain.data.files import read_record, replace_text
 from powertrain.launch.sweep.ledger import result_of
 from powertrain.launch.sweep.progress import Progress, Sweep
 from powertrain.launch.sweep.trials import (
-    WITH_DECAY,
     SweepConfig,
     Trial,
     decay_tokens,
@@ -31,6 +30,7 @@ from powertrain.launch.sweep.trials import (
     overrides,
     quoted,
 )
+from powertrain.schedulers import WITH_DECAY
 from powertrain.train import cli
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError, RunFailed

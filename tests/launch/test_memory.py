@@ -34,10 +34,13 @@ SHAPE = (
     "batch.micro_sequences=1",
 )
 DENSE = ("model.model_type=granite", "model.num_local_experts=0", "model.num_experts_per_tok=0")
+SHARED = ("model.model_type=granitemoeshared", "model.shared_intermediate_size=256")
 CHECKPOINTING = ("data.sequence_length=256", "batch.micro_sequences=2", "engine.activation_checkpointing=true")
 
 
-@pytest.mark.parametrize("more", [(), (*DENSE, *CHECKPOINTING), ("precision=fp32", *CHECKPOINTING[:2])], ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [SHARED, (*DENSE, *CHECKPOINTING), ("precision=fp32", *CHECKPOINTING[:2])], ids=" ".join
+)
 def test_a_step_takes_what_was_estimated(more: tuple[str, ...], tmp_path: Path) -> None:
     config = composed([*SHAPE, *more])
     write_tokens(tmp_path / "tokens", config, 3 * config.batch.sequences * config.data.sequence_length)

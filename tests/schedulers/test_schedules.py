@@ -8,7 +8,7 @@ from decimal import Decimal, localcontext
 import pytest
 
 from powertrain import schedulers
-from powertrain.schedulers import WSD, Constant, Cosine, Decay, Power, build
+from powertrain.schedulers import WITH_DECAY, WSD, Constant, Cosine, Decay, Power, Rewarmup, Schedule, build
 
 B = 1_000_000_000
 INFINITE_OR_NAN = [math.inf, -math.inf, math.nan]
@@ -339,6 +339,37 @@ def test_phases():
     ):
         assert [schedule.phase(n) for n in asked] == phases
     assert Power(warmup_tokens=0).phase(0) == "trunk"
+
+
+# ---------------------------------------------------------------- what each says of itself
+
+DECAY = Decay(start=40, tokens=20)
+ALL = {
+    Power(a=1.0, b=-0.5, max_lr=0.25, warmup_tokens=10, decay=DECAY): (0.25, DECAY, (40, 60), {10, 16, 40, 60}),
+    Power(a=1.0, b=-0.5, max_lr=0.25, warmup_tokens=10): (0.25, None, None, {10, 16}),
+    WSD(lr=0.3, warmup_tokens=10, decay=DECAY): (0.3, DECAY, (40, 60), {10, 40, 60}),
+    Cosine(lr=0.3, warmup_tokens=10, total_tokens=70): (0.3, None, (10, 70), {10, 70}),
+    Constant(lr=0.3, warmup_tokens=10): (0.3, None, None, {10}),
+}
+
+
+@pytest.mark.parametrize("schedule", ALL, ids=lambda schedule: type(schedule).__name__)
+def test_every_schedule_answers(schedule):
+    """By hand; 1 · n^-½ is 0.25 at 16 tokens. Between its edges a rate has one formula, and nowhere a higher value."""
+    peak, decay, fall, edges = ALL[schedule]
+    for asked in (schedule, Rewarmup(schedule=schedule, start=20, tokens=5)):
+        again = {20, 25} if isinstance(asked, Rewarmup) else set()
+        assert (asked.warmup_tokens, asked.peak, asked.decay, asked.fall) == (10, peak, decay, fall)
+        assert set(asked.edges([1])) == edges | again
+        assert set(asked.rewarmup or ()) == again
+        assert asked.power is (schedule if isinstance(schedule, Power) else None)
+        assert [asked.at_cap(n, 1) for n in (0, 15, 17)] == [isinstance(schedule, Power)] * 2 + [False]
+        rates = [asked(tokens=n, batch=1) for n in range(100)]
+        assert max(rates) == pytest.approx(peak)
+        if fall is not None:
+            assert rates[fall[0]] > rates[fall[0] + 1] > rates[fall[1] - 1] > rates[fall[1]] == rates[fall[1] + 1]
+    assert WITH_DECAY == ("power", "wsd")
+    assert {type(each) for each in ALL} | {Rewarmup} == set(Schedule.__args__)
 
 
 # ---------------------------------------------------------------- refusals

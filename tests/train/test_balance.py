@@ -9,7 +9,7 @@ from transformers.models.granitemoe.modeling_granitemoe import load_balancing_lo
 
 from powertrain.data.loader import IGNORE_INDEX
 from powertrain.train.balance import Balance
-from powertrain.train.config import BalanceConfig, Config
+from powertrain.train.config import BalanceConfig, Config, ModelConfig
 from powertrain.train.loss import LanguageModelLoss, Outputs
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 3, 5, 2, 40
@@ -21,7 +21,8 @@ def alone(tensor: Tensor) -> Tensor:
 
 
 def make(scope: str, pool: str = "layer", layers: int = LAYERS, experts: int = EXPERTS, reduce=alone) -> Balance:
-    return Balance(BalanceConfig(scope=scope, pool=pool), layers, experts, reduce)
+    model = ModelConfig(num_hidden_layers=layers, num_local_experts=experts)
+    return Balance(Config(model=model, balance=BalanceConfig(scope=scope, pool=pool)), reduce)
 
 
 def draw(seed: int, tokens: int = TOKENS) -> Tensor:
@@ -271,7 +272,8 @@ def test_gradient_flows_only_through_probabilities(scope: str, pool: str) -> Non
 def test_a_dense_model_has_neither_loss() -> None:
     empty = torch.zeros(0, 0)
     for scope in ("lagged", "accumulated", "dp", "micro"):
-        balance = Balance(BalanceConfig(scope=scope), 0, 0, alone)
+        model = ModelConfig(model_type="granite", num_hidden_layers=3, num_local_experts=8)
+        balance = Balance(Config(model=model, balance=BalanceConfig(scope=scope)), alone)
         losses = balance.losses(Outputs(torch.zeros(()), torch.tensor(1), empty, empty, torch.zeros(0)), 8)
         assert [loss.item() for loss in losses] == [0.0, 0.0]
         assert balance.end_step(skipped=False).numel() == 0
@@ -288,7 +290,7 @@ def gradients(config: Config, loss: LanguageModelLoss, micro: int) -> dict[str, 
     positions = torch.arange(16).repeat(8, 1)
     positions[:, 6:] -= 6
     targets = (labels != IGNORE_INDEX).sum()
-    balance = Balance(config.balance, 3, 8, alone)
+    balance = Balance(config, alone)
     balance.previous = torch.arange(24).reshape(3, 8)
     loss.zero_grad()
     for first in range(0, 8, micro):

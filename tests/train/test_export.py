@@ -23,6 +23,7 @@ from powertrain.train.export import generate
 # Settings that another reader of config.json can miss; the dense model has two matrices for its vocabulary.
 SETTINGS = {
     "moe": ["model.rope_theta=500000", "model.num_key_value_heads=1"],
+    "shared": ["model.model_type=granitemoeshared", "model.shared_intermediate_size=16", "model.rope_theta=500000"],
     "dense": ["model.model_type=granite", "model.tie_word_embeddings=false", "model.rope_theta=500000"],
 }
 
@@ -162,7 +163,7 @@ torch.save([transformers.__version__, tokenizer(text)["input_ids"], output, toge
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", ["moe", "shared", "dense"])
 def test_a7_transformers_4_and_5_read_an_export_alike(
     kind: str, run: Callable[..., Path], tmp_path: Path, transformers_4: Path
 ) -> None:

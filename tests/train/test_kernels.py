@@ -121,10 +121,10 @@ def test_an_expert_that_a_token_does_not_use_is_not_spoiled_by_it() -> None:
     assert gate_up.grad[1].isfinite().all() and down.grad[1].isfinite().all()
 
 
-def test_rows_come_in_few_sizes_with_little_filling() -> None:
+def test_rows_come_in_few_sizes_with_little_padding() -> None:
     counts = range(1, 1 << 16)
-    sizes = [experts._filled(count) for count in counts]
-    assert experts._filled(0) == 0
+    sizes = [experts._padded(count) for count in counts]
+    assert experts._padded(0) == 0
     assert all(0 <= size - count < max(experts.ROWS, count / 16) for size, count in zip(sizes, counts, strict=True))
     assert len(set(sizes)) < 150  # oneDNN keeps 1024 compiled products, and there are five of each size
 

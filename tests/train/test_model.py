@@ -191,7 +191,7 @@ def test_aux_coefficient_makes_transformers_loss_ours_at_balance(
         loss.model(input_ids=ids, labels=ids, output_router_logits=asked).loss for asked in (False, True)
     )
     outputs = loss(ids, ids, torch.arange(16).expand(2, 16))
-    ours, _ = Balance(config.balance, 3, 8, reduce=lambda t: t).losses(outputs, batch_tokens=32)
+    ours, _ = Balance(config, reduce=lambda t: t).losses(outputs, batch_tokens=32)
     torch.testing.assert_close(ours, torch.tensor(3.0))  # one a layer
     torch.testing.assert_close(with_aux - plain, 0.07 * ours, rtol=1e-5, atol=2e-6)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from powertrain.schedulers import Schedule
 from powertrain.train import folder, resume, track
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
@@ -217,6 +216,7 @@ def test_a_run_of_ten_billion_steps_is_compared_at_once(small_config: Callable[.
         class Counting:
             warmup_tokens = schedule.warmup_tokens
             phase = schedule.phase
+            edges = schedule.edges
 
             def __call__(self, *, tokens: int, batch: float) -> float:
                 asked.append(tokens)
@@ -232,19 +232,6 @@ def test_a_run_of_ten_billion_steps_is_compared_at_once(small_config: Callable[.
     resume.check_steps_taken(then, now, State(tokens=128 * 10**10), {})
     assert max(asked) == 128 * (10**10 - 1)
     assert len(asked) < 200
-
-
-def test_all_schedules_have_their_edges_listed() -> None:
-    """A schedule of another kind would be compared across edges that `resume._edges` does not know."""
-    from powertrain import schedulers
-
-    assert set(Schedule.__args__) == {
-        schedulers.Power,
-        schedulers.WSD,
-        schedulers.Cosine,
-        schedulers.Constant,
-        schedulers.Rewarmup,
-    }
 
 
 # ------------------------------------------------------------------------------------------- records that are changed

@@ -3,7 +3,7 @@
     y = Σ_k w_k · (silu(x·G_k) ∘ (x·U_k)) · D_k        over the top-k experts of a token
 
 One expert after the other, in scratch memory that stays in the cache: at these sizes memory, not arithmetic, sets
-the pace. An expert's rows are filled up to one of few sizes with rows of weight 0, because oneDNN compiles a bf16
+the pace. An expert's rows are padded to one of few sizes with rows of weight 0, because oneDNN compiles a bf16
 product for every shape that it has not met, which takes longer than the product. What surrounds the products are
 gathers of rows, so nothing is added where two rows could meet, and the result does not depend on the number of
 threads. The routing weight multiplies the activations, not the outputs: they are the narrower ones. Of a pass only
@@ -44,7 +44,7 @@ class _SortedExperts(torch.autograd.Function):
         scratch = _scratch(hidden, sizes, hidden.shape[1], width)
         for expert, of, (x, a) in _each(sizes, *scratch):
             torch.index_select(hidden, 0, token[of], out=x)
-            x[counts[expert] :] = 0  # a filling row's activations may overflow, and 0 times that is not 0
+            x[counts[expert] :] = 0  # a padding row's activations may overflow, and 0 times that is not 0
             gate, up = torch.mm(x, gate_up_proj[expert].T, out=gate_up[of]).chunk(2, dim=-1)
             aten.silu.out(gate, out=a).mul_(up).mul_(row_weights[of])
             torch.mm(a, down_proj[expert].T, out=outputs[of])
@@ -80,23 +80,23 @@ class _SortedExperts(torch.autograd.Function):
 
 
 def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
-    """Where the row of each assignment lies, (T, K), how many each expert has, and how many rows with filling.
+    """Where the row of each assignment lies, (T, K), how many each expert has, and how many rows with padding.
 
-    Rows are in the order of experts, then of tokens, then filling.
+    Rows are in the order of experts, then of tokens, then padding.
     """
     flat = chosen.flatten()
     counts = torch.bincount(flat, minlength=num_experts).tolist()
-    sizes = [_filled(count) for count in counts]
-    filling = torch.tensor([size - count for size, count in zip(sizes, counts, strict=True)], device=flat.device)
-    ahead = filling.cumsum(0) - filling  # rows of filling ahead of each expert
+    sizes = [_padded(count) for count in counts]
+    padding = torch.tensor([size - count for size, count in zip(sizes, counts, strict=True)], device=flat.device)
+    ahead = padding.cumsum(0) - padding  # rows of padding ahead of each expert
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device) + ahead[flat[order]]
     return place.view_as(chosen), counts, sizes
 
 
-def _filled(count: int) -> int:
-    """`count`, up to the next multiple of ROWS and of a sixteenth of its power of two: few sizes, little filling."""
+def _padded(count: int) -> int:
+    """`count`, up to the next multiple of ROWS and of a sixteenth of its power of two: few sizes, little padding."""
     step = max(ROWS, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
@@ -122,7 +122,7 @@ def _sums_of_rows(rows: Tensor, place: Tensor) -> Tensor:
 
 @torch.compiler.disable  # the sizes of its products are those of the batch
 def sorted_experts(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """(T, H) outputs of Transformers' GraniteMoeExperts for (T, H) tokens and their (T, K) experts and weights."""
+    """(T, H) outputs of the experts of a Transformers model for (T, H) tokens and their (T, K) experts and weights."""
     return _SortedExperts.apply(hidden, top_k_index, top_k_weights, experts.gate_up_proj, experts.down_proj)
 
 

@@ -1,27 +1,43 @@
-"""From a run's configuration to Transformers' GraniteMoe or Granite, on any device, without weights."""
+"""From a run's configuration to Transformers' model of its family, and back, on any device, without weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
+from torch import nn
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    GraniteMoeSharedConfig,
+    GraniteMoeSharedForCausalLM,
+)
 from transformers.initialization import no_init_weights
 from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from powertrain.train.config import ModelConfig
 from powertrain.train.errors import ConfigError
 from powertrain.train.model import experts, mup
 
 if TYPE_CHECKING:
     from powertrain.train.config import Config
 
-CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM
+HFConfig = GraniteConfig | GraniteMoeConfig | GraniteMoeSharedConfig
+CausalLM = GraniteForCausalLM | GraniteMoeForCausalLM | GraniteMoeSharedForCausalLM
+CLASSES: dict[str, Any] = {
+    "granite": GraniteForCausalLM,
+    "granitemoe": GraniteMoeForCausalLM,
+    "granitemoeshared": GraniteMoeSharedForCausalLM,
+}
 
 
-def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
+def transformers_config(config: Config) -> HFConfig:
     """The Transformers configuration of the run's model, muP's multipliers in their fields."""
     model = config.model
     fields: dict[str, Any] = {
@@ -42,17 +58,26 @@ def transformers_config(config: Config) -> GraniteConfig | GraniteMoeConfig:
         "eos_token_id": None,
         **mup.multipliers(config),
     }
-    if model.model_type == "granite":
-        return GraniteConfig(**fields)
-    return GraniteMoeConfig(
-        **fields,
-        num_local_experts=model.num_local_experts,
-        num_experts_per_tok=model.num_experts_per_tok,
-        # Transformers' loss pools the layers and is top_k at balance where ours sums them and is one a layer.
-        router_aux_loss_coef=(
-            config.balance.router_aux_loss_coef * model.num_hidden_layers / model.num_experts_per_tok
-        ),
-    )
+    if model.is_moe:
+        fields |= {
+            "num_local_experts": model.num_local_experts,
+            "num_experts_per_tok": model.num_experts_per_tok,
+            # Transformers' loss pools the layers and is top_k at balance where ours sums them and is one a layer.
+            "router_aux_loss_coef": (
+                config.balance.router_aux_loss_coef * model.num_hidden_layers / model.num_experts_per_tok
+            ),
+        }
+    if model.shared_size:
+        fields["shared_intermediate_size"] = model.shared_size
+    described: HFConfig = CLASSES[model.model_type].config_class(**fields)
+    return described
+
+
+def described(hf_config: Any) -> dict[str, Any]:
+    """The settings of `model` that a Transformers configuration of one of the families has."""
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    values = {name: getattr(hf_config, name) for name in names if hasattr(hf_config, name)}
+    return {**values, "rope_theta": float(hf_config.rope_parameters["rope_theta"])}
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
@@ -61,11 +86,35 @@ def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     On the meta device nothing is allocated, which is enough to count.
     """
     hf_config = transformers_config(config)
-    model_class = GraniteForCausalLM if config.model.model_type == "granite" else GraniteMoeForCausalLM
+    model_class = CLASSES[config.model.model_type]
     with torch.device(device), no_init_weights():
         model: CausalLM = model_class._from_config(hf_config, dtype=torch.float32, **implementations(config, device))
-    model.tie_weights()  # which is left out together with the initialisation
+    model.tie_weights()  # which is skipped together with the initialisation
     return model
+
+
+def shape_of(config: Config) -> str:
+    """The sizes of the model, for its card."""
+    model = config.model
+    parts = [
+        f"{model.num_hidden_layers} layers",
+        f"hidden size {model.hidden_size}",
+        f"{model.num_attention_heads} heads",
+    ]
+    if model.is_moe:
+        parts += [f"{model.num_local_experts} experts of {model.intermediate_size}", f"top-{model.num_experts_per_tok}"]
+    if model.shared_size:
+        parts.append(f"a shared expert of {model.shared_size}")
+    return ", ".join(parts)
+
+
+def moe_blocks(module: nn.Module) -> list[Any]:
+    """The blocks with a router and its experts in `module`, in the order of the layers.
+
+    By what they have, not by a class's name: a family whose blocks were missed would train without balance, and could
+    hang under ZeRO-3.
+    """
+    return [block for block in module.modules() if hasattr(block, "router") and hasattr(block, "experts")]
 
 
 def implementations(config: Config, device: torch.device | str) -> dict[str, str]:
@@ -73,8 +122,8 @@ def implementations(config: Config, device: torch.device | str) -> dict[str, str
     model = config.model
     attention = attention_implementation(model.attn_implementation, device, config.precision, model.attention_dropout)
     chosen = {"attn_implementation": attention}
-    if config.model.model_type == "granitemoe":
-        chosen["experts_implementation"] = experts_implementation(config.model.experts_implementation, device)
+    if model.is_moe:
+        chosen["experts_implementation"] = experts_implementation(model.experts_implementation, device)
     return chosen
 
 
@@ -101,7 +150,7 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
         )
     if attention == "flash_attention_3" and config.model.attention_dropout:
         raise ConfigError(
-            f"model.attention_dropout is {config.model.attention_dropout}, which FlashAttention 3 would leave out. "
+            f"model.attention_dropout is {config.model.attention_dropout}, which FlashAttention 3 would ignore. "
             "Name flash_attention_2 or sdpa, or leave the choice to `auto`."
         )
     if attention == "flex_attention" and not _on_gpu(device):
@@ -127,7 +176,7 @@ def attention_implementation(name: str, device: torch.device | str, precision: s
     if name != "auto":
         return name
     if precision == "bf16" and _on_gpu(device):  # it has no float32 kernels
-        if is_flash_attn_3_available() and not dropout:  # which it would leave out
+        if is_flash_attn_3_available() and not dropout:  # which it would ignore
             return "flash_attention_3"
         if is_flash_attn_2_available():
             return "flash_attention_2"

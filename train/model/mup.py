@@ -9,12 +9,14 @@ Table 1 of arXiv 2408.13359, with m_width = hidden_size / base_hidden_size:
 | attention | q_proj, k_proj, v_proj | init_std / √m | η / m | q·k ÷ head size |
 | attention_out | o_proj | init_std / √m | η / m | × residual_multiplier |
 | router | router | init_std / √m | η / m | |
-| gate_up | gate and up of experts or MLP | init_std / √m | η / m | |
+| gate_up | gate and up of experts, shared expert or MLP | init_std / √m | η / m | |
 | down | down_proj of experts or MLP | init_std / √m | η / m | × residual_multiplier |
+| shared_down | output_linear of the shared expert | init_std / √m | η / m | × residual_multiplier |
 | norm | RMSNorm | one | η, no weight decay | |
 
 m is m_width in the `paper` rule. In `fan_in` it is the tensor's own fan-in / base_hidden_size, which differs
-for `down` alone: experts of fixed width keep their fan-in, and `paper` then shrinks their output as m_width^-½.
+for `down` and `shared_down` alone: experts of fixed width keep their fan-in, and `paper` then shrinks their output as
+m_width^-½. A shared expert has a width of its own, hence a row of its own.
 """
 
 from __future__ import annotations
@@ -39,8 +41,12 @@ _PATTERNS = {
     "attention": r"model\.layers\.\d+\.self_attn\.[qkv]_proj\.weight",
     "attention_out": r"model\.layers\.\d+\.self_attn\.o_proj\.weight",
     "router": r"model\.layers\.\d+\.block_sparse_moe\.router\.weight",
-    "gate_up": r"model\.layers\.\d+\.(block_sparse_moe\.experts\.gate_up_proj|mlp\.(gate|up)_proj\.weight)",
+    "gate_up": (
+        r"model\.layers\.\d+\."
+        r"(block_sparse_moe\.experts\.gate_up_proj|shared_mlp\.input_linear\.weight|mlp\.(gate|up)_proj\.weight)"
+    ),
     "down": r"model\.layers\.\d+\.(block_sparse_moe\.experts\.down_proj|mlp\.down_proj\.weight)",
+    "shared_down": r"model\.layers\.\d+\.shared_mlp\.output_linear\.weight",
     "norm": r"model\.(layers\.\d+\.(input|post_attention)_layernorm|norm)\.weight",
 }
 
@@ -141,14 +147,16 @@ def unlike_the_law(config: Config) -> list[str]:
 def table(config: Config) -> dict[str, Row]:
     """The muP table of this configuration, by role."""
     std, m_width = config.model.initializer_range, width_multiplier(config)
-    own = config.model.intermediate_size / config.mup.base_hidden_size
-    m_down = own if config.mup.rule == "fan_in" else m_width
     forward = multipliers(config)
     residual = f"block output × {forward['residual_multiplier']:.4g}"
 
     def internal(m: float, note: str = "") -> Row:
         return Row(std / math.sqrt(m), 1 / m, True, note)
 
+    def down(fan_in: int) -> Row:
+        return internal(fan_in / config.mup.base_hidden_size if config.mup.rule == "fan_in" else m_width, residual)
+
+    shared = config.model.shared_size
     return {
         "embedding": Row(std, 1.0, True, f"× {forward['embedding_multiplier']:.4g}"),
         "head": Row(std, 1.0, True, f"logits ÷ {forward['logits_scaling']:.4g}"),
@@ -156,7 +164,8 @@ def table(config: Config) -> dict[str, Row]:
         "attention_out": internal(m_width, residual),
         "router": internal(m_width),
         "gate_up": internal(m_width),
-        "down": internal(m_down, residual),
+        "down": down(config.model.intermediate_size),
+        **({"shared_down": down(shared)} if shared else {}),
         "norm": Row(None, 1.0, False),
     }
 
