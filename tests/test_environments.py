@@ -94,7 +94,7 @@ def test_a_wheel_works_in_a_folder_full_of_names_that_are_ours(words: Path, tmp_
 
 def test_each_package_has_one_name() -> None:
     """A folder on the path that is a checkout of ours gives no second copy of a module, whose classes are others."""
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # a verb's, run in this process
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}  # of another test
     for name in ("train", "data", "schedulers", "launch", "configs"):
         command = [sys.executable, "-c", f"import {name}"]
         done = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
