@@ -15,6 +15,7 @@ import datetime
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ class Engine:
         if ranks > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             backend, timeout = ("gloo" if on_cpu else None), datetime.timedelta(seconds=config.engine.timeout)
             handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("LOCAL_RANK", "0") == "0":
+            warn_of_unfinished_builds()
         with _joining(ranks, config.engine.timeout):
             self.accelerator = Accelerator(
                 mixed_precision="no",  # precision is ours: see optim.BFloat16Weights
@@ -411,6 +414,23 @@ def _launched() -> int:
         "launcher's to set, with all that processes need to find each other. Unset it for a single process, or start "
         "several with `accelerate launch --num_processes N $(which powertrain) train …`."
     )
+
+
+def warn_of_unfinished_builds() -> None:
+    """Warn of locks on DeepSpeed's extensions, which PyTorch compiles at their first use.
+
+    A build that is killed leaves its lock, and whoever needs the extension then waits for ever, without a word.
+    """
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
+        if (age := time.time() - lock.stat().st_mtime) > 60:  # not one that another rank has just made
+            print(
+                f"Warning: {lock} is {age / 60:,.0f} minutes old. If no other process is compiling that extension of "
+                "DeepSpeed, one that was has been killed, and this run would wait for ever: delete the file.",
+                flush=True,
+            )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ small enough that no token does so in its 20 steps, which they assert; that is w
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from powertrain.train.checkpoint import Stored
 from powertrain.train.compose import composed
+from powertrain.train.engine import warn_of_unfinished_builds
 from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
@@ -135,6 +138,19 @@ def test_bf16_follows_one_process(alone_bf16: Path, tiny: Overrides, tmp_path: P
 
 
 BF16 = 1e-4  # of a loss: some ten times what was seen over these 20 steps
+
+
+def test_a_lock_that_a_killed_build_left_is_pointed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("old", 600), ("new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (time.time() - age,) * 2)
+    warn_of_unfinished_builds()
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"Warning: {tmp_path}/old/lock is 10 minutes old.") and "delete the file" in said
 
 
 @pytest.mark.slow
