@@ -1,4 +1,4 @@
-"""`powertrain VERB` and `python -m powertrain.launch`: what there is to do, and doing it."""
+"""`powertrain` lists the verbs, `powertrain VERB` runs one; `python -m powertrain.launch` is the same."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from powertrain.train import streams
 VERBS = {
     "train": "train a model: +experiment=NAME and Hydra overrides",
     "prepare": "tokenise the corpora of a configuration once, before training",
-    "check": "mup | coordinates | batch | run: see that a configuration, or a run, does what it should",
-    "estimate": "what a run will take before it runs: memory, time, disk, rates, and what would go wrong",
-    "sweep": "train a grid of small models: batch × rate × horizon × model",
-    "fit": "fit the law of the best rate to a sweep, and make a schedule of it",
+    "check": "mup | coordinates | batch | run: verify a configuration, or a run",
+    "estimate": "predict memory, time, disk, learning rates and problems of a run",
+    "sweep": "train small models over batch × learning rate × horizon × model",
+    "fit": "fit the law of the best learning rate to a sweep, and write a schedule",
     "report": "one HTML page of runs, or of a sweep",
     "decay": "branch a decay off a checkpoint of a run",
     "export": "write a checkpoint as a Hugging Face folder",
-    "evaluate": "judge a model: benchmarks beside random choice, bits per byte of a text",
-    "bench": "this machine's speed, beside its own limit and beside transformers.Trainer",
+    "evaluate": "evaluate a model: benchmarks beside random choice, bits per byte of a text",
+    "bench": "this machine's speed, compared with its peak and with transformers.Trainer",
     "generate": "continue a prompt with an exported model",
-    "path": "where accelerate's configurations and Slurm's scripts lie",
+    "path": "print the paths of accelerate's configurations and Slurm's scripts",
     "completion": "bash | zsh: complete verbs, experiments and settings",
 }
 

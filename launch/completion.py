@@ -33,7 +33,7 @@ complete -o default -F _powertrain powertrain
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what a shell has to source."""
+    """Print the script for the shell to source."""
     parser = verb_parser("completion", __doc__)
     parser.add_argument("shell", choices=("bash", "zsh"), help=argparse.SUPPRESS)
     sys.exit(guard(lambda: _completion(parser.parse_args(arguments).shell == "zsh")))

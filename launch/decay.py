@@ -1,4 +1,4 @@
-"""Branch a decay off a checkpoint of a run: the rate falls from where it is there, and the run itself is untouched.
+"""Branch a decay off a checkpoint of a run: the learning rate falls from its value there. The run is not changed.
 
 usage: powertrain decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
        accelerate launch $(which powertrain) decay RUN --at STEP --tokens N …
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--at", type=int, required=True, help="step of one of its checkpoints")
     parser.add_argument("--tokens", type=int, required=True, help="length of the decay")
     parser.add_argument("--shape", choices=SHAPES, default="exponential")
-    parser.add_argument("--floor", type=float, default=0.0, help="what is left at the end, relative to the start")
+    parser.add_argument("--floor", type=float, default=0.0, help="learning rate at the end, over that at the start")
     parser.add_argument("--mixture", help="weights of the corpora during the decay: NAME=WEIGHT,…; default: as before")
     parser.add_argument("--name", help="of the new run, beside its parent; default: PARENT-decay-STEP-TOKENS")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -46,14 +46,14 @@ def branch(options: argparse.Namespace) -> Config:
     """The configuration of the branch.
 
     Raises:
-        ConfigError: there is no such checkpoint, it lies in warmup or in a decay, or a setting cannot be.
+        ConfigError: there is no such checkpoint, it lies in warmup or in a decay, or a setting is invalid.
     """
     from powertrain.train import checkpoint
 
     name = options.name or f"{options.run.resolve().name}-decay-{options.at}-{options.tokens}"
     own = options.run.resolve().parent / name
     place = {"run.name": name, "run.folder": str(own.parent)}
-    if checkpoint.available(own / "checkpoints"):  # it has begun, and needs its parent no more
+    if checkpoint.available(own / "checkpoints"):  # it has begun, and no longer needs its parent
         begun = load(own / "config.yaml", place, options.overrides)
         _check_same(begun, options, own)
         return begun
@@ -72,8 +72,8 @@ def branch(options: argparse.Namespace) -> Config:
     if phase != "trunk":
         steps = [step for step in map(checkpoint.step_of, checkpoint.available(checkpoints)) if step != options.at]
         raise ConfigError(
-            f"Step {options.at} of {options.run} lies in its {phase}: a decay falls from a rate that had been reached "
-            f"and held. {f'Its other checkpoints are of steps {steps}.' if steps else 'It has no other checkpoint.'}"
+            f"Step {options.at} of {options.run} lies in its {phase}: a decay branches off the trunk. "
+            f"{f'Its other checkpoints are of steps {steps}.' if steps else 'It has no other checkpoint.'}"
         )
     if options.tokens <= 0:
         raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
@@ -88,7 +88,7 @@ def branch(options: argparse.Namespace) -> Config:
             "shape": options.shape,
             "floor": options.floor,
         },
-        "data.mixture": parent.stages()[0][1],  # written out: another corpus must not join it
+        "data.mixture": parent.stages()[0][1],  # explicit, so that a corpus added later does not join it
         "data.tokenizer.path": str((options.run / "tokenizer").resolve()),
     }
     if options.mixture:

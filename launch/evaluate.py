@@ -1,4 +1,4 @@
-"""Judge a model: benchmarks by lm-eval beside random choice, and bits per byte of any text.
+"""Evaluate a model: benchmarks by lm-eval beside random choice, and bits per byte of any text.
 
 usage: powertrain evaluate MODEL [--tasks TASK …] [--data DIR] [--text FILE …] [--limit N] [--out FILE] …
 
@@ -8,7 +8,7 @@ examples:
   powertrain evaluate /models/PowerMoE-3b --tasks table6
 
 A task is one of lm-eval's, or table5, table6 or table7: the benchmarks of these tables of arXiv 2408.13359.
-docs/evaluation.md tells what they hold, and how folders of datasets look.
+docs/evaluation.md describes them, and the layout of dataset folders.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
 
-LONGEST_WINDOW = 4096  # tokens: whole logits of a longer one would want tens of GiB
+LONGEST_WINDOW = 4096  # tokens: the logits of a longer one would take tens of GiB
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -62,12 +62,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    # ---- whatever can be wrong, before the model is loaded
+    # ---- everything that can be wrong is checked before the model is loaded
     folder = model_folder(options.model).resolve()
-    # Apart, so that a look at a text does not replace hours of benchmarks.
+    # Separate files, so that scoring a text does not replace hours of benchmarks.
     out = options.out or folder.with_name(f"{folder.name}-{'evaluation' if options.tasks else 'text'}.json")
     if not options.tasks and not options.text:
-        raise ConfigError("Nothing to judge by: name --tasks or --text files, or both. --help shows examples.")
+        raise ConfigError("Nothing to evaluate: name --tasks or --text files, or both. --help shows examples.")
     for name, value in (("--limit", options.limit), ("--batch-size", options.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it is at least 1.")
@@ -81,8 +81,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and not options.confirm_run_unsafe_code:
             raise ConfigError(
-                f"{', '.join(unsafe)}: these tasks run code that the model has written, on this machine. Say so with "
-                "--confirm-run-unsafe-code, inside a container, or leave them out."
+                f"{', '.join(unsafe)}: these tasks run code that the model has written, on this machine. Allow it with "
+                "--confirm-run-unsafe-code, inside a container, or skip these tasks."
             )
 
     from powertrain.train.export import load
@@ -138,33 +138,31 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
 
     The whole text is encoded as training encodes a document, after a beginning-of-text token (or end-of-text, as in
     lm-eval) that is no target. Windows are as long as the model's positions, at most LONGEST_WINDOW; each
-    begins half a window after the one before, and only its targets that were not in that one count. So every token is a
-    target once, and all but those of the first half window see at least half a window.
+    begins half a window after the one before, and only targets that the one before did not have count. So every token
+    is a target once, and all but those of the first half window see at least half a window.
 
     Args:
         raw: UTF-8; `bytes` is its length.
 
     Raises:
-        ConfigError: the tokenizer has neither of these tokens, or cannot write the whole text.
+        ConfigError: the tokenizer has neither of these tokens, or cannot encode the whole text.
     """
     import torch
 
     from powertrain.data.tokenizer import as_text, encode
 
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ConfigError(
-            "The model's tokenizer has no tokenizer.json, without which no model is trained here, either."
-        )
+        raise ConfigError("The model's tokenizer has no tokenizer.json, and without one no model is trained here.")
     text = raw.decode()
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     backend = as_text(tokenizer.backend_tokenizer.to_str())
     encoded = encode(backend, text)
-    # A special token that is written in the text is text: its id is there for what is unknown alone.
+    # A special token written in the text is encoded as text, so these ids stand for unknown text alone.
     unknown = sum(map(encoded.count, {tokenizer.unk_token_id, _unknown_id(backend)}))
     if prefix is None or unknown or not encoded:
         raise ConfigError(
-            f"Bits per byte cannot be told with this tokenizer: of this text's {len(encoded):,} tokens {unknown:,} are "
-            f"unknown, and its end-of-text token is {prefix}. It takes one that has such a token and writes any text."
+            f"Bits per byte cannot be computed with this tokenizer: of this text's {len(encoded):,} tokens {unknown:,} "
+            f"are unknown, and its end-of-text token is {prefix}. It takes one with such a token that encodes any text."
         )
     ids = torch.tensor([prefix, *encoded])
     length = min(getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW, LONGEST_WINDOW)
@@ -193,14 +191,14 @@ def text_loss(model: Any, tokenizer: Any, raw: bytes) -> dict[str, float]:
 
 
 def _unknown_id(backend: Any) -> int | None:
-    """What the tokenizer itself gives for unknown text, whatever its configuration calls it."""
+    """The id that the tokenizer itself gives unknown text, whatever its configuration calls it."""
     model = json.loads(backend.to_str())["model"]
     token = model.get("unk_token")
     return model.get("unk_id") if token is None else backend.token_to_id(token)
 
 
 def _average(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Over what was named and has choices, groups once: acc_norm where a task has it, else acc; and random choice."""
+    """Over the named tasks with choices, a group counting once: acc_norm if a task has it, else acc; random choice."""
     named = [line for line in lines if line["group"] is None and line["random"] is not None]
     if not named:
         return None

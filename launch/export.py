@@ -6,7 +6,7 @@ examples:
   powertrain export runs/quickstart
   powertrain export runs/quickstart --step 200 --out /models/quickstart-200
 
-docs/export.md tells what is in the folder, and how llama.cpp reads it.
+docs/export.md describes the folder, and its conversion for llama.cpp.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import argparse
 
 
 def verb_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose --help is the docstring `doc`, and what its options say.
+    """A parser whose --help is the docstring `doc`, followed by the options.
 
     Hydra's overrides, --config-dir among them, are what `parse_known_args` leaves for `train.cli.composed`.
     """

@@ -1,8 +1,8 @@
-"""Where files of the package lie that are given to other commands: accelerate's configurations, Slurm's scripts.
+"""Print the paths of files in the package for other commands: accelerate's configurations, Slurm's scripts.
 
 usage: powertrain path [NAME]
 
-Without a name, all of them.
+Without a name, it prints all of them.
 
 examples:
   accelerate launch --config_file $(powertrain path zero1) $(which powertrain) train +experiment=moe_1b

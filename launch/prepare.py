@@ -9,7 +9,7 @@ examples:
 
   data.workers=N   processes that tokenise; default: one for each core
 
-A preparation that was killed goes on where it was when the same command is given again.
+After a kill the same command resumes where the preparation was.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ BOUNDARY = "┃end of document┃"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prepare, with a progress bar, and say what was made."""
+    """Prepare, with a progress bar, and print what was made."""
     parser = verb_parser("prepare", __doc__)
     parser.add_argument(
         "--inspect",
         action="store_true",
-        help="also show what is in each corpus: lengths of documents, what was left out, a few windows of text",
+        help="also print each corpus's lengths of documents, skipped records, and samples of text",
     )
     options, overrides = parser.parse_known_args(arguments)
     sys.exit(guard(lambda: _prepare(overrides, options.inspect)))
@@ -60,7 +60,7 @@ def _prepare(overrides: list[str], inspect: bool) -> int:
     try:
         prepared = _with_progress(data)
     except KeyboardInterrupt:
-        print("powertrain: interrupted; the same command goes on from where it was.", file=sys.stderr)
+        print("powertrain: interrupted; the same command resumes where it was.", file=sys.stderr)
         return 130
 
     if prepared.tokenizer_folder is not None:
@@ -119,24 +119,24 @@ def _say_tokenizer(folder: Path) -> None:
 
 
 def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
-    """How often a budget goes through each corpus, or what an epoch is."""
+    """Print the epochs of each corpus in the budget, or the tokens of an epoch."""
     length = data.sequence_length
     windows = {name: windows_in(file.num_tokens, length) for name, file in prepared.train.items()}
     if short := [name for name, count in windows.items() if count < 1]:
         print(
-            f"Warning: {', '.join(short)}: fewer tokens than a window of {length + 1:,} takes, which is "
-            "data.sequence_length + 1; a run refuses that"
+            f"Warning: {', '.join(short)}: fewer tokens than one sequence takes, {length + 1:,} "
+            "(data.sequence_length + 1); a run refuses that"
         )
     for name, file in prepared.validation.items():
         if file.num_tokens <= length:
             print(
-                f"Warning: {name}: its validation split has {file.num_tokens:,} tokens, fewer than a window of "
-                f"{length + 1:,} takes (data.sequence_length + 1); a run does not evaluate it"
+                f"Warning: {name}: its validation split has {file.num_tokens:,} tokens, fewer than one "
+                f"sequence takes, {length + 1:,} (data.sequence_length + 1); a run does not evaluate it"
             )
     if short:
         return
     if budget is None:
-        print(f"an epoch, in windows of data.sequence_length={length:,}:", end=" ")
+        print(f"an epoch, in sequences of data.sequence_length={length:,}:", end=" ")
         print(", ".join(f"{name} {count * length:,} tokens" for name, count in windows.items()))
     else:
         stages = tuple(Stage(*stage) for stage in Config(data=data).stages())
@@ -162,13 +162,13 @@ def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) 
     if folder and (found := skipped_records(name, folder))[2]:
         print(f"  Warning: {found[1]}")
     for kind, skipped in facts["skipped"].items():
-        print(f"  left out, {kind}: {skipped['count']:,}, the first {', '.join(skipped['first'])}")
+        print(f"  skipped, {kind}: {skipped['count']:,}, the first {', '.join(skipped['first'])}")
     if folder and (folder / "skipped.jsonl").exists():
         print(f"  listed in {folder / 'skipped.jsonl'}")
 
 
 def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_folder: Path | None) -> None:
-    """What a split is made of, and a few places of it, the same ones each time."""
+    """Print statistics of a split, and samples of it, the same ones each time."""
     import numpy as np
 
     length = data.sequence_length
@@ -179,9 +179,7 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
         print("    tokens a document: " + ", ".join(f"{name} {value:,}" for name, value in named))
         longer = lengths > length
         share = lengths[longer].sum() / max(file.num_tokens, 1)
-        print(
-            f"    longer than a window of {length:,}: {longer.mean():.1%} of documents, with {share:.1%} of all tokens"
-        )
+        print(f"    longer than a sequence of {length:,}: {longer.mean():.1%} of documents, with {share:.1%} of tokens")
         if empty := int((lengths == 0).sum()):
             print(f"    without any token: {empty:,} documents")
     if tokenizer_folder is None:
@@ -201,7 +199,7 @@ def _inspect(file: TokenFile, size: int | None, data: DataConfig, tokenizer_fold
 
     about, a_token = "", (size or 0) / max(1, file.num_tokens)
     by_token = bytes_of_tokens(tokenizer.backend_tokenizer.to_str())
-    if size is None and by_token is not None:  # a token file does not say, so a sample of it has to
+    if size is None and by_token is not None:  # a token file does not record it, so a sample has to tell
         sampled = np.concatenate([file.tokens[begin:end] for begin, end in places(1000)])
         about, a_token = "about ", by_token[sampled[sampled < len(by_token)]].sum() / max(1, len(sampled))
     if a_token:

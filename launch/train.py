@@ -1,4 +1,4 @@
-"""`powertrain train`: the same as `powertrain train` and `accelerate launch train.py`."""
+"""`powertrain train`: as `accelerate launch train.py`, in one process unless a launcher starts it."""
 
 from powertrain.train.cli import main
 

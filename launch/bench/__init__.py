@@ -1,4 +1,4 @@
-"""How fast this machine trains, beside its own limit and beside transformers.Trainer.
+"""How fast this machine trains, compared with its peak and with transformers.Trainer.
 
 usage: powertrain bench [--rounds N] [--steps N] [--out FILE] [--config-dir DIR] [+experiment=NAME] …
 
@@ -6,7 +6,7 @@ Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, 
 vocabulary 8192, 8 × 512 tokens a step, and one twice as wide; on two cores that takes a quarter of an hour. First
 everything is tried once: our precisions, and Trainer with each of its expert implementations and precisions. Then the
 best of each is measured in turn with the machine's matrix products, round by round, each time in a new process with a
-thread for each core. Our batches hold documents, which attention keeps apart; Trainer sees the same tokens without.
+thread for each core. In our batches attention is masked at document boundaries; Trainer has the same tokens unmasked.
 
 examples:
   powertrain bench
@@ -55,7 +55,7 @@ SHAPES = {
     "hidden 256": (*_SHAPE, "model.hidden_size=256", "model.intermediate_size=128", "model.num_attention_heads=4"),
     "hidden 512": (*_SHAPE, "model.hidden_size=512", "model.intermediate_size=256", "model.num_attention_heads=8"),
 }
-# A run that is never finished, whose schedule is of no interest.
+# A budget that no measurement reaches; the schedule does not matter.
 RUN = ("run.tokens=1_000_000_000_000_000", "run.name=bench")
 OURS = ("powertrain/bf16", "powertrain/fp32")
 EXPERTS, PRECISIONS = ("eager", "grouped_mm", "batched_mm"), ("fp32", "autocast", "bf16")
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = verb_parser("bench", __doc__)
     parser.add_argument("--rounds", type=_positive, default=5, help="measurements of each, in turn")
     parser.add_argument(
-        "--steps", type=_positive, default=4, help="in a measurement, after the first, which is left out"
+        "--steps", type=_positive, default=4, help="in a measurement, after the first, which is discarded"
     )
     parser.add_argument("--out", type=Path, help="write everything measured as JSON")
     sys.exit(guard(lambda: _bench(*parser.parse_known_args(arguments))))
@@ -223,7 +223,7 @@ def write_tokens(prefix: Path, config: Config, least: int) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine and the versions that were measured."""
     import torch
 
     return {
@@ -237,7 +237,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """Its name, and what of its arithmetic decides the speed of products."""
+    """Its name, and the instruction sets that decide the speed of matrix products."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -246,7 +246,7 @@ def _cpu_name() -> str:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """A shape's results, for reading."""
+    """A shape's results as text."""
     peak = ", ".join(f"{dtype} {flops / 1e9:,.0f}" for dtype, flops in measured["peak_flops"].items())
     lines = [
         f"\n{measured['name']}: {measured['flops_per_token'] / 1e6:,.1f} MFLOP a token, "

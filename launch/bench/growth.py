@@ -1,4 +1,4 @@
-"""How a step's cost grows: with tokens seen, the corpus, experts and layers; and that of records with a run's steps.
+"""How the cost of a step grows with tokens seen, corpus, experts and layers, and that of records with a run's steps.
 
 usage: python -m powertrain.launch.bench.growth FOLDER
 
@@ -44,7 +44,7 @@ SEEN = (0, 10**9, 10**10, 10**11, 10**12, 9 * 10**12)  # tokens
 EXPERTS = (8, 16, 32, 64, 128)
 LAYERS = (2, 4, 8, 16)
 RECORDED = (10**3, 10**4, 10**5, 10**6)  # steps
-LOST = 100  # steps behind the checkpoint that a run goes on from
+LOST = 100  # steps after the checkpoint that a run resumes from
 BASE = (*bench.SHAPES["hidden 256"], *bench.RUN)
 SMALL = (*BASE, "model.hidden_size=64", "model.intermediate_size=32", "model.num_hidden_layers=2")
 
@@ -91,24 +91,24 @@ def measured(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def records(folder: Path) -> dict[str, dict[int, float]]:
-    """Seconds, by steps that a run has taken: to go on with its records, for its report, and for `check run` to find
+    """Seconds, by steps that a run has taken: to resume with its records, for its report, and for `check run` to find
     the steps that it replays."""
     runs = {steps: recorded(folder / f"run-{steps}", steps) for steps in RECORDED}
     return {
-        "going on with records, by steps": in_turn({n: going_on(run, n) for n, run in runs.items()}),
+        "resuming with records, by steps": in_turn({n: resuming(run, n) for n, run in runs.items()}),
         "a report, by steps": in_turn({n: timed(partial(runs_page, [run])) for n, run in runs.items()}),
         "steps to replay, by steps": in_turn({n: timed(partial(last_steps, run)) for n, run in runs.items()}),
     }
 
 
 def in_turn(tasks: Mapping[int, Callable[[], float]]) -> dict[int, float]:
-    """The median of each task's seconds over the rounds; one round more, the first, is left out."""
+    """The median of each task's seconds over the rounds; one round more, the first, is discarded."""
     rounds = [{size: task() for size, task in tasks.items()} for _ in range(ROUNDS + 1)][1:]
     return {size: statistics.median(each[size] for each in rounds) for size in tasks}
 
 
 def simulated_corpus(prefix: Path, tokens: int) -> Path:
-    """A token file of zeros, a byte each, that takes no room but its index's."""
+    """A token file of zeros, a byte each, that takes no disk space but its index's."""
     count = tokens // DOCUMENT
     with open(f"{prefix}.idx", "wb") as index:
         index.write(MAGIC + HEADER.pack(VERSION, 1, count, count + 1))
@@ -117,14 +117,14 @@ def simulated_corpus(prefix: Path, tokens: int) -> Path:
         index.write(np.arange(count + 1, dtype="<i8").tobytes())
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(count * DOCUMENT)
-    known = known_fingerprint(TokenFile(prefix), prefix.parent)  # for to read the largest takes hours
+    known = known_fingerprint(TokenFile(prefix), prefix.parent)  # because reading the largest would take hours
     known.parent.mkdir(exist_ok=True)
     known.write_text("0" * 64, encoding="utf-8")
     return prefix
 
 
 class Repeated:
-    """The first `size` tokens of an endless repetition of `tokens`, as far as windows read it."""
+    """The first `size` tokens of an endless repetition of `tokens`; only slices are read."""
 
     def __init__(self, tokens: npt.NDArray[Any], size: int) -> None:
         self.tokens, self.size = tokens, size
@@ -145,8 +145,8 @@ def filled(prefix: Path, words: Path) -> TokenFile:
 
 
 def opening(prefix: Path) -> Callable[[], float]:
-    """What a run does with a prepared corpus when it starts and when it goes on, up to its first batch. The corpus was
-    read whole when it was made."""
+    """What a run does with a prepared corpus when it starts or resumes, up to its first batch. The corpus was hashed
+    when it was made."""
 
     def task() -> float:
         begin = time.perf_counter()
@@ -183,7 +183,7 @@ class Stepping:
 
 
 def passing(config: Config, file: TokenFile) -> Callable[[], float]:
-    """Forward and backward passes without an optimizer step, of a model that is made anew in each round."""
+    """Forward and backward passes without an optimizer step, of a model that is built again in each round."""
 
     def task() -> float:
         ours = assemble(config, file)
@@ -199,7 +199,7 @@ def passing(config: Config, file: TokenFile) -> Callable[[], float]:
 
 
 def forward_backward(config: Config, ours: Ours) -> None:
-    """Those of the first batch."""
+    """A forward and a backward pass of the first batch."""
     ours.engine.optimizer.zero_grad()
     sequences = config.batch.sequences
     samples = to_device(ours.batches.batch(0, sequences), ours.engine.device)
@@ -241,8 +241,8 @@ _LINE = (
 )
 
 
-def going_on(folder: Path, steps: int) -> Callable[[], float]:
-    """What a start does with the records of LOST steps behind its checkpoint, and with settings that have changed."""
+def resuming(folder: Path, steps: int) -> Callable[[], float]:
+    """What a start does with the records of LOST steps after its checkpoint, and with settings that have changed."""
     then, now = composed([*BASE]), composed([*BASE, "run.tokens=2_000_000_000_000_000"])
     state = State(step=steps, tokens=steps * 4096)
     lost = b"".join(line(step) for step in range(steps + 1, steps + 1 + LOST))

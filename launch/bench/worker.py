@@ -1,8 +1,8 @@
-"""One measurement of launch.bench, in a process of its own.
+"""One measurement of `powertrain bench`, in a process of its own.
 
 usage: python -m powertrain.launch.bench.worker BEGIN WHAT [TOKENS STEPS [overrides]]
 
-BEGIN is the time at which it was started. WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`:
+BEGIN is the time at which the process was started. WHAT is `peak`, `powertrain`, or `trainer/EXPERTS/PRECISION`:
 transformers.Trainer on the same model and tokens. Prints one JSON object on the last line.
 """
 
@@ -40,7 +40,7 @@ Clock = Callable[[float | None], None]  # called at the end of a step, with its 
 
 def main() -> None:
     """Measure, and print."""
-    # The same number for all, whatever the environment says.
+    # The same number for all contenders, whatever the environment says.
     torch.set_num_threads(available_cores())
     begin, arguments = float(sys.argv[1]), sys.argv[2:]
     if arguments == ["peak"]:
@@ -58,7 +58,7 @@ def main() -> None:
         losses.append(loss)
 
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:  # better an error here than a machine out of memory
+    if not on_gpu:  # an error in this process, not a machine out of memory
         resource.setrlimit(resource.RLIMIT_DATA, 2 * (psutil.virtual_memory().available,))
     facts: dict[str, Any] = {}
     if what == "powertrain":
@@ -104,7 +104,7 @@ def peak(dtype: torch.dtype) -> float:
 
 @dataclass
 class Ours:
-    """What a step of ours takes, without a run's folder."""
+    """What a step of ours needs, without a run folder."""
 
     engine: Engine
     batches: Batches
@@ -124,16 +124,13 @@ def assemble(config: Config, file: TokenFile) -> Ours:
     return Ours(engine, batches, Balance(config, engine.reduce))
 
 
-def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: int = 0) -> list[float]:
+def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> list[float]:
     """Our own loop: nothing is logged, saved or evaluated.
-
-    Args:
-        seen: tokens that the run has trained on before; a multiple of a step's.
 
     Returns:
         Seconds of each step spent waiting for its batch.
     """
-    ours, state = assemble(config, file), State(samples=seen // config.data.sequence_length, tokens=seen)
+    ours, state = assemble(config, file), State()
     waited = []
     for _ in range(steps):
         record = train_step(config, ours.engine, ours.batches, ours.balance, state)
@@ -143,7 +140,7 @@ def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock, seen: 
 
 
 def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, precision: str, clock: Clock) -> None:
-    """transformers.Trainer with its defaults, on the same windows; `precision` is fp32, autocast or bf16.
+    """transformers.Trainer with its defaults, on the same sequences; `precision` is fp32, autocast or bf16.
 
     `autocast` is Trainer's bf16=True. `bf16` holds weights and moments in bf16: no float32 masters.
     """
@@ -153,7 +150,7 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock(None)
 
-    class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         def __len__(self) -> int:
             return num_windows(file.num_tokens, config.data.sequence_length)
 
@@ -185,7 +182,7 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
             report_to=[],
             disable_tqdm=True,
         )
-        Trainer(model=model, args=settings, train_dataset=Windows(), callbacks=[Clocked()]).train()
+        Trainer(model=model, args=settings, train_dataset=Sequences(), callbacks=[Clocked()]).train()
 
 
 if __name__ == "__main__":

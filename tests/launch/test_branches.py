@@ -87,7 +87,7 @@ def test_a_branch_needs_a_rate_that_is_held(
             if path.name != "step-00000011":
                 shutil.rmtree(path)
         assert decay(str(folder), "--at", str(at), "--tokens", "256") == 2
-        assert "and held. It has no other checkpoint." in capsys.readouterr().err
+        assert "off the trunk. It has no other checkpoint." in capsys.readouterr().err
 
 
 def by_name(*overrides: str) -> Path:

@@ -69,11 +69,11 @@ def test_prepare_says_what_it_made(words: Path, tmp_path: Path, capsys: pytest.C
     assert f"train: {facts['documents']:,} documents, {facts['tokens']:,} tokens, {facts['bytes']:,} bytes" in printed
     epoch = (facts["tokens"] - 1) // 64 * 64
     assert verb("prepare", *arguments, "data.sequence_length=64") == 0
-    assert f"an epoch, in windows of data.sequence_length=64: files {epoch:,} tokens\n" in capsys.readouterr().out
+    assert f"an epoch, in sequences of data.sequence_length=64: files {epoch:,} tokens\n" in capsys.readouterr().out
     assert verb("prepare", *arguments, "data.sequence_length=64", f"run.tokens={3 * epoch}") == 0
     assert f"epochs in run.tokens={3 * epoch:,}: files 3.00\n" in capsys.readouterr().out
     assert verb("prepare", *arguments, "data.sequence_length=99999") == 0
-    assert "Warning: files: fewer tokens than a window of 100,000 takes" in capsys.readouterr().out
+    assert "Warning: files: fewer tokens than one sequence takes, 100,000" in capsys.readouterr().out
     assert verb("prepare", "data=files") == 2
     assert verb("prepare", *arguments, "data.workers=0") == 2
     assert "data.workers is 0" in capsys.readouterr().err
@@ -120,12 +120,12 @@ def test_corpora_of_all_kinds_in_one_file_are_prepared_inspected_and_trained_on(
     assert verb("prepare", *ours, "data.sequence_length=64", "--inspect") == 0
     printed = capsys.readouterr().out
     sections = {name: printed.split(f"\n{name}  ")[1] for name in ("books", "lines", "rows", "arrows", "theirs")}
-    assert "left out, missing_field: 1, the first " + f"{tmp_path}/lines.jsonl.zst:61" in sections["lines"]
-    assert "left out, duplicate: 20" in sections["rows"].split("\narrows  ")[0]
-    assert "left out" not in sections["arrows"]
+    assert "skipped, missing_field: 1, the first " + f"{tmp_path}/lines.jsonl.zst:61" in sections["lines"]
+    assert "skipped, duplicate: 20" in sections["rows"].split("\narrows  ")[0]
+    assert "skipped, " not in sections["arrows"]
     assert "train: 40 documents, 2,440 tokens\n" in sections["theirs"]
     assert "tokens a document: shortest 61, 10% 61, median 61" in sections["theirs"]
-    assert "longer than a window of 64: 0.0% of documents" in sections["theirs"]
+    assert "longer than a sequence of 64: 0.0% of documents" in sections["theirs"]
     assert "about" in sections["theirs"] and "about" not in sections["arrows"].split("\ntheirs  ")[0]
     for name, section in sections.items():
         assert "<|endoftext|>┃end of document┃\n" in section, name
