@@ -1,16 +1,16 @@
-"""Fit the law of the best rate to the ledger of a sweep, and make a schedule of it.
+"""Fit the law of the best learning rate to the ledger of a sweep, and write a schedule.
 
 usage: powertrain fit LEDGER [options]
        powertrain fit LEDGER --predict batch=1024 tokens=1e12
        powertrain fit LEDGER --predict sequences=64 [sequence_length=256] tokens=1e9
 
 examples:
-  powertrain fit runs/tiny/ledger.jsonl                         # what it says, and pictures in law/ beside it
+  powertrain fit runs/tiny/ledger.jsonl                         # the law as text, and plots in law/ beside it
   powertrain fit runs/tiny/ledger.jsonl --name mine --out mine  # and mine/schedule/mine.yaml to train with
   powertrain train --config-dir mine +experiment=quickstart schedule=mine
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
-sweep of constant learning rates with a decay at the end will do. --predict takes the batch in the same units, or as
+sweep of constant learning rates with a decay at the end is enough. --predict takes the batch in the same units, or as
 batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given. Where the sizes of a
 ledger disagree (as they do without muP) it needs `parameters`, too, and --parameters says for how many.
 """
@@ -128,18 +128,18 @@ def _sequence_length(ledger: list[dict[str, Any]]) -> int:
     if len(lengths) != 1:
         found = f"holds {' and '.join(map(str, sorted(lengths)))}" if lengths else "does not tell"
         raise ConfigError(
-            f"--predict sequences=… wants the length of a sequence, and the ledger {found}: add sequence_length=…, or "
+            f"--predict sequences=… needs the length of a sequence, and the ledger {found}: add sequence_length=…, or "
             "give batch=…, in units of 4096 tokens."
         )
     return lengths.pop()
 
 
-# ------------------------------------------------------------------------------------------------------- in words
+# ------------------------------------------------------------------------------------------------------- the text
 
 
 def prediction(law: Law, batch: float, tokens: float, parameters: float | None = None) -> str:
     """The best learning rate for a batch and a horizon with its interval, the critical batch, the regret to expect,
-    what the Power schedule makes of it, and what to doubt."""
+    the Power schedule that follows from it, and warnings."""
     lr = law.chosen.lr(batch, tokens, parameters)
     lines = [
         f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and "
@@ -174,7 +174,7 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
 
 
 def _expected(worth: Worth, away: float) -> str:
-    """The held-out regret of cells as far out."""
+    """The held-out regret of cells that lay as far outside."""
     factor = f"a factor of {math.exp(away):,.3g} outside the sweep" if away else "inside the sweep"
     found = worth.expected(away)
     if found is not None:
@@ -188,7 +188,7 @@ def _expected(worth: Worth, away: float) -> str:
 
 
 def report(law: Law) -> str:
-    """Everything that the fit found, as text."""
+    """The whole fit as text."""
     usable = sum(cell.usable for cell in law.cells)
     at = f"γ at {law.chosen.central_tokens:,.0f} tokens"
     lines = [f"{usable} of {len(law.cells)} (size, horizon, batch) have a best learning rate inside the grid", ""]
@@ -304,7 +304,7 @@ rewarmup: {{start: null, tokens: 0}}
                 "ledger makes a schedule that does not say which parametrisation it belongs to."
             ) from error
         common = {name: value for name, value in own[0].items() if all(other.get(name) == value for other in own)}
-        text += "belongs_to:  # a run whose own differ is told so\n"
+        text += "belongs_to:  # a run with other values warns\n"
         text += "".join(f"  {json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}\n" for k, v in common.items())
     return text
 
@@ -313,7 +313,7 @@ rewarmup: {{start: null, tokens: 0}}
 
 
 def plot(law: Law, folder: Path) -> list[Path]:
-    """The pictures of a law as files."""
+    """Write the plots of a law as files."""
     paths = []
     for name, figure in pictures(law):
         paths.append(folder / f"{name}.png")
@@ -322,7 +322,7 @@ def plot(law: Law, folder: Path) -> list[Path]:
 
 
 def pictures(law: Law) -> Iterator[tuple[str, Any]]:
-    """By name: losses over learning rates, the best of them over batch and tokens, the law with what it is worth."""
+    """By name: losses over learning rates, the best of them over batch and tokens, the law with its held-out regret."""
     from matplotlib import colormaps, lines, ticker
     from matplotlib.figure import Figure
 
@@ -377,14 +377,14 @@ def pictures(law: Law) -> Iterator[tuple[str, Any]]:
 
 
 def over_batch(law: Law, axis: Any) -> None:
-    """The law in one picture: learning rate over batch, a curve a horizon, with the cap and the critical batches."""
+    """The law in one plot: learning rate over batch, a curve a horizon, with the cap and the critical batches."""
     from matplotlib import colormaps, ticker
 
     chosen = law.chosen
     usable = [cell for cell in law.cells if cell.usable]
     horizons, sizes = sorted({cell.tokens for cell in usable}), list(dict.fromkeys(cell.size for cell in usable))
     shades = dict(zip(horizons, colormaps["plasma"](np.linspace(0, 0.85, len(horizons))), strict=True))
-    # Best rates as they would be at the central size, so that one curve stands for all sizes.
+    # Best learning rates scaled to the central size, so that one curve stands for all sizes.
     scale = {
         cell.size: float(chosen.lr(1, 1, cell.parameters).value / chosen.lr(1, 1).value) if cell.parameters else 1.0
         for cell in usable
@@ -411,7 +411,7 @@ def over_batch(law: Law, axis: Any) -> None:
 
 
 def over_splits(law: Law, axis: Any) -> None:
-    """What the law is worth: held-out regret by form, and by what needs no law."""
+    """Held-out regret by form, and of the baselines."""
     if law.worth is None:
         axis.set_visible(False)
         return

@@ -36,7 +36,7 @@ Fields = tuple[tuple[str, float], ...]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     parser = verb_parser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _report(options: argparse.Namespace) -> int:
     folders, out = options.folders, options.out
     out = out or folders[0] / "report.html"
-    if folders[0].is_dir():  # or it is told below that it is no run's
+    if folders[0].is_dir():  # otherwise the error below says what is wrong
         check_output(out)
     if (folders[0] / "ledger.jsonl").exists() and len(folders) == 1:
         text = sweep_page(folders[0])
@@ -61,11 +61,11 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def sweep_page(folder: Path) -> str:
-    """Final losses, what each schedule reaches with one set of numbers, and the curves of the best trials."""
+    """Final losses, what each schedule reaches with one set of hyperparameters, and the curves of the best trials."""
     everything = [_complete(number, line) for number, line in enumerate(read(folder / "ledger.jsonl"), 1)]
     if not everything:
         raise ConfigError(f"{folder / 'ledger.jsonl'} has no trial yet, so there is nothing to show.")
-    ledger = [line for line in everything if line["seed"] == _first_seed(everything)]  # repeats are there for the noise
+    ledger = [line for line in everything if line["seed"] == _first_seed(everything)]  # repeats measure the noise
     parts = [about(ledger), *compared(ledger), *(_law(everything) if len(_schedules(ledger)) == 1 else [])]
     parts += _grids(ledger)
     cells = sorted({_cell(line) for line in ledger}, key=lambda cell: (cell[0], cell[1], cell[2]))
@@ -82,7 +82,7 @@ def sweep_page(folder: Path) -> str:
 
 
 def _complete(place: int, line: Line) -> Line:
-    """With what a ledger made elsewhere may leave out.
+    """The line, with defaults for what a ledger made elsewhere may lack.
 
     Raises:
         ConfigError: something is missing, or is of another kind than a sweep writes.
@@ -91,7 +91,7 @@ def _complete(place: int, line: Line) -> Line:
         raise ConfigError(f"Line {place} of the ledger has no {', '.join(lacking)}: {str(line)[:100]}")
     name = f"{line.get('family', '')} {line.get('hidden_size', '')}".strip()
     line = {"model_name": name, "schedule": "wsd", "seed": 0, "trial": "", **line}
-    if line["loss"] == math.inf or line["loss"] != line["loss"]:  # as some write one that diverged
+    if line["loss"] == math.inf or line["loss"] != line["loss"]:  # as some ledgers record one that diverged
         line["loss"] = None
     for name in ("batch", "tokens", "lr", "a", "b", "seed", "loss", "parameters", "decay_fraction"):
         optional = name not in ("batch", "tokens")
@@ -130,7 +130,7 @@ def about(ledger: Sequence[Line]) -> str:
 
 
 def compared(ledger: Sequence[Line]) -> list[str]:
-    """Each schedule tuned at every horizon and batch, against each with one set of numbers for all of them."""
+    """Each schedule tuned at every horizon and batch, against one set of hyperparameters for all of them."""
     schedules = _schedules(ledger)
     if len(schedules) < 2:
         return []
@@ -162,11 +162,11 @@ def compared(ledger: Sequence[Line]) -> list[str]:
         means = [f"{np.mean(list(above[s].values())):+.4f}" if s in above else "" for s in schedules]
         rows.append(["mean", *[""] * (1 + len(schedules)), *means])
         header = ["batch", "tokens", *(f"{s}, tuned here" for s in schedules)]
-        header += [f"{s}, {_text(fixed[s][0]) or 'no numbers ran everywhere'}" for s in schedules]
+        header += [f"{s}, {_text(fixed[s][0]) or 'none ran everywhere'}" for s in schedules]
         parts += [
             f"<h2>{html.escape(model)}: final validation losses</h2>",
-            "<p class=note>Left, each schedule with the numbers that are best at that very batch and horizon. Right, "
-            "with the one set of numbers whose mean loss over all rows is least: nats above the best of the row. "
+            "<p class=note>Left, each schedule with the hyperparameters that are best at that batch and horizon. "
+            "Right, with the one set whose mean loss over all rows is lowest: nats above the best of the row. "
             "(edge) is the lowest or highest value that was tried: a better one may lie beyond.</p>",
             table(header, rows),
             _over_tokens({s: {c: tuned[s, c]["loss"] - least[c] for c in cells} for s in schedules}, above),
@@ -175,7 +175,7 @@ def compared(ledger: Sequence[Line]) -> list[str]:
 
 
 def _at_edge(ledger: Sequence[Line], best: Line) -> str:
-    """Says when a value is the lowest or highest that was tried in this cell."""
+    """`, edge` if a value is the lowest or highest that was tried in this cell."""
     here = [x for x in ledger if (x["schedule"], _cell(x)) == (best["schedule"], _cell(best))]
     for name, value in _fields(best):
         tried = [x[name] for x in here if name in x]
@@ -185,7 +185,7 @@ def _at_edge(ledger: Sequence[Line], best: Line) -> str:
 
 
 def one_for_all(ledger: Sequence[Line], schedule: str, cells: Sequence[Cell]) -> tuple[Fields, dict[Cell, float]]:
-    """The numbers that were trained in every cell and have the least mean loss, and their losses; or nothing."""
+    """The hyperparameters with the lowest mean loss of those trained in every cell, and their losses; or nothing."""
     losses: dict[Fields, dict[Cell, float]] = {}
     for line in ledger:
         if line["schedule"] == schedule:
@@ -226,7 +226,7 @@ def _over_tokens(tuned: dict[str, dict[Cell, float]], above: dict[str, dict[Cell
 
 
 def _grids(ledger: Sequence[Line]) -> list[str]:
-    """All losses, and the pictures of a two-dimensional grid: the mean over b of each a, and over a of each b."""
+    """All losses, and for a grid over a and b the plots of `over_a_and_b`."""
     parts = []
     for schedule in _schedules(ledger):
         own = [line for line in ledger if line["schedule"] == schedule]

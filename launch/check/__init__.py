@@ -1,14 +1,14 @@
-"""See that a configuration does what it should.
+"""Verify a configuration, or a run.
 
 usage: powertrain check mup|coordinates|batch [+experiment=NAME] [KEY=VALUE …]
        powertrain check run RUN [--steps N]
 
-  mup          each tensor's role, standard deviation asked and measured, rate multiplier, weight decay
+  mup          each tensor's role, expected and measured standard deviation, learning-rate multiplier, weight decay
   coordinates  train a few steps at four widths; no part of the model may change more, or less, as it gets wider
-  batch        one batch split in three ways must give the same gradients, the balance loss included
-  run          files as in their manifests, and the last steps trained again give the same losses
+  batch        one batch split in three ways must give the same gradients, including those of the balance loss
+  run          files match their manifests, and replaying the last steps gives the same losses
 
-Exit status: 0 as it should be, 1 not.
+Exit status: 0 passed, 1 failed, 2 bad usage.
 
 examples:
   powertrain check mup +experiment=powermoe_3b
@@ -27,7 +27,7 @@ from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 
 CHECKS = ("mup", "coordinates", "batch", "run")
-# What a check needs of a run that is not described: any budget, any batch.
+# Without an experiment a check needs some budget and some batch; neither changes what it finds.
 _UNDESCRIBED = ["run.tokens=2_000_000_000", "batch.sequences=8"]
 
 
@@ -41,5 +41,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def described(overrides: list[str]) -> list[str]:
-    """The overrides, with a budget and a batch when no experiment brings them."""
+    """The overrides, with a budget and a batch unless an experiment has them."""
     return overrides if any("experiment=" in each for each in overrides) else [*_UNDESCRIBED, *overrides]

@@ -1,4 +1,4 @@
-"""`check batch`: the same batch in one, two or four parts has to give the same gradients."""
+"""`check batch`: the same batch in one, two or four parts must give the same gradients."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def main(arguments: list[str]) -> int:
     config = composed(described(verb_parser("check batch", __doc__).parse_known_args(arguments)[1]))
     if not config.model.is_moe:
         raise ConfigError(
-            f"check batch is about the balance of experts; model.model_type is '{config.model.model_type}', which has "
-            "none."
+            f"check batch is about the balance of experts; model.model_type '{config.model.model_type}' has none."
         )
     print(f"{'scope':<12} {'split':<6} {'assignments':<12} {'gradient':>10} {'balance gradient alone':>24}")
     passed = True
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> int:
             )
             if scope == "lagged":
                 passed &= same and max(differences) <= 1e-5
-            else:  # or the check could not fail
+            else:  # otherwise the check could not fail
                 passed &= differences[1] > 1e-3
     print(
         "PASS: `lagged` does not depend on how the batch is split, and `micro` does."
@@ -63,7 +62,7 @@ def _gradients(
     length = min(64, config.data.sequence_length)
     shape = (8, length)
     input_ids = torch.randint(config.model.vocab_size, shape, generator=generator)
-    # Each sequence has another number of targets, so a mean of means would show.
+    # Sequences differ in their numbers of targets, so a mean of means would show.
     labels = input_ids.roll(-1, 1).masked_fill(
         torch.arange(length) < torch.arange(8)[:, None] * length // 9, IGNORE_INDEX
     )
@@ -85,5 +84,5 @@ def _gradients(
 
 
 def _relative(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest difference of a tensor, relative to its norm; tensors that the loss does not reach are zero."""
+    """The largest difference of a tensor, relative to its norm; tensors without a gradient are skipped."""
     return max(((a - b).norm() / a.norm()).item() for a, b in zip(reference, other, strict=True) if a.norm() > 0)

@@ -5,11 +5,11 @@ For each tensor W, with W₀ its value at initialisation and x its module's inpu
 | kind | measured, as a root mean square | what it isolates |
 |---|---|---|
 | init | W₀ · √fan-in, or W₀ where the fan-in does not grow | the row's init std |
-| update | (W − W₀)·x over x, after the steps | the row's rate, and the head's ÷ m_width |
+| update | (W − W₀)·x over x, after the steps | the row's learning rate, and the head's ÷ m_width |
 | output | the output after the steps less the output at initialisation | all of it together |
 
-A probe is the slope of log size against log width, which under muP is 0. It fails when it leaves its band for
-any seed. An output depends on every row, so rows are named by init and update where one of these fails.
+A probe is the slope of log size against log width, which under muP is 0. It fails if it leaves its band for any
+seed. An output depends on every row, so rows are named by init and update where one of these fails.
 
 usage: powertrain check coordinates [--plot FILE.png] [KEY=VALUE …]
 """
@@ -47,7 +47,7 @@ BANDS = {"init": 0.25, "update": 0.3, "output": 0.6}  # docs/coordinates.md has 
 
 # A model at the smallest width; the caller's overrides come later and win.
 DEFAULTS = [
-    "run.tokens=10_000_000_000_000",  # longer than any warmup or decay; only the schedule's peak rate is used
+    "run.tokens=10_000_000_000_000",  # longer than any warmup or decay; only the schedule's peak is used
     "model.vocab_size=256",  # the tokens are bytes
     "model.hidden_size=64",
     "model.intermediate_size=32",
@@ -90,7 +90,7 @@ class Result:
     Attributes:
         kind: init, update or output.
         name: the tensor or the output.
-        row: the row of the muP table that it watches.
+        row: the row of the muP table that it probes.
         widths: the hidden sizes.
         sizes: by seed, then by width.
     """
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--plot {plot}: there is no folder '{Path(plot).parent}'. Make it, or name another file.")
     configs = [composed([*DEFAULTS, f"model.model_type={family}", *overrides]) for family in MODELS]
     results = {}
-    # A dict: both are the same where the caller chose the family.
+    # A dict: all are the same where the caller chose the family.
     for family, config in {config.model.model_type: config for config in configs}.items():
         torch.set_num_threads(config.threads or 1)  # the products are small: threads would wait for each other
         results[family] = check(config)
@@ -210,12 +210,12 @@ def _batches(config: Config) -> Tensor:
 
 
 def _train(config: Config, model: granite.CausalLM, rows: dict[str, mup.Row], batches: Tensor) -> None:
-    """STEPS steps at the schedule's peak rate."""
-    rate = config.make_schedule().peak
+    """STEPS steps at the schedule's peak."""
+    lr = config.make_schedule().peak
     balance = Balance(config, lambda counts: counts)
     optimizer = adamw(parameter_groups(model.named_parameters(), rows, config.optimizer), config.optimizer)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_multiplier"]
+        group["lr"] = lr * group["lr_multiplier"]
     loss_of = LanguageModelLoss(model)
     for tokens in batches:  # (B, S)
         labels = nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -265,7 +265,7 @@ def _update(name: str, change: Tensor, initial: dict[str, Tensor], calls: Calls,
 
 
 def _outputs(model: granite.CausalLM, calls: Calls) -> dict[str, list[Tensor]]:
-    """The watched outputs, one tensor a layer."""
+    """The probed outputs, one tensor a layer."""
     head_size = model.config.hidden_size // model.config.num_attention_heads
     outputs = defaultdict(list)
     outputs["embeddings"].append(calls["model.layers.0"][0][0])  # × embedding_multiplier
@@ -306,7 +306,7 @@ def _as_text(family: str, results: list[Result]) -> str:
 
 
 def draw(results: dict[str, list[Result]], path: str) -> None:
-    """A PNG of sizes against width, mean over the seeds; as steep as the edge of the grey is out of the band."""
+    """A PNG of sizes against width, mean over the seeds; a curve steeper than the grey area leaves its band."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 4 * len(results)), layout="constrained")

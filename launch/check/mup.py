@@ -1,4 +1,4 @@
-"""`check mup`: what each tensor is, and whether it begins and is trained as the muP table says."""
+"""`check mup`: each tensor's role, and whether its initialisation and learning rate are those of the muP table."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from powertrain.train.model import granite, mup
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; 1 when a measured standard deviation is not the one asked for, or a multiplier is not set."""
+    """Print the table; 1 if a measured standard deviation is not the expected one, or a multiplier is not set."""
     config = composed(described(verb_parser("check mup", __doc__).parse_known_args(arguments)[1]))
     rows = mup.table(config)
     model = granite.build(config, "meta")
     groups = optim.parameter_groups(model.named_parameters(), rows, config.optimizer)
     decays = {group["name"]: group["weight_decay"] for group in groups}
     table = Table(title=f"muP, rule '{config.mup.rule}', m_width {mup.width_multiplier(config):g}")
-    for heading in ("tensor", "role", "shape", "std asked", "std measured", "rate ×", "weight decay", "forward"):
+    for heading in ("tensor", "role", "shape", "expected std", "measured std", "lr ×", "weight decay", "forward"):
         table.add_column(heading, justify="right" if "std" in heading or "×" in heading else "left")
     wrong = []
     for name, meta in model.named_parameters():
         role = mup.role_of(name)
         row = rows[role]
         weight = mup.initial_value(name, meta.shape, rows, config.run.seed)
-        asked, measured = row.std or 0.0, weight.std(correction=0).item()
+        expected, measured = row.std or 0.0, weight.std(correction=0).item()
         # A sample's standard deviation scatters by 1/√(2N) around the true one.
-        if abs(measured - asked) > 5 * asked / (2 * weight.numel()) ** 0.5:
-            wrong.append(f"{name} has a standard deviation of {measured:.4g} instead of {asked:.4g}")
+        if abs(measured - expected) > 5 * expected / (2 * weight.numel()) ** 0.5:
+            wrong.append(f"{name} has a standard deviation of {measured:.4g} instead of {expected:.4g}")
         table.add_row(
             name,
             role,
             "×".join(map(str, meta.shape)),
-            f"{asked:.4g}" if row.std else "ones",
+            f"{expected:.4g}" if row.std else "ones",
             f"{measured:.4g}" if row.std else f"mean {weight.mean().item():g}",
             f"{row.rate_multiplier:.4g}",
             f"{decays[role]:g}",

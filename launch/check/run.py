@@ -1,4 +1,4 @@
-"""`check run RUN`: are its files whole, and does training from a checkpoint give again what metrics.jsonl says?
+"""`check run RUN`: are its files intact, and does replaying its last steps give the losses in metrics.jsonl?
 
 usage: powertrain check run RUN [--steps N]
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         if wrong := checkpoint.faults(path):
             print(f"FAIL: {path}: {'; '.join(wrong)}")
             return 1
-    print(f"{len(found)} checkpoint(s) whole, byte for byte.")
+    print(f"{len(found)} checkpoint(s) intact, byte for byte.")
 
     metrics = options.run / "metrics.jsonl"
     last = next((line["step"] for line in read_back(metrics)), 0)
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{metrics} has no step to replay.")
     parent = resume.parent(options.run)
     before = [path for path in [*([parent] if parent else []), *found] if checkpoint.step_of(path) < last]
-    # A second warmup says nothing of the steps before it.
+    # With a second warmup the configuration does not give the learning rates of the steps before it.
     begins = config.rewarmup_start or 0
     before = [path for path in before if checkpoint.load_state(path).tokens >= begins]
     early_enough = [path for path in before if checkpoint.step_of(path) <= last - options.steps]
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     start_from = candidates[-1] if candidates else None
     if start_from is None and (parent is not None or begins or last > options.steps):
         raise ConfigError(
-            f"{options.run} has no checkpoint before its last step {last}, and beginning anew would take {last} steps "
+            f"{options.run} has no checkpoint before its last step {last}, and starting over would take {last} steps "
             f"instead of {options.steps}. Ask for --steps {last}, or keep more checkpoints (checkpoint.keep)."
         )
 
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
         if same_machine
         else f"to {TOLERANCE[config.precision]}, with other ranks, threads, kernels or hardware than the run's"
     )
-    print(f"PASS: steps {first} to {last} give the same tokens, samples and rates, and the same losses {how}.")
+    print(f"PASS: steps {first} to {last} give the same tokens, samples and learning rates, and the same losses {how}.")
     return 0
 
 
@@ -113,5 +113,5 @@ def _difference(line: dict[str, Any] | None, record: dict[str, Any], tolerance: 
 def _alike(was: Any, now: float | None, tolerance: float) -> bool:
     try:
         return was == now or (now is not None and abs(now - was) <= tolerance * abs(was))
-    except (TypeError, OverflowError):  # no number, or none that could be a loss
+    except (TypeError, OverflowError):  # not a number, or one too large for a float
         return False

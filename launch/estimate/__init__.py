@@ -1,13 +1,13 @@
-"""What a run will take, before anything runs: memory, time, money, disk, its rates, and what would go wrong.
+"""Predict memory, time, cost, disk, learning rates and problems of a run before it starts.
 
 usage: powertrain estimate [+experiment=NAME] [KEY=VALUE …] [cluster.KEY=VALUE …] [--plot FILE] [--ramp]
 
-Nothing is trained or prepared. Memory is counted by running a step's own code on tensors without contents.
+Nothing is trained or prepared. Memory is counted by running the step's own code on tensors without contents.
 
-  cluster.gpu=H100            H100 | H200 | A100 | L40S | B200 | cpu (this machine); or give what follows
+  cluster.gpu=H100            H100 | H200 | A100 | L40S | B200 | cpu (this machine); or give the next two
   cluster.memory=80e9         bytes of a GPU             cluster.peak=989e12   its dense bf16 FLOP/s
   cluster.gpus=1              in all                     cluster.gpus_per_node=8
-  cluster.mfu=0.4             share of the peak that is taken to be reached
+  cluster.mfu=0.4             share of the peak that a run is assumed to reach
   cluster.price=2.5           of a GPU and hour; without it there is no line about cost
   cluster.write=1e9           bytes a second to run.folder, all ranks together
   cluster.failure_hours=50677 of one GPU, between failures      cluster.restart_minutes=15  lost beside steps
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the estimate."""
     parser = verb_parser("estimate", __doc__)
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="the rate, the batch and the critical batch over tokens"
+        "--plot", type=Path, metavar="FILE", help="plot learning rate, batch and critical batch over tokens"
     )
     parser.add_argument(
         "--ramp",
@@ -88,7 +88,7 @@ def _estimate(overrides: list[str], plot: Path | None, ramp: bool) -> int:
 
 
 def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[str], list[str]]:
-    """Print everything; errors and warnings."""
+    """Print all sections, and return errors and warnings."""
     from powertrain.launch.estimate.memory import USABLE, memory_section
     from powertrain.train import metrics
     from powertrain.train.model import mup

@@ -19,7 +19,7 @@ FAILURE_HOURS = 54 * 24 * 16_384 / 419
 
 @dataclass
 class Cluster:
-    """What a run is to have; see the module."""
+    """The machines, and what is assumed of them; `powertrain estimate --help` describes the fields."""
 
     gpu: str = "H100"
     gpus: int = 1

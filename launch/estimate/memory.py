@@ -1,8 +1,8 @@
-"""How much memory a training step takes, counted without taking it.
+"""The peak memory of a training step, counted without taking the step.
 
 The step's own code runs on tensors that have shapes and no contents (PyTorch's FakeTensorMode), and every storage is
-counted while it lives. So what autograd keeps, what a loss by chunks or activation checkpointing saves, and when a
-gradient appears are not formulas that may be forgotten when the code changes. What DeepSpeed and DDP keep beside it is.
+counted while it lives. So what autograd keeps, what the chunked loss or activation checkpointing saves, and when a
+gradient appears are not formulas, which a change of the code would make wrong. DeepSpeed's and DDP's own memory is.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ USABLE = 0.9
 
 
 class Peaks(NamedTuple):
-    """Bytes at their most, by part; moments are not among them.
+    """Peak bytes by part, without the moments.
 
     Attributes:
         whole: with masters, and with whole gradients that are kept until the step.
-        rest: without both.
+        rest: without either.
     """
 
     whole: Counter[str]
@@ -58,11 +58,11 @@ class Peaks(NamedTuple):
 
 
 class Tally(TorchDispatchMode):
-    """Bytes of the storages that live at once, by the part that they were made in or that they were moved to.
+    """Bytes of the storages that live at once, by the part in which they were allocated or to which they were moved.
 
     Attributes:
-        part: what is made from now on belongs to it.
-        peak: the most bytes so far, by part.
+        part: to which new storages belong.
+        peak: the peak bytes so far, by part.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Tally(TorchDispatchMode):
         self._compare()
 
     def peaks(self) -> Peaks:
-        """Those since it was last asked."""
+        """The peaks since the last call."""
         peaks = Peaks(self.peak, _without(self.rest, "masters", "gradients"))
         self.peak, self.rest = self.now.copy(), self.now.copy()
         return peaks
@@ -135,7 +135,7 @@ class Tally(TorchDispatchMode):
 
 
 class Passes:
-    """A micro-batch's passes on each of so many ranks, counted when they are asked for, once."""
+    """The peaks of a micro-batch's passes on each of `ranks` ranks, counted at the first use."""
 
     def __init__(self, config: Config, ranks: int, gpu: bool) -> None:
         self._arguments = config, gpu, config.batch.sequences > ranks * config.batch.micro_sequences
@@ -149,7 +149,7 @@ class Passes:
 
 
 def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int = BUCKET) -> Counter[str]:
-    """Bytes that a step takes on each GPU at its most, by PARTS.
+    """Peak bytes of a step on each GPU, by PARTS.
 
     Args:
         engine: plain, ddp, zero1, zero2, zero3 or zero3_offload.
@@ -161,10 +161,10 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
     accumulating = config.batch.sequences > ranks * config.batch.micro_sequences
     shapes = [parameter.shape for parameter in granite.build(config, "meta").parameters()]
     count = sum(shape.numel() for shape in shapes)
-    part = -(-count // ranks)  # of what ZeRO shares out
+    part = -(-count // ranks)  # of what ZeRO shards
     forward, backward = passes.of(sharded)
     reduced = min(count, bucket)  # elements that DeepSpeed reduces at a time
-    later = 1 - reduced / count  # share of a backward pass that is to come when it first does
+    later = 1 - reduced / count  # share of a backward pass that is left at the first reduction
 
     if engine == "plain":
         return _most(forward.whole, backward.whole) + Counter(moments=8 * count)
@@ -182,7 +182,7 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
             first, second = forward.rest, backward.rest
             waiting = Counter(backward=2 * count) if bf16 else backward.rest  # gradients of the copies come last
             reducing += Counter(buffers=4 * reduced) + _times(waiting, later)
-        # They are made when the first gradient is there, which that of a copy is only after all layers.
+        # They are allocated with the first gradient; that of a copy comes only after all layers.
         if accumulating:
             first += buffers
         if accumulating or not bf16:
@@ -217,8 +217,8 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
 
     Args:
         gpu: count the kernels that a run takes on a GPU, or those of a CPU; see `kernels`.
-        accumulating: there are gradients of a micro-batch before it.
-        sharded: as ZeRO 3 runs it, on working weights that are nobody's copies.
+        accumulating: gradients of an earlier micro-batch exist.
+        sharded: as ZeRO 3 runs it, on working weights without masters.
     """
     config = copy.deepcopy(config)
     attention, expert_kernel = kernels(config, gpu)
@@ -252,8 +252,8 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
 
 
 def kernels(config: Config, gpu: bool) -> tuple[str, str]:
-    """Attention and experts as they are counted. `auto` on a GPU in bf16 is taken for FlashAttention, which is there
-    when its package is; experts that ask for numbers are taken for grouped_mm."""
+    """Attention and experts as they are counted. `auto` on a GPU in bf16 is counted as FlashAttention, which needs
+    its package there; experts that read values of tensors are counted as grouped_mm."""
     attention, chosen = config.model.attn_implementation, config.model.experts_implementation
     if attention == "auto":
         attention = "flash_attention" if gpu and config.precision == "bf16" else "sdpa"
@@ -266,7 +266,7 @@ _UNMASKED = "unmasked"
 
 
 def _unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-    """What Flash- and FlexAttention keep: inputs, output and log-sum-exps. No mask, and no keys for each head."""
+    """What Flash- and FlexAttention keep: inputs, output and log-sum-exps. No mask, and no keys repeated by head."""
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2), None
 
@@ -275,7 +275,7 @@ AttentionInterface.register(_UNMASKED, _unmasked)
 
 
 def _shapes_alone(gpu: bool) -> contextlib.ExitStack:
-    """Where the code asks for numbers or for the device: experts have equal shares, and the loss has a GPU's pieces."""
+    """Patches where the code reads values or the device: experts get equal shares, and the loss a GPU's chunks."""
 
     def equal_shares(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
         counts = [-(-chosen.numel() // num_experts)] * num_experts
@@ -293,7 +293,7 @@ def _shapes_alone(gpu: bool) -> contextlib.ExitStack:
 
 
 def memory_section(console: Console, config: Config, cluster: Cluster) -> str | None:
-    """Print what each engine takes, and what fits; the engine to take, or None."""
+    """Print the memory of each engine, and what fits; return the engine to use, or None."""
     ways = cluster.engines(config)
     limit, micro = USABLE * (cluster.memory or 0), config.batch.micro_sequences
     share = config.batch.sequences // cluster.gpus
@@ -330,10 +330,10 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
     console.print(table)
     attention, experts = kernels(config, cluster.on_gpu)
     console.print(
-        f"At a step's most, on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
+        f"Peak of a step on {cluster.gpus} of them. ✗: over {USABLE:.0%} of {sized(cluster.memory or 0)} {name}. "
         f"Counted with {attention}{f', {experts}, equal shares for all experts' if config.model.is_moe else ''}"
         f"{', activation checkpointing' if config.engine.activation_checkpointing else ''}. copies: working weights; "
-        "backward: gradients on their way; buffers: of DeepSpeed."
+        "backward: gradients in transit; buffers: DeepSpeed's."
     )
     if "zero3_offload" in by_size[micro]:
         host = 16 * metrics.parameters_of(config)["total"] / cluster.gpus * min(cluster.gpus, cluster.gpus_per_node)
@@ -356,7 +356,7 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
 
 
 def command_of(cluster: Cluster, engine: str, micro: int) -> str:
-    """What to paste; the run's own settings follow."""
+    """The command to paste; the run's own settings go where `…` is."""
     if engine == "plain":
         return f"  accelerate launch $(which powertrain) train … batch.micro_sequences={micro}"
     if cluster.gpus <= cluster.gpus_per_node:

@@ -1,4 +1,4 @@
-"""What would go wrong with data, and on this machine."""
+"""Problems with the data, and with the machine."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
         except ConfigError as error:
             errors.append(f"evaluation.tasks: {error}")
     if not data.corpora:
-        return errors, [
-            "No data is named yet, so nothing was looked at; training wants data=NAME, or corpora described."
-        ]
+        return errors, ["No data is named yet, so none was checked; training needs data=NAME, or corpora of your own."]
     for corpus in data.corpora.values():
         for path in (corpus.path, *([corpus.validation_path] if corpus.validation_path else [])):
             try:
@@ -72,7 +70,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
         vocabulary = rows_needed(load_tokenizer(folder))
         whose = f"The tokenizer in {folder}"
     elif data.tokenizer.path is not None:
-        vocabulary = 0  # not known: of the hub
+        vocabulary = 0  # not known: it is on the hub
     if vocabulary > config.model.vocab_size:
         errors.append(
             f"{whose} has {vocabulary:,} tokens, and model.vocab_size is {config.model.vocab_size:,}: set "
@@ -85,7 +83,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
             windows[name] = num_windows(file.num_tokens, length, name)
         except DataError as error:
             errors.append(str(error))
-    # What is not tokenised yet has at most a token a byte, where it is not compressed.
+    # What is not tokenised yet has at most one token a byte, unless it is compressed.
     for name in sorted(set(data.corpora) - set(found.train)):
         if data.corpora[name].source in ("stdlib", "text"):
             windows[name] = sum(path.stat().st_size for path in sources.files(data.corpora[name])) // length
@@ -98,8 +96,8 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
     for name, folder in found.folders.items():
         if (folder / "validation.idx").exists() and (held_out := TokenFile(folder / "validation").num_tokens) <= length:
             warnings.append(
-                f"The validation split of {name} has {held_out:,} tokens, fewer than one window of {length + 1:,}: it "
-                "will not be evaluated."
+                f"The validation split of {name} has {held_out:,} tokens, fewer than the {length + 1:,} that one "
+                "sequence takes: it will not be evaluated."
             )
     many = [skipped_records(name, folder) for name, folder in found.folders.items()]
     warnings += [sentence for _, sentence, is_warning in many if is_warning]
@@ -122,7 +120,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
 
 
 def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list[str], list[str]]:
-    """Errors, which are about this machine where it is the one, and warnings: kernels, disk, checkpoints, nodes."""
+    """Errors and warnings about kernels, disk, checkpoints and nodes; warnings where this is not the run's machine."""
     from powertrain.train.model import granite
 
     errors: list[str] = []
@@ -137,7 +135,7 @@ def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list
     free, needed = shutil.disk_usage(folder).free, CHECKPOINT_BYTES * count * (config.checkpoint.keep + 1)
     if free < needed:
         here.append(
-            f"{folder} has {decimal(free)} free, and {config.checkpoint.keep} checkpoints and one under way take "
+            f"{folder} has {decimal(free)} free, and {config.checkpoint.keep} checkpoints and one being written take "
             f"{decimal(needed)}. Free some, choose another run.folder, or a smaller checkpoint.keep."
         )
     if config.checkpoint.every == 0:

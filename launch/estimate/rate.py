@@ -1,4 +1,4 @@
-"""The learning rate and the batch over a run, and a batch that follows the critical one."""
+"""The learning rate and the batch over a run, and a batch that follows the critical batch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MARKS = " ▁▂▃▄▅▆▇█"
 
 
 def schedule_section(console: Console, config: Config) -> None:
-    """Print the rate where something happens to it, and its curve."""
+    """Print the learning rate at the points where it changes, and its curve."""
     schedule = config.make_schedule()
-    console.rule(f"rate, schedule {config.schedule.get('name')}", align="left")
+    console.rule(f"learning rate, schedule {config.schedule.get('name')}", align="left")
     power = schedule.power
     if power is not None and power.batch_exponent <= 0:
         power = None  # no critical batch
@@ -47,14 +47,14 @@ def schedule_section(console: Console, config: Config) -> None:
 
 
 def curve(config: Config, points: int) -> list[tuple[int, float]]:
-    """(tokens, rate) at equal distances over the run."""
+    """(tokens, learning rate) at equal distances over the run."""
     schedule, start = config.make_schedule(), config.run.tokens_seen
     at = [start + config.run.tokens * number // points for number in range(points)]
     return [(tokens, schedule(tokens=tokens, batch=config.beta(config.sequences_at(tokens)))) for tokens in at]
 
 
 def key_points(config: Config) -> list[tuple[str, int]]:
-    """(what happens, tokens), in the order of the run."""
+    """(event, tokens), in the order of the run."""
     schedule, start, end = config.make_schedule(), config.run.tokens_seen, config.end_tokens
     points = [("start", start), ("end of warmup", schedule.warmup_tokens)]
     points.append(("last step", start + steps_of(config)[1]))
@@ -70,7 +70,7 @@ def key_points(config: Config) -> list[tuple[str, int]]:
 
 
 def cap_release(config: Config) -> float | None:
-    """Clock reading from which on max_lr sets no rate any more: a batch that grows can bring it back."""
+    """Tokens on the clock after which max_lr no longer binds; a batch that grows can make it bind again."""
     if (power := config.make_schedule().power) is None:
         return None
     begins = [(config.run.tokens_seen + tokens, sequences) for tokens, sequences in config.batch_phases()]
@@ -83,21 +83,21 @@ def cap_release(config: Config) -> float | None:
 
 
 def schedule_warnings(config: Config) -> Iterator[str]:
-    """What of a schedule is allowed and seldom meant."""
+    """What is allowed in a schedule, and rarely intended."""
     schedule = config.make_schedule()
     release, decay = cap_release(config), schedule.decay
     trunk_ends = config.end_tokens if decay is None else decay.start
-    warmup = config.trained(schedule.warmup_tokens)  # what of it lies ahead
+    warmup = config.trained(schedule.warmup_tokens)  # the part that lies ahead
     if release is not None and release >= trunk_ends:
         smooth = config.schedule.get("cap") == "smooth"
         rate = "between half of max_lr and all of it to its end" if smooth else "max_lr to its end, as WSD's is"
         yield (
-            f"The cap would release at {human(release)} tokens, and the trunk ends at {human(trunk_ends)}: the rate is "
-            f"{rate}. Train longer, with a smaller batch, or with a higher schedule.max_lr."
+            f"The cap would release at {human(release)} tokens, and the trunk ends at {human(trunk_ends)}: the "
+            f"learning rate is {rate}. Train longer, with a smaller batch, or with a higher schedule.max_lr."
         )
     elif release is not None and release <= schedule.warmup_tokens and warmup > 0:
         smooth = config.schedule.get("cap") == "smooth"
-        rate = "the rate stays below half of max_lr" if smooth else "max_lr is never reached"
+        rate = "the learning rate stays below half of max_lr" if smooth else "max_lr is never reached"
         yield (
             f"The cap would release at {human(release)} tokens, inside the warmup of {human(schedule.warmup_tokens)}: "
             f"{rate}. A shorter schedule.warmup_tokens comes nearer to it."
@@ -107,7 +107,7 @@ def schedule_warnings(config: Config) -> Iterator[str]:
 
 
 def phase_warnings(config: Config) -> Iterator[str]:
-    """Parts of a run that lie behind its end."""
+    """Parts of a run that begin after its end."""
     for name, phases in (("batch.ramp", config.batch.ramp), ("data.stages", config.data.stages)):
         for phase in phases:
             if phase.from_tokens >= config.run.tokens:
@@ -138,7 +138,7 @@ def followed(config: Config, ranks: int) -> list[tuple[int, int]]:
 
     Sizes are what all ranks take at once, batch.micro_sequences each, times powers of two. Each begins with the first
     step at which the critical batch has reached it; the smallest size begins the run, whatever the critical batch is.
-    None is larger than the run's largest batch, and none begins in the decay, whose rate is read at its start.
+    None is larger than the run's largest batch, and none begins in the decay, whose learning rate is that of its start.
     """
     power, seen, length = check_followed(config), config.run.tokens_seen, config.data.sequence_length
     trunk_ends = config.end_tokens if power.decay is None else min(power.decay.start, config.end_tokens)
@@ -151,7 +151,7 @@ def followed(config: Config, ranks: int) -> list[tuple[int, int]]:
             break
         step = before * length
         begin += max(0, -(-(math.ceil(power.cap_release(config.beta(size))) - seen - begin) // step)) * step
-        while power.critical_batch(seen + begin) < config.beta(size):  # by a rounding
+        while power.critical_batch(seen + begin) < config.beta(size):  # by rounding
             begin += step
         if seen + begin >= trunk_ends:
             break
@@ -198,7 +198,7 @@ def ramp_section(console: Console, config: Config, ranks: int) -> None:
 
 
 def draw(config: Config, path: Path) -> None:
-    """The rate over tokens, and the batch with the critical one of a Power schedule, as a picture."""
+    """Plot the learning rate over tokens, and the batch with a Power schedule's critical batch."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

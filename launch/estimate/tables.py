@@ -1,4 +1,4 @@
-"""How the tables of an estimate look."""
+"""The style of an estimate's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a run takes, what it costs and writes, and what failures take of it."""
+"""How long a run takes, what it costs and writes, and the time that failures lose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from powertrain.launch.estimate.cluster import Cluster
 from powertrain.train.config import Config
 from powertrain.train.console import duration, human
 
-COPYING = 10e9  # bytes a second from a GPU to its machine, during which a save has training stand still
+COPYING = 10e9  # bytes a second from a GPU to its machine's memory, while a save pauses training
 CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
 
 
@@ -29,7 +29,7 @@ def steps_of(config: Config) -> tuple[int, int]:
 def time_section(
     console: Console, config: Config, cluster: Cluster, count: int, flops: float, engine: str | None
 ) -> None:
-    """Print time, cost, checkpoints, and what failures take of it."""
+    """Print time, cost, checkpoints, and the time that failures lose."""
     console.rule("time and disk", align="left")
     size = CHECKPOINT_BYTES * count
     steps, _ = steps_of(config)
@@ -39,8 +39,8 @@ def time_section(
     console.print(
         f"checkpoints       {decimal(size)} each ({CHECKPOINT_BYTES} bytes a parameter), {saves:,} of them, every "
         f"{every:,} steps: {decimal(size * saves)} written\n"
-        f"on disk           {decimal(size * most)}: {most:,} "
-        f"at the most, of which checkpoint.keep={config.checkpoint.keep} stay\n"
+        f"on disk           {decimal(size * most)}: at most {most:,}, "
+        f"of which checkpoint.keep={config.checkpoint.keep} stay\n"
         f"writing one       {size / cluster.write:,.0f} s at {cluster.write / 1e9:g} GB/s (cluster.write)"
     )
     if cluster.peak is None:
@@ -49,21 +49,21 @@ def time_section(
     seconds = flops * config.run.tokens / (cluster.gpus * cluster.peak * cluster.mfu)
     a_step = seconds / steps
     sharded = engine is not None and engine.startswith("zero")
-    standing = size / (cluster.gpus if sharded else 1) / COPYING
+    pause = size / (cluster.gpus if sharded else 1) / COPYING
     between = 3600 * cluster.failure_hours / cluster.gpus
     # Young 1974, Daly 2006: the interval at which what saves cost is what failures cost.
-    best = max(math.sqrt(2 * standing * between), size / cluster.write)
+    best = max(math.sqrt(2 * pause * between), size / cluster.write)
     console.print(
         f"training          {duration(seconds)}, {a_step:.2f} s a step, {human(config.run.tokens / seconds)} tokens/s: "
         f"{cluster.gpus} × {cluster.peak / 1e12:,.0f} TFLOP/s at an MFU of {cluster.mfu:g}, which is assumed "
         "(cluster.mfu)"
     )
-    good = goodput(every * a_step, standing, between, cluster.restart_minutes * 60)
+    good = goodput(every * a_step, pause, between, cluster.restart_minutes * 60)
     console.print(
         f"failures          one in {duration(between)}, {seconds / between:.1f} in the run (one of {cluster.gpus} GPUs "
         f"fails every {cluster.failure_hours:,.0f} h)\n"
-        f"saving            every {duration(every * a_step)} as configured, where training stands still for "
-        f"{standing:.2f} s; best every {duration(best)}, checkpoint.every={max(1, round(best / a_step)):,}\n"
+        f"saving            every {duration(every * a_step)} as configured, each pausing training for "
+        f"{pause:.2f} s; best every {duration(best)}, checkpoint.every={max(1, round(best / a_step)):,}\n"
         f"goodput           {good:.2%}: what is left when saves, lost steps and restarts of "
         f"{cluster.restart_minutes:g} min are taken off; {duration(seconds / good)} in all"
     )
@@ -72,7 +72,7 @@ def time_section(
         console.print(f"cost              {hours * cluster.price:,.0f}: {hours:,.0f} GPU hours at {cluster.price:g}")
 
 
-def goodput(interval: float, standing: float, between: float, restart: float) -> float:
-    """Share of the time that trains what stays: a save costs `standing` seconds in each interval, and a failure, every
-    `between` seconds, half an interval and a restart."""
-    return 1 / ((1 + standing / interval) * (1 + (interval / 2 + restart) / between))
+def goodput(interval: float, pause: float, between: float, restart: float) -> float:
+    """Share of the time that trains steps which are kept: a save costs `pause` seconds in each interval, and a failure,
+    every `between` seconds, half an interval and a restart."""
+    return 1 / ((1 + pause / interval) * (1 + (interval / 2 + restart) / between))
