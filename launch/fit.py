@@ -138,7 +138,7 @@ def _sequence_length(ledger: list[dict[str, Any]]) -> int:
 
 
 def prediction(law: Law, batch: float, tokens: float, parameters: float | None = None) -> str:
-    """The best learning rate for a batch and a horizon with its interval, the critical batch, the regret to expect,
+    """The best learning rate for a batch and a horizon with its interval, the critical batch, the expected regret,
     the Power schedule that follows from it, and warnings."""
     lr = law.chosen.lr(batch, tokens, parameters)
     lines = [
@@ -178,11 +178,11 @@ def _expected(worth: Worth, away: float) -> str:
     factor = f"a factor of {math.exp(away):,.3g} outside the sweep" if away else "inside the sweep"
     found = worth.expected(away)
     if found is not None:
-        return f"regret to expect, {factor}: {found[0]:.4f} nats, at worst {found[1]:.4f} ({found[2]} held-out cells)"
+        return f"expected regret, {factor}: {found[0]:.4f} nats, at worst {found[1]:.4f} ({found[2]} held-out cells)"
     farthest = max(max(split.distances) for split in worth.splits)
     mean, worst, count = worth.expected(farthest) or (math.nan, math.nan, 0)
     return (
-        f"regret to expect, {factor}: not known. The farthest cells held out lay a factor of {math.exp(farthest):,.3g} "
+        f"expected regret, {factor}: not known. The farthest cells held out lay a factor of {math.exp(farthest):,.3g} "
         f"outside their fit, with {mean:.4f} nats, at worst {worst:.4f} ({count} cells)"
     )
 

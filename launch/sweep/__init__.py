@@ -1,17 +1,17 @@
-"""Train small models over batch × rate × horizon × model, all or a lean choice: a ledger that `fit` makes a law.
+"""Train small models over batch × learning rate × horizon × model, all or a lean choice: the ledger that `fit` takes.
 
 usage: powertrain sweep +sweep=NAME [KEY=VALUE …] [--pilot | --slurm | --dry-run]
 
 examples:
-  powertrain sweep +sweep=lean                      # minutes: the trials that tell most for their tokens
+  powertrain sweep +sweep=lean                      # minutes: the most informative trials for their tokens
   powertrain sweep +sweep=tiny                      # minutes: a small grid on Python's own standard library
   powertrain sweep +sweep=tiny --dry-run            # which trials, how many tokens; trains nothing
-  powertrain sweep +sweep=tiny --pilot              # the shortest horizon, then hours and the error of b
+  powertrain sweep +sweep=tiny --pilot              # the shortest horizon, then predicted hours and error of b
   powertrain sweep +sweep=tiny --slurm              # the same workers as a job array
   powertrain sweep --config-dir mine +sweep=mine    # mine/sweep/mine.yaml
 
-Stopped or killed, the same command goes on: a trial that is in the ledger is not run again, one that had begun goes on
-from its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run.
+After a stop or a kill the same command resumes: a trial in the ledger is not run again, one that had begun resumes from
+its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--pilot", action="store_true", help="train the shortest horizon, then predict hours and the error of b"
     )
-    parser.add_argument("--slurm", action="store_true", help="let `sbatch --array` run sweep.jobs workers")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be trained")
+    parser.add_argument("--slurm", action="store_true", help="submit sweep.jobs workers with `sbatch --array`")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained")
     # One of the processes that train: of the controller with this process number, or 0 for one of a job array.
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     sys.exit(guard(lambda: _sweep(*parser.parse_known_args(arguments))))
@@ -61,15 +61,15 @@ def _sweep(options: argparse.Namespace, given: list[str]) -> int:
     except KeyboardInterrupt:
         if options.worker is None:
             raise
-        return 130  # the controller says what there is to say
+        return 130  # the controller reports it
 
 
 def control(given: list[str], options: argparse.Namespace) -> int:
     """Check, prepare the data, start workers, and keep the ledger and a table of it up to date."""
     sweep = Sweep(given)
     if options.pilot and sweep.design is not None:
-        raise ConfigError("--pilot trains the shortest horizon of a grid; a lean sweep begins there by itself.")
-    if not options.slurm:  # the machines of its jobs may have another
+        raise ConfigError("--pilot trains the shortest horizon of a grid; a lean sweep begins with it anyway.")
+    if not options.slurm:  # the machines of its jobs may have other programs
         check_launcher(sweep.sweep)
     configs = sweep.configs()
     console = Console()
@@ -103,19 +103,19 @@ def control(given: list[str], options: argparse.Namespace) -> int:
     for trial in sweep.trials:
         if trial.name in progress.failed:
             console.print(
-                f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has all that it said. Its end:"
+                f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has its whole output. Its end:"
             )
             console.print(sweep.failed_file(trial).read_text(encoding="utf-8").strip()[-400:], markup=False)
     if asked:
-        raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command goes on with them.")
+        raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command resumes them.")
     return 0
 
 
 def prepare_data(
     sweep: Sweep, configs: dict[tuple[str, str], Config], console: Console
 ) -> dict[tuple[str, str], list[str]]:
-    """Tokenise the corpora before trials race to do so; the fingerprint of their tokens, by (model, schedule), and
-    what it would have been when large files were only sampled."""
+    """Tokenise the corpora before trials race to do so; by (model, schedule), the fingerprint of their tokens, and that
+    of earlier versions, which only sampled large files."""
     fingerprints = {}
     for key, config in configs.items():
         workers = config.data.workers or available_cores()

@@ -1,8 +1,8 @@
-"""The lean sweep: which trials to run next, from what is known so far.
+"""The lean sweep: which trials to run next, given the losses so far.
 
-A whole grid spends most of its tokens where it learns least. This design asks, again and again, which cell (model,
-batch, horizon) tells most about the law for the tokens that it takes, brackets the best learning rate there, and stops
-when no cell that the budget allows would help. The same losses give the same next trials.
+A whole grid spends most of its tokens where they tell least. This design repeatedly selects the cell (model, batch,
+horizon) that is most informative about the law for its tokens, brackets the best learning rate there, and stops when
+no cell that the budget allows would help. The same losses give the same next trials.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from powertrain.schedulers.law import MIN_HORIZONS
 
 Place = tuple[str, float, int]  # model, batch in units of 4096 tokens, horizon in tokens
 
-RATES = 4  # that a parabola takes, and a cell costs
-SCATTER = 0.2  # standard deviation of a log best learning rate that a cell gives
-DISCREPANCY = 0.2  # by which the law is off, and …
-DISTANCE = 1.0  # … over how much of log batch or log tokens it is off alike
+RATES = 4  # learning rates that a parabola takes, and so a cell
+SCATTER = 0.2  # standard deviation of the log best learning rate of a cell
+DISCREPANCY = 0.2  # standard deviation of the law's own error, …
+DISTANCE = 1.0  # … and its correlation length in log batch and log tokens
 OFFSET = 0.1  # of a model's log learning rate from the others': small under muP
-CURVATURE = 0.03  # nats: a loss lies so much times log(η / best)² above the least one, until the cells tell
+CURVATURE = 0.03  # nats: a loss is this times log(η / best)² above the lowest one, until it is estimated from cells
 PRIOR_SCALE = np.array([1.5, PRIOR_B_SCALE, 1.0])  # of log γ, b and log η_max
-WORTH = 0.02  # a cell has to lower the regret to expect by this share of it
+WORTH = 0.02  # a cell has to lower the expected regret by this share of it
 ENOUGH = 3e-4  # nats: less regret than any seed's noise
 
 
 @dataclass(frozen=True)
 class Step:
-    """Trials to run now, as (cell, learning rate), and why these, or why there are none."""
+    """Trials to run now, as (cell, learning rate), and the reason for them, or for there being none."""
 
     trials: tuple[tuple[Place, float], ...]
     reason: str
@@ -71,7 +71,7 @@ class Design:
         return trained_tokens(self.losses, self.decay_fraction)
 
     def advance(self, losses: Mapping[tuple[Place, float], float]) -> None:
-        """Take the next steps while all trials of the present one are known (inf where one diverged).
+        """Take the next steps while all trials of the current one are known (inf where one diverged).
 
         A step is taken as a whole, so neither the order in which its trials end nor a kill changes what comes next.
         """
@@ -87,7 +87,7 @@ class Design:
         best: tuple[float, Place] | None = None
         affordable = False
         left = self.budget - self.trained
-        # While a fit lacks cells, no token goes to one after which those could not be paid for.
+        # While a fit lacks cells, no token is spent on one that would leave too few for them.
         reserved = 0 < self.of_a_law(belief.points, belief.closed) <= left
         for place in self.grid:
             cost = self._cost(place)
@@ -102,10 +102,10 @@ class Design:
         if best is not None:
             place = best[1]
             rates = bracket(self.grid[place], {}, belief.predicted(place))
-            return self._affordable(place, rates, "tells most for its tokens")
+            return self._affordable(place, rates, "is the most informative for its tokens")
         reason = "All cells are bracketed."
         if affordable:
-            reason = f"No cell would lower the regret to expect, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
+            reason = f"No cell would lower the expected regret, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
         elif left < math.inf:
             reason = f"No cell is left that could be bracketed with {left:,.0f} tokens."
         if any(lacks(belief.points, place) for place in self.grid):
@@ -133,7 +133,7 @@ class Design:
         model, batch, tokens = place
         trained = (*(place for place, _ in self.losses), *others)
         before = [t for m, b, t in trained if (m, b) == (model, batch) and t < tokens]
-        # The best rate has fallen since: about one of the trunks that there are is too high to be of use.
+        # The best learning rate has fallen since, so about one of the existing trunks is too high to be of use.
         return RATES * tokens - (RATES - 1) * (1 - self.decay_fraction) * max(before, default=0)
 
 
@@ -144,9 +144,9 @@ def lacks(known: Iterable[Place], place: Place) -> bool:
 
 
 def bracket(rates: Sequence[float], losses: Mapping[float, float], predicted: float) -> list[float]:
-    """The learning rates that a cell lacks: around the prediction, then until the best one has neighbours.
+    """The learning rates that a cell still needs: around the prediction, then until the best one has neighbours.
 
-    A parabola takes a fourth. Empty when the cell is bracketed, or when its best rate is an end of the grid.
+    A parabola takes a fourth. Empty when the cell is bracketed, or when its best learning rate is an end of the grid.
     """
     ladder = sorted(rates)
     if not losses:
@@ -177,11 +177,11 @@ def trained_tokens(losses: Iterable[tuple[Place, float]], decay_fraction: float)
 
 
 class _Belief:
-    """Log of the best learning rate of every cell: the smooth law, what it may be wrong by, and how sure all of it is.
+    """Log of the best learning rate of every cell: the smooth law, its possible error, and the uncertainty of both.
 
-    A Gaussian process. Its mean is the smooth law, whose three numbers begin with wide priors; around it each model has
-    an offset, and the law itself is off by an amount that is alike in nearby cells. A cell therefore tells less about
-    others the further they are away, and two that are close tell hardly more than one.
+    A Gaussian process. Its mean is the smooth law, whose three parameters have wide priors; around it each model has an
+    offset, and the law itself an error that is correlated between nearby cells. A cell therefore tells less about
+    others the further away they are, and two that are close tell hardly more than one.
     """
 
     def __init__(
@@ -243,11 +243,11 @@ class _Belief:
         self._gains = self._curvature * (to_targets**2).mean(axis=1) / (variance[: len(self._places)] + SCATTER**2)
 
     def predicted(self, place: Place) -> float:
-        """The best learning rate to expect in a cell."""
+        """The expected best learning rate of a cell."""
         return math.exp(float(self._mean[self._places.index(place)]))
 
     def gain(self, place: Place) -> float:
-        """By how many nats the regret to expect at the targets falls when the best rate of a cell is known, too."""
+        """By how many nats the expected regret at the targets falls when a cell's best learning rate is known, too."""
         return float(self._gains[self._places.index(place)])
 
 

@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, text, line in ledger_lines(path):
         if isinstance(line, Exception):
             why = "nested too deep" if isinstance(line, RecursionError) else str(line).partition(";")[0]
-            raise ConfigError(f"{path}, line {number}, is not JSON ({why}): mend or delete that line.") from line
+            raise ConfigError(f"{path}, line {number}, is not JSON ({why}): repair or delete that line.") from line
         if not isinstance(line, dict):
             raise ConfigError(
                 f"{path}, line {number}, is not a JSON object but {text.decode(errors='replace')[:60]!r}."
@@ -51,7 +51,7 @@ def results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def result_of(line: Any) -> dict[str, Any] | None:
-    """The line of a trial that has ended; None for what no sweep has written."""
+    """The line if it is one of a trial that has ended; None for what no sweep has written."""
     if not isinstance(line, dict) or not isinstance(line.get("trial"), str) or "loss" not in line:
         return None
     return line if line["loss"] is None or is_number(line["loss"]) else None

@@ -1,4 +1,4 @@
-"""A sweep, and how far it is: which trials have a result, and which may be run next."""
+"""A sweep and its progress: which trials have a result, and which may be run next."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from powertrain.train.compose import composed, composed_sweep
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
 
-KEPT_ABOVE_BEST = 2  # rates above the best one that go on to the next horizon
+KEPT_ABOVE_BEST = 2  # learning rates above the best one that continue to the next horizon
 
 
 def lean_design(sweep: SweepConfig, trials: list[Trial]) -> Design:
     """The design of a lean sweep whose whole grid is `trials`.
 
     Raises:
-        ConfigError: a grid or a budget that no law can be had from.
+        ConfigError: a grid or a budget that gives no law.
     """
     grid: dict[Place, list[float]] = {}
     for trial in trials:
@@ -66,12 +66,12 @@ def place_of(trial: Trial) -> tuple[Place, float]:
 
 
 class Progress:
-    """Which trials are done and what may be run next.
+    """Which trials are done, and which may be run next.
 
     Args:
         results: name → line of the ledger.
-        failed: names of trials that broke in this start.
-        design: of a lean sweep, which says what to train.
+        failed: names of trials that failed in this start.
+        design: of a lean sweep, which chooses the trials.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Progress:
             losses = {place_of(t): results[t.name]["loss"] for t in trials if t.name in results}
             design.advance({place: math.inf if loss is None else loss for place, loss in losses.items()})
         self._groups: dict[tuple[Any, ...], dict[int, list[Trial]]] = {}
-        self._left_out: dict[Trial, str | None] = {}
+        self._skip_reasons: dict[Trial, str | None] = {}
         for trial in trials:
             self._groups.setdefault(trial.group, {}).setdefault(trial.tokens, []).append(trial)
 
@@ -98,23 +98,23 @@ class Progress:
     def done(self, trial: Trial) -> bool:
         return trial.name in self.results
 
-    def left_out(self, trial: Trial) -> str | None:
-        """Why a trial is not run, or None. Decided by the results at the horizon before, whatever the order of work.
+    def skip_reason(self, trial: Trial) -> str | None:
+        """Why a trial is skipped, or None. Decided by the results at the horizon before, whatever the order of work.
 
-        `diverged`: it did so before. `pruned`: its rate lies more than two above the best one, and the best rate does
-        not rise with the horizon. `not asked`: a lean sweep has no need of it so far.
+        `diverged`: it did so before. `pruned`: its learning rate lies more than two above the best one, and the best
+        one does not rise with the horizon. `not asked`: a lean sweep has not selected it so far.
         """
-        if trial not in self._left_out:
-            self._left_out[trial] = self._why_left_out(trial)
-        return self._left_out[trial]
+        if trial not in self._skip_reasons:
+            self._skip_reasons[trial] = self._find_skip_reason(trial)
+        return self._skip_reasons[trial]
 
-    def _why_left_out(self, trial: Trial) -> str | None:
+    def _find_skip_reason(self, trial: Trial) -> str | None:
         if self.design is not None:
             return None if place_of(trial) in self.design.asked else "not asked"
         before = self.before(trial)
         if before is None:
             return None
-        if reason := self.left_out(before):
+        if reason := self.skip_reason(before):
             return reason
         if self.done(before) and self.results[before.name]["loss"] is None:
             return "diverged"
@@ -131,11 +131,11 @@ class Progress:
         return "pruned" if before in sorted(above, key=lambda other: other.fields)[KEPT_ABOVE_BEST:] else None
 
     def open(self) -> list[Trial]:
-        """Trials that neither have a result nor are left out."""
-        return [trial for trial in self.trials if not self.done(trial) and not self.left_out(trial)]
+        """Trials that neither have a result nor are skipped."""
+        return [trial for trial in self.trials if not self.done(trial) and not self.skip_reason(trial)]
 
     def ready(self) -> list[Trial]:
-        """Open trials that have not failed and of which everything that they stand on is known."""
+        """Open trials that have not failed, and whose trials at the horizon before are all known."""
         return [trial for trial in self.open() if trial.name not in self.failed and self._before_is_known(trial)]
 
     def _before_is_known(self, trial: Trial) -> bool:
@@ -145,10 +145,10 @@ class Progress:
         )
 
     def _is_known(self, trial: Trial) -> bool:
-        return self.done(trial) or bool(self.left_out(trial)) or trial.name in self.failed
+        return self.done(trial) or bool(self.skip_reason(trial)) or trial.name in self.failed
 
     def trained_tokens(self, sweep: SweepConfig, trial: Trial) -> int:
-        """Tokens that the trial's own process trains: behind the decay start of the one before."""
+        """Tokens that the trial's own process trains: those after the decay start of the trial before."""
         before = self.before(trial)
         if before is None or trial.schedule not in WITH_DECAY:
             return trial.tokens
@@ -185,7 +185,7 @@ class Sweep:
         for trial in self.trials:
             if trial.name in known:
                 continue
-            # One that a power cut left unreadable is no result: the trial is asked again, and has it at once.
+            # A result.json that a power cut left unreadable is none: the trial runs again, and is finished at once.
             if line := result_of(read_record(self.folder / trial.name / "result.json")):
                 known[trial.name] = line
             elif self.failed_file(trial).exists():
@@ -193,7 +193,7 @@ class Sweep:
         return Progress(self.trials, known, failed, self.design)
 
     def failed_file(self, trial: Trial) -> Path:
-        """Exists when the trial broke in this start of the sweep, and says how."""
+        """Exists when the trial failed in this start of the sweep, and holds the reason."""
         return self.folder / trial.name / "failed.txt"
 
 

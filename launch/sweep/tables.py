@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: what it will train, what it has found, and how long the rest may take."""
+"""The tables of a sweep: what it will train, what it has found, and how long the rest may take."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from powertrain.schedulers.cells import is_number
 from powertrain.schedulers.law import expected_error
 from powertrain.train.console import duration
 
-MOST_COLUMNS = 8  # of losses side by side; of more there is the best
+MOST_COLUMNS = 8  # of losses side by side; with more only the best is shown
 
 
 def planned(sweep: Sweep) -> Group:
-    """Steps of every batch at every horizon, and how many trials and tokens that is at most."""
+    """Steps of every batch at every horizon, and the maximum numbers of trials and tokens."""
     progress, horizons = Progress(sweep.trials, {}), sorted(sweep.sweep.tokens)
     grid = Table("batch", *(f"{tokens:,} tokens" for tokens in horizons), title="steps")
     for batch in sorted(sweep.sweep.batch):
@@ -81,13 +81,13 @@ def _cells(progress: Progress, here: dict[Any, Trial], columns: list[Any]) -> li
             text = "diverged" if loss is None else f"{loss:.4f}"
             cells.append(f"[bold green]{text}[/]" if loss is not None and loss == best else text)
         else:
-            left_out = progress.left_out(here[fields]) if fields in here else ""
-            cells.append("" if left_out == "not asked" else "…" if left_out is None else left_out)
+            skip_reason = progress.skip_reason(here[fields]) if fields in here else ""
+            cells.append("" if skip_reason == "not asked" else "…" if skip_reason is None else skip_reason)
     return cells
 
 
 def summary(sweep: Sweep, progress: Progress) -> str:
-    """How much is done, what the shared trunks saved, and how long the rest may take."""
+    """What is done, the tokens that shared trunks saved, and how long the rest may take."""
     done = [t for t in sweep.trials if progress.done(t)]
     if sweep.design is not None:
         budget = f" of {sweep.sweep.budget_tokens:,}" if sweep.sweep.budget_tokens else ""
@@ -97,7 +97,7 @@ def summary(sweep: Sweep, progress: Progress) -> str:
             f"{len(done) - others} trials done, {sweep.design.trained:,.0f}{budget} tokens trained{known}. "
             f"{sweep.design.step.reason}"
         )
-    out = [t for t in sweep.trials if progress.left_out(t) and not progress.done(t)]
+    out = [t for t in sweep.trials if progress.skip_reason(t) and not progress.done(t)]
     trained, apart = sum(progress.trained_tokens(sweep.sweep, t) for t in done), sum(t.tokens for t in done)
     saved = f", {trained:,} tokens trained where separate runs take {apart:,}" if trained < apart else ""
     pruned = f", {len(out)} not worth a longer horizon" if out else ""
@@ -107,16 +107,17 @@ def summary(sweep: Sweep, progress: Progress) -> str:
 
 
 def pilot(sweep: Sweep, progress: Progress) -> str:
-    """How well the whole sweep will know b, from its shortest horizon."""
+    """The error of b to expect of the whole sweep, from its shortest horizon."""
     lines = [progress.results[trial.name] for trial in sweep.trials if progress.done(trial)]
     planned = {(t.model, t.tokens, t.batch) for t in sweep.trials if t.schedule == "wsd"}
     try:
         noise, error, error_of_b = expected_error(lines, [(tokens, batch) for _, tokens, batch in planned])
     except ValueError as reason:
-        return f"The error of b cannot be told yet: {reason}"
+        return f"The error of b cannot be predicted yet: {reason}"
     return (
-        f"Noise of a loss {noise:.4f} nats, of a log best rate {error:.2f}: the {len(planned)} best rates of the whole "
-        f"sweep will give b with a standard error of about {error_of_b:.3f}, or more where the law is not exact."
+        f"Noise of a loss {noise:.4f} nats, of a log best learning rate {error:.2f}: the {len(planned)} best learning "
+        f"rates of the whole sweep will give b with a standard error of about {error_of_b:.3f}, or more "
+        "where the law is not exact."
     )
 
 

@@ -1,7 +1,7 @@
-"""The trials of a sweep: which there are, what each may stand on, and which need not be run.
+"""The trials of a sweep, and the settings of each one's run.
 
-A trial is a run at one horizon T. All trials that differ in T alone stand on one trunk: each begins from the checkpoint
-that the one before left where its decay began, (1 − decay_fraction)·T, since up to there they are the same run. Nothing
+A trial is a run at one horizon T. All trials that differ in T alone share one trunk: each begins from the checkpoint at
+which the decay of the one before began, (1 − decay_fraction)·T, since up to there they are the same run. Nothing
 on the trunk depends on T, so a trial's losses are those of a separate run, bit for bit.
 """
 
@@ -31,7 +31,7 @@ from powertrain.train.errors import ConfigError
 
 @dataclass
 class Repeat:
-    """One point of the grid, trained again at every horizon with these seeds: what noise there is."""
+    """One point of the grid, trained again at every horizon with these seeds, to measure the noise."""
 
     model: str = MISSING  # one of models
     batch: float = MISSING  # one of batch
@@ -42,7 +42,7 @@ class Repeat:
 
 @dataclass
 class Target:
-    """What the law of a lean sweep is for."""
+    """The batch and horizon that the law of a lean sweep is to predict."""
 
     batch: float = MISSING  # in units of 4096 tokens
     tokens: float = MISSING  # horizon
@@ -59,8 +59,8 @@ class SweepConfig:
     tokens: list[int] = MISSING  # horizons
     decay_fraction: float = 0.1  # of each horizon, for power and wsd
     seeds: list[int] = field(default_factory=lambda: [0])  # each trains the whole grid
-    repeats: list[Repeat] = field(default_factory=list)  # points of the grid to train again with other seeds: the noise
-    design: str = "grid"  # grid: all trials; lean: those that tell most about the law for their tokens
+    repeats: list[Repeat] = field(default_factory=list)  # points of the grid to train with other seeds, for the noise
+    design: str = "grid"  # grid: all trials; lean: the most informative about the law for their tokens
     target: Target | None = None  # of a lean sweep; default: all batches and horizons of the grid alike
     budget_tokens: int | None = None  # that a lean sweep may train in all; default: until more would not help
     min_steps: int = 100  # a batch is trained at the horizons that give it this many steps …
@@ -89,7 +89,7 @@ class Trial:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Trials that differ in rate and horizon alone."""
+        """What trials have in common that differ in learning rate and horizon alone."""
         return self.model, self.schedule, self.batch, self.seed
 
     @property
@@ -101,7 +101,7 @@ def sweep_config(node: Any) -> SweepConfig:
     """The checked `sweep` part of a composed configuration.
 
     Raises:
-        ConfigError: a key that is missing or unknown, or values that make no sweep.
+        ConfigError: a key is missing or unknown, or a value is invalid.
     """
     if not node:
         raise ConfigError("There is no sweep in this configuration. One is chosen with +sweep=NAME.")
@@ -184,7 +184,7 @@ def _finite(name: str, values: Sequence[float], above: float = -math.inf) -> Non
 
 
 def plan(sweep: SweepConfig) -> list[Trial]:
-    """All trials, shortest horizon first, so that what is there at any moment is a whole sweep up to some horizon.
+    """All trials, shortest horizon first, so that the ledger is at any moment a whole sweep up to some horizon.
 
     Raises:
         ConfigError: a decay or a horizon between two steps, or no trial at all.
@@ -255,7 +255,7 @@ def _check_boundaries(sweep: SweepConfig, tokens: int, batch: float) -> None:
 
 
 def _between_steps(sweep: SweepConfig, tokens: int, batch: float) -> str | None:
-    """What of a trial would not lie at the end of a step, and where."""
+    """Which of a trial's horizon and decay start would lie between two steps, and where; None if neither does."""
     step = batch * LAW_SEQUENCE_LENGTH
     for what, count in (("horizon", tokens), ("start of the decay", (1 - sweep.decay_fraction) * tokens)):
         if abs(count / step - round(count / step)) > 1e-6:
@@ -285,8 +285,8 @@ def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple
         if trial.schedule in WITH_DECAY and decay <= trial.batch * LAW_SEQUENCE_LENGTH:
             raise ConfigError(
                 f"The trial {trial.name} has {trial.steps} steps, and sweep.decay_fraction={sweep.decay_fraction:g} of "
-                "them is no more than one. A step's rate is that at the tokens before it, so such a decay would never "
-                f"be seen. Raise sweep.min_steps to {math.ceil(2 / sweep.decay_fraction)}, or sweep.decay_fraction."
+                "them is no more than one. A step's learning rate is that at the tokens before it, so this decay would "
+                f"do nothing. Raise sweep.min_steps to {math.ceil(2 / sweep.decay_fraction)}, or sweep.decay_fraction."
             )
         config.batch = dataclasses.replace(config.batch, sequences=int(sequences))
         config.run = dataclasses.replace(config.run, tokens=trial.tokens, seed=trial.seed)
@@ -334,13 +334,13 @@ def overrides(sweep: SweepConfig, trial: Trial, settings: DictConfig) -> list[st
 
 
 def quoted(value: object) -> str:
-    """As Hydra's grammar takes any text."""
+    """Quoted for Hydra's grammar."""
     text = str(value).replace("'", r"\'")
     return f"'{text}'"
 
 
 def in_common(config: Config) -> dict[str, Any]:
-    """What lines of the ledger say of a trial's configuration, all but its batch, rate, horizon and seed."""
+    """What a line of the ledger records of a trial's configuration besides batch, learning rate, horizon and seed."""
     plain = as_dict(config)
     schedule = {name: value for name, value in plain["schedule"].items() if name not in ("lr", "a", "b", "decay")}
     decay = plain["schedule"].get("decay")
@@ -366,5 +366,5 @@ def in_common(config: Config) -> dict[str, Any]:
 
 
 def fingerprint(corpora: Mapping[str, str]) -> str:
-    """One for the tokens of all corpora, from each one's own."""
+    """One fingerprint for the tokens of all corpora."""
     return hashlib.sha256("".join(corpora[name] for name in sorted(corpora)).encode()).hexdigest()[:16]

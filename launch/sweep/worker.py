@@ -1,4 +1,4 @@
-"""A worker of a sweep: claims a trial, trains it in a process of its own, and leaves its result."""
+"""A worker of a sweep: claims a trial, trains it in a process of its own, and writes its result."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BAD_INPUT = 2
 
 
 def work(given: list[str], options: argparse.Namespace) -> int:
-    """Run trials until none is left that could be run."""
+    """Run trials until none is left to run."""
     sweep = Sweep(given)
     check_launcher(sweep.sweep)
     if not sweep.sweep.launcher:
@@ -59,7 +59,7 @@ def work(given: list[str], options: argparse.Namespace) -> int:
         else:
             if not ready:
                 return 0
-            time.sleep(POLL_SECONDS)  # others have them all, and what stands on them may become ready
+            time.sleep(POLL_SECONDS)  # other workers have them all; trials that begin from them may become ready
     return 1
 
 
@@ -74,7 +74,7 @@ def check_launcher(sweep: SweepConfig) -> None:
 
 
 def orphaned(controller: int) -> bool:
-    """Whether the controller was killed: what it started must not run on unseen."""
+    """Whether the controller was killed: its processes must not keep running unnoticed."""
     return controller != 0 and os.getppid() != controller
 
 
@@ -82,8 +82,8 @@ def orphaned(controller: int) -> bool:
 def claim(folder: Path) -> Iterator[IO[str] | None]:
     """The trial's lock, or None when another worker has it.
 
-    A lock, and not a folder that is made: the trial's process inherits it, so the claim lasts exactly as long as
-    anything of the trial lives, and nobody has to judge whether a dead worker's claim has become stale.
+    A lock rather than a folder: the trial's process inherits it, so the claim lasts exactly as long as any process of
+    the trial, and a dead worker leaves no stale claim.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".claim") or contextlib.nullcontext() as file:
@@ -91,7 +91,7 @@ def claim(folder: Path) -> Iterator[IO[str] | None]:
 
 
 def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> multiprocessing.process.BaseProcess:
-    """The ordinary training command of a trial, in a process of its own."""
+    """Start the ordinary training command of a trial in a process of its own."""
     arguments = [*sweep.arguments, *overrides(sweep.sweep, trial, sweep.settings), *begin_from(sweep, progress, trial)]
     launcher = shlex.split(sweep.sweep.launcher or "")
     process = multiprocessing.get_context("fork").Process(
@@ -128,12 +128,12 @@ def begin_from(sweep: Sweep, progress: Progress, trial: Trial) -> list[str]:
         start = sweep.folder / before.name / "checkpoints" / f"step-{step:08d}"
         if start.exists() and not checkpoint.faults(start):
             return [f"run.resume={quoted(start)}"]
-        before = progress.before(before)  # trained elsewhere, or damaged: from further back the losses are the same
+        before = progress.before(before)  # not here, or damaged: from an earlier one the losses are the same
     return []
 
 
 def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], controller: int) -> None:
-    """Train, and leave result.json, or failed.txt when the trial broke.
+    """Train, and write result.json, or failed.txt when the trial failed.
 
     Raises:
         ConfigError: the trial refused its configuration, as the others would.
@@ -147,7 +147,7 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
             process.join(POLL_SECONDS / 5)
     finally:
         if process.is_alive():
-            process.terminate()  # it saves a checkpoint and goes
+            process.terminate()  # it saves a checkpoint and exits
         process.join()
     said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
     ended = read_record(folder / "exit.json")
@@ -166,7 +166,7 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
     elif process.exitcode != 0:
         replace_text(folder / "failed.txt", f"{reason}\n")
     else:
-        sys.exit(1)  # stopped by a signal or by the file `stop`: it is to go on later
+        sys.exit(1)  # stopped by a signal or by the file `stop`: to be resumed later
 
 
 def _no_longer_needed(sweep: Sweep, trial: Trial) -> list[Path]:
@@ -176,7 +176,7 @@ def _no_longer_needed(sweep: Sweep, trial: Trial) -> list[Path]:
 
 
 def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str, Any]:
-    """The trial's line of the ledger, from what its run has left.
+    """The trial's line of the ledger, from the records of its run.
 
     Raises:
         RunFailed: its records have been changed.

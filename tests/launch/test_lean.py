@@ -238,7 +238,9 @@ def test_a_sweep_runs_what_its_design_asks_for_and_nothing_else() -> None:
         design = lean_design(sweep, trials)
         progress = Progress(trials, results, (), design)
         assert {place_of(trial) for trial in ready} <= set(design.step.trials)
-        assert all(progress.left_out(trial) == "not asked" for trial in trials if place_of(trial) not in design.asked)
+        assert all(
+            progress.skip_reason(trial) == "not asked" for trial in trials if place_of(trial) not in design.asked
+        )
         trial = ready[-1]
         (_, batch, tokens), rate = place_of(trial)
         best = math.log(0.08 * batch * (tokens / 409_600) ** -0.5)

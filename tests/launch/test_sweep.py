@@ -155,7 +155,7 @@ def finish(trials: list[Trial], losses: Callable[[Trial], float | None]) -> tupl
 def test_two_rates_above_the_best_go_on_and_no_rate_below_is_given_up() -> None:
     # The best rate is the second of five: 0.01 0.02* 0.04 0.08 | 0.16 is given up after the first horizon.
     order, progress = finish(plan(swept(batch=[1])), lambda trial: abs(dict(trial.fields)["lr"] - 0.02))
-    given_up = [(dict(t.fields)["lr"], t.tokens) for t in progress.trials if progress.left_out(t)]
+    given_up = [(dict(t.fields)["lr"], t.tokens) for t in progress.trials if progress.skip_reason(t)]
     assert given_up == [(0.16, 819_200), (0.16, 1_638_400)]
     assert len(order) == 5 + 4 + 4
     assert not progress.open()
@@ -164,7 +164,7 @@ def test_two_rates_above_the_best_go_on_and_no_rate_below_is_given_up() -> None:
 def test_a_diverged_rate_is_recorded_once_and_not_trained_further() -> None:
     order, progress = finish(plan(swept(batch=[1])), lambda t: None if dict(t.fields)["lr"] > 0.05 else 1.0)
     assert sum(dict(t.fields)["lr"] > 0.05 for t in order) == 2
-    assert {progress.left_out(t) for t in progress.trials if dict(t.fields)["lr"] > 0.05 and t.tokens > 409_600} == {
+    assert {progress.skip_reason(t) for t in progress.trials if dict(t.fields)["lr"] > 0.05 and t.tokens > 409_600} == {
         "diverged"
     }
 
@@ -176,7 +176,7 @@ def test_what_is_given_up_does_not_depend_on_the_order_of_work() -> None:
     forward, _ = finish(trials, lambda t: losses[t.name])
     backward, _ = finish(list(reversed(trials)), lambda t: losses[t.name])
     assert {t.name for t in forward} == {t.name for t in backward}
-    assert {t.name for t in trials if not Progress(trials, done).left_out(t)} == {t.name for t in forward}
+    assert {t.name for t in trials if not Progress(trials, done).skip_reason(t)} == {t.name for t in forward}
 
 
 def test_a_horizon_waits_for_the_whole_group_before_it() -> None:
