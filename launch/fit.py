@@ -12,7 +12,7 @@ examples:
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
 sweep of constant learning rates with a decay at the end is enough. --predict takes the batch in the same units, or as
 batch.sequences has it: sequences of the ledger's own length, unless sequence_length is given. Where the sizes of a
-ledger disagree (as they do without muP) it needs `parameters`, too, and --parameters says for how many.
+ledger disagree (as they do without muP) it needs `parameters`, too, and --parameters gives the size to predict for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from powertrain.train.report import plain
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Fit, print, plot; predict or write a schedule when asked."""
+    """Fit, print, plot; with --predict print a prediction, with --name write a schedule."""
     parser = verb_parser("fit", __doc__)
     parser.add_argument("ledger", type=Path)
     parser.add_argument(
@@ -126,7 +126,7 @@ def _sequence_length(ledger: list[dict[str, Any]]) -> int:
     configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]
     lengths = {length for config in configs if isinstance(length := config.get("sequence_length"), int)}
     if len(lengths) != 1:
-        found = f"holds {' and '.join(map(str, sorted(lengths)))}" if lengths else "does not tell"
+        found = f"holds {' and '.join(map(str, sorted(lengths)))}" if lengths else "does not record it"
         raise ConfigError(
             f"--predict sequences=… needs the length of a sequence, and the ledger {found}: add sequence_length=…, or "
             "give batch=…, in units of 4096 tokens."
@@ -301,7 +301,7 @@ rewarmup: {{start: null, tokens: 0}}
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ConfigError(
                 f"{source}: a trial's `config` is not one of this version ({error}). Without `config` on its lines the "
-                "ledger makes a schedule that does not say which parametrisation it belongs to."
+                "ledger makes a schedule that does not record which parametrisation it belongs to."
             ) from error
         common = {name: value for name, value in own[0].items() if all(other.get(name) == value for other in own)}
         text += "belongs_to:  # a run with other values warns\n"

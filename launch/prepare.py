@@ -64,10 +64,10 @@ def _prepare(overrides: list[str], inspect: bool) -> int:
         return 130
 
     if prepared.tokenizer_folder is not None:
-        _say_tokenizer(prepared.tokenizer_folder)
+        _print_tokenizer(prepared.tokenizer_folder)
     for name in data.corpora:
-        _say_corpus(name, data, prepared, inspect)
-    _say_epochs(data, prepared, budget)
+        _print_corpus(name, data, prepared, inspect)
+    _print_epochs(data, prepared, budget)
     return 0
 
 
@@ -101,7 +101,7 @@ def _with_progress(data: DataConfig) -> Prepared:
         return prepared(progress)
 
 
-def _say_tokenizer(folder: Path) -> None:
+def _print_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer
 
     from powertrain.data.tokenizer import rows_needed
@@ -118,7 +118,7 @@ def _say_tokenizer(folder: Path) -> None:
         )
 
 
-def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
+def _print_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
     """Print the epochs of each corpus in the budget, or the tokens of an epoch."""
     length = data.sequence_length
     windows = {name: windows_in(file.num_tokens, length) for name, file in prepared.train.items()}
@@ -144,7 +144,7 @@ def _say_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> Non
         print(f"epochs in run.tokens={budget:,}:", ", ".join(f"{name} {number:.2f}" for name, number in times.items()))
 
 
-def _say_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
+def _print_corpus(name: str, data: DataConfig, prepared: Prepared, inspect: bool) -> None:
     from powertrain.data.prepare import corpus_facts, skipped_records
 
     folder = prepared.folders.get(name)

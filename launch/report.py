@@ -104,7 +104,7 @@ def _complete(place: int, line: Line) -> Line:
 
 
 def _law(ledger: Sequence[Line]) -> list[str]:
-    """What `fit` finds in the trials, and its pictures."""
+    """The fit to the trials, and its plots."""
     if all(line.get("lr") is None or line["schedule"] != "wsd" for line in ledger):
         return []
     try:

@@ -202,8 +202,8 @@ def forward_backward(config: Config, ours: Ours) -> None:
     """A forward and a backward pass of the first batch."""
     ours.engine.optimizer.zero_grad()
     sequences = config.batch.sequences
-    samples = to_device(ours.batches.batch(0, sequences), ours.engine.device)
-    outputs = ours.engine.forward(samples, last=True)
+    batch = to_device(ours.batches.batch(0, sequences), ours.engine.device)
+    outputs = ours.engine.forward(batch, last=True)
     terms = loss_terms(outputs, ours.balance, outputs.targets, sequences * config.data.sequence_length)
     ours.engine.backward(total_loss(terms, config.balance))
 

@@ -49,7 +49,7 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
                 errors.append(str(error))
     if data.tokenizer.path is None and all(corpus.source == "tokens" for corpus in data.corpora.values()):
         errors.append(
-            "All corpora are token files, which do not say how they were made: name the tokenizer in "
+            "All corpora are token files, which do not contain their tokenizer: name the tokenizer in "
             "data.tokenizer.path."
         )
     stages = config.stages()

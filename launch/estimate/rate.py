@@ -100,7 +100,7 @@ def schedule_warnings(config: Config) -> Iterator[str]:
         rate = "the learning rate stays below half of max_lr" if smooth else "max_lr is never reached"
         yield (
             f"The cap would release at {human(release)} tokens, inside the warmup of {human(schedule.warmup_tokens)}: "
-            f"{rate}. A shorter schedule.warmup_tokens comes nearer to it."
+            f"{rate}. A shorter schedule.warmup_tokens reaches more of it."
         )
     if warmup > 0.1 * config.run.tokens:
         yield f"The warmup takes {min(1, warmup / config.run.tokens):.0%} of the run; 1 to 5% is common."
@@ -128,7 +128,7 @@ def check_followed(config: Config) -> Power:
         name, exponent = config.schedule.get("name"), "" if power is None else " with batch_exponent 0 or below"
         raise ConfigError(
             f"--ramp follows the critical batch of a Power schedule, and schedule {name}{exponent} has none. Take "
-            "schedule=power, or leave --ramp out."
+            "schedule=power, or drop --ramp."
         )
     return power
 
@@ -180,21 +180,21 @@ def ramp_section(console: Console, config: Config, ranks: int) -> None:
     console.print(f"  batch.sequences={phases[0][1]} 'batch.ramp=[{parts}]'", soft_wrap=True)
     above = config.trained(math.ceil(power.cap_release(config.beta(phases[0][1]))))
     most = max(sequences for begin, sequences in config.batch_phases() if begin < config.run.tokens)
-    said = (
+    text = (
         f"{steps_of(changed)[0]:,} steps instead of {steps_of(config)[0]:,}. Sizes are {unit:,} sequences, "
         "batch.micro_sequences on each rank, times powers of two."
     )
     if 2 * unit > most:
-        said += f" Twice that is more than the run's batch, {most:,}: a smaller batch.micro_sequences begins lower."
+        text += f" Twice that is more than the run's batch, {most:,}: a smaller batch.micro_sequences begins lower."
     elif 2 * phases[-1][1] > most > phases[-1][1]:
-        said += f" The run's largest, {most:,}, is none of them."
+        text += f" The run's largest, {most:,}, is none of them."
     elif phases[-1][1] < most:
-        said += f" The critical batch does not reach {2 * phases[-1][1]:,} before the decay or the end."
+        text += f" The critical batch does not reach {2 * phases[-1][1]:,} before the decay or the end."
     elif len(phases) == 1:
-        said += " The critical batch is larger than the run's from its first step on."
+        text += " The critical batch is larger than the run's from its first step on."
     if above > 0:
-        said += f" The first batch, the smallest, is above the critical one until {above:,} tokens."
-    console.print(said)
+        text += f" The first batch, the smallest, is above the critical one until {above:,} tokens."
+    console.print(text)
 
 
 def draw(config: Config, path: Path) -> None:

@@ -97,8 +97,8 @@ def control(given: list[str], options: argparse.Namespace) -> int:
             stopped = " (stopped)"
         progress = write_ledger(sweep)
     console.print(tables(sweep, progress), summary(sweep, progress))
-    asked = [trial for trial in progress.open() if not options.pilot or progress.before(trial) is None]
-    if options.pilot and not asked:
+    remaining = [trial for trial in progress.open() if not options.pilot or progress.before(trial) is None]
+    if options.pilot and not remaining:
         console.print(pilot(sweep, progress))
     for trial in sweep.trials:
         if trial.name in progress.failed:
@@ -106,8 +106,8 @@ def control(given: list[str], options: argparse.Namespace) -> int:
                 f"\n{trial.name} failed; {sweep.folder / trial.name / 'output.txt'} has its whole output. Its end:"
             )
             console.print(sweep.failed_file(trial).read_text(encoding="utf-8").strip()[-400:], markup=False)
-    if asked:
-        raise RunFailed(f"{len(asked)} trials are left{stopped}; the same command resumes them.")
+    if remaining:
+        raise RunFailed(f"{len(remaining)} trials are left{stopped}; the same command resumes them.")
     return 0
 
 
@@ -141,12 +141,12 @@ def check_ledger(
         if trial.name not in results:
             continue
         key = trial.model, trial.schedule
-        asked = {
+        expected = {
             **in_common(configs[key]),
             "data_fingerprint": fingerprints[key][results[trial.name].get("data_fingerprint") == fingerprints[key][1]],
             "decay_fraction": sweep.sweep.decay_fraction if trial.schedule in WITH_DECAY else 0.0,
         }
-        for name, now in asked.items():
+        for name, now in expected.items():
             was = results[trial.name].get(name)
             if isinstance(was, dict) and isinstance(now, dict):
                 flat = [dict(setting_values(side)) for side in (was, now)]
@@ -191,5 +191,5 @@ def watch(sweep: Sweep, workers: list[subprocess.Popen[bytes]], console: Console
             for worker in workers:
                 worker.wait()
     if any(worker.returncode == BAD_INPUT for worker in workers):
-        raise ConfigError("A trial was refused, as the others would be; what is wrong stands above.")
+        raise ConfigError("A trial was refused, as the others would be; the reason is above.")
     return sum(worker.returncode < 0 for worker in workers)

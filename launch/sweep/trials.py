@@ -89,7 +89,7 @@ class Trial:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What trials have in common that differ in learning rate and horizon alone."""
+        """The same for trials that differ in learning rate and horizon alone."""
         return self.model, self.schedule, self.batch, self.seed
 
     @property

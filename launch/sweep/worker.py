@@ -149,9 +149,9 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
         if process.is_alive():
             process.terminate()  # it saves a checkpoint and exits
         process.join()
-    said = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+    output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
     ended = read_record(folder / "exit.json")
-    reason = str(ended.get("reason", said[-2000:]))
+    reason = str(ended.get("reason", output[-2000:]))
     if process.exitcode != 0 and ended.get("code", process.exitcode) == BAD_INPUT:
         raise ConfigError(f"The trial {trial.name} was refused. {reason}")
     if reason == "finished" or reason.startswith("Diverged"):

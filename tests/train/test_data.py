@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from powertrain.data.prepare import prepare
 from powertrain.data.tokens import TokenFile
 from powertrain.launch.estimate.problems import data_problems
-from powertrain.launch.prepare import _say_epochs
+from powertrain.launch.prepare import _print_epochs
 from powertrain.train.compose import load
 from powertrain.train.track import read_lines
 
@@ -128,7 +128,7 @@ def test_a_validation_split_that_is_shorter_than_a_window(
     config = load(folder / "config.yaml")
     _, warnings = data_problems(config, Console())
     assert any(re.match(r"The validation split of few has \d+ tokens, fewer than the 33 that", w) for w in warnings)
-    _say_epochs(config.data, prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir), None)
+    _print_epochs(config.data, prepare(config.data.corpora, config.data.tokenizer, config.data.cache_dir), None)
     said = capsys.readouterr().out
     assert said.count("a run does not evaluate it") == 1 and "Warning: few: its validation split has" in said
     run(*SHORT, "evaluation.every=1", "run.name=long", "data.sequence_length=1000", "run.tokens=8000")

@@ -1,10 +1,10 @@
-"""Hold the memory that is estimated against that of real training steps, and write README.md's table.
+"""Compare the estimated memory with that of real training steps, and write README.md's table.
 
 usage: python docs/results/memory/measure.py
 
-For each case five steps of a run's own engine and loop are taken on random tokens, on the two ranks of an accelerate
-launch, and storages are counted as launch.estimate.memory does those of a step not taken. DeepSpeed's buckets are
-made small in some cases: they are 2 GB whatever the model, beside which all else here is nothing.
+For each case five steps of a run's own engine and step are taken on random tokens, on the two ranks of an accelerate
+launch, and storages are counted as powertrain.launch.estimate.memory does. DeepSpeed's buckets are made small in some
+cases: they are 2 GB whatever the model, which would hide everything else here.
 """
 
 from __future__ import annotations
