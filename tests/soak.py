@@ -1,11 +1,11 @@
-"""Train one small GraniteMoe undisturbed, and twice killed over and over; then say whether it made a difference.
+"""Train one small GraniteMoe uninterrupted, and twice with many kills; then compare.
 
     python tests/soak.py --minutes 60 --kills 40 --out docs/results/soak
 
 Killed means SIGKILL to everything, SIGTERM to the launcher, SIGKILL in a save, a full disk, or SIGKILL and then a bit
-flipped in the newest checkpoint. First with two ranks always, where the final weights must be those of the undisturbed
-run to the last bit; then with engines and ranks that change from start to start, where every step must have seen the
-same samples at the same rate. Leaves OUT/soak.jsonl, a line a start, and OUT/result.json.
+flipped in the newest checkpoint. First with two ranks always, where the final weights must be those of the
+uninterrupted run to the last bit; then with engines and ranks that change from start to start, where every step must
+have seen the same sequences at the same learning rate. Writes OUT/soak.jsonl, a line a start, and OUT/result.json.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Without an experiment two GraniteMoe shapes are measured: hidden 256, 6 layers, 
 vocabulary 8192, 8 × 512 tokens a step, and one twice as wide; on two cores that takes a quarter of an hour. First
 everything is tried once: our precisions, and Trainer with each of its expert implementations and precisions. Then the
 best of each is measured in turn with the machine's matrix products, round by round, each time in a new process with a
-thread for each core. In our batches attention is masked at document boundaries; Trainer has the same tokens unmasked.
+thread for each core. In our batches attention stays inside documents; Trainer has the same tokens without that.
 
 examples:
   powertrain bench

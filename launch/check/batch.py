@@ -84,5 +84,5 @@ def _gradients(
 
 
 def _relative(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest difference of a tensor, relative to its norm; tensors without a gradient are skipped."""
+    """The largest difference of a tensor, relative to its norm; tensors whose gradient is zero are skipped."""
     return max(((a - b).norm() / a.norm()).item() for a, b in zip(reference, other, strict=True) if a.norm() > 0)
