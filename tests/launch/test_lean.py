@@ -198,7 +198,7 @@ def test_it_ends_when_no_cell_helps_and_when_all_are_bracketed() -> None:
     design = design_of(losses)
     design.advance(losses)
     assert len(design.losses) < 0.5 * len(losses)
-    assert "No cell would lower the regret" in design.step.reason
+    assert "No cell would lower the expected regret" in design.step.reason
     few = {trial: loss for trial, loss in losses.items() if trial[0][1] == 1 and trial[0][0].endswith("32")}
     design = design_of(few)
     design.advance(few)
