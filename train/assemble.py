@@ -86,10 +86,10 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
     seed_rank(config.run.seed, engine.rank, 0 if start_from is None else checkpoint.step_of(start_from))
     balance = Balance(config, engine.reduce)
-    if unlike := mup.unlike_the_law(config):
+    if mismatches := mup.parametrisation_mismatches(config):
         log(
-            f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "
-            "learning rate may be another one here."
+            f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(mismatches)}), and the "
+            "best learning rate may be another one here."
         )
     for doubt in (*doubts(config), *batch_doubts(config)):
         log(f"Warning: {doubt}")
@@ -108,7 +108,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         kind, ranks = checkpoint.trained_by(start_from)
         if (kind, ranks) != (engine.kind, engine.world_size):
             log(f"It was trained as {kind} on {ranks} rank(s); it continues as {engine.kind} on {engine.world_size}.")
-        if why := resume.other_losses(start_from, config, engine.world_size):
+        if why := resume.why_losses_differ(start_from, config, engine.world_size):
             log(f"Warning: {why}")
     validation = Validation(config, prepared, tokenizer)
     data = log_data(config, prepared, validation, log)

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from powertrain.data.files import read_record, replace_text, reset_permissions, sha256, sync
-from powertrain.train import faults as injected
+from powertrain.train import faults
 from powertrain.train.balance import Balance
 from powertrain.train.engine import MOMENTS, Engine, Read
 from powertrain.train.errors import ConfigError, RunFailed
@@ -68,13 +68,13 @@ class Saver:
         checkpoints: Path,
         engine: Engine,
         data_fingerprint: dict[str, str],
-        check_ours: Callable[[], None],
+        check_claim: Callable[[], None],
         log: Callable[[str], None],
     ) -> None:
         self.checkpoints = checkpoints
         self.engine = engine
         self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
-        self.check_ours = check_ours  # raises ConfigError when the run's folder is another one now
+        self.check_claim = check_claim  # raises ConfigError when the run's folder is another one now
         self.log = log
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
@@ -91,7 +91,7 @@ class Saver:
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
         def begin() -> None:
-            self.check_ours()
+            self.check_claim()
             _clean(self.checkpoints)
             for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
                 folder.mkdir(exist_ok=folder == self.checkpoints)
@@ -134,7 +134,7 @@ class Saver:
             return
         self._thread = None
         own, self._error = self._error, None
-        errors = [error for error in self.engine.from_all(own) if error is not None]
+        errors = [error for error in self.engine.gather(own) if error is not None]
         if errors:
             raise RunFailed(errors[0])
 
@@ -172,7 +172,7 @@ class Saver:
         try:
             for name, named in tensors.items():
                 _save_tensors(named, partial / name)
-                injected.at("write", rank, step, partial / name)
+                faults.at("write", rank, step, partial / name)
             for name, text in texts.items():
                 _write_text(partial / name, text)
             for name in (*tensors, *texts):
@@ -204,12 +204,12 @@ class Saver:
         for path in done:
             files |= json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
-        injected.at("manifest", 0, step)
+        faults.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
         _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
         sync(partial / "rng")
         sync(partial)
-        injected.at("rename", 0, step)
+        faults.at("rename", 0, step)
         final = self.checkpoints / f"step-{step:08d}"
         if final.exists():  # what cannot be trusted; a valid one would not be written again
             shutil.rmtree(final)
@@ -217,7 +217,7 @@ class Saver:
         sync(self.checkpoints)
         with contextlib.suppress(OSError):
             replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
-        injected.at("prune", 0, step)
+        faults.at("prune", 0, step)
         for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
             try:
                 _remove(old)
@@ -404,7 +404,7 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1))
 
 
-def faults(checkpoint: Path) -> list[str]:
+def defects(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each file; empty when every byte is as written.
 
     Raises:
@@ -466,13 +466,13 @@ def _lost(checkpoint: Path, name: str, error: OSError) -> str:
 
 
 def verified(checkpoint: Path) -> Path:
-    """The same path, when it is a checkpoint without faults.
+    """The same path, when it is a checkpoint without defects.
 
     Raises:
         ConfigError: it is not, with what is wrong.
     """
     step_of(checkpoint)
-    if wrong := faults(checkpoint):
+    if wrong := defects(checkpoint):
         raise ConfigError(f"The checkpoint {checkpoint} is not valid: {'; '.join(wrong)}.")
     return checkpoint
 
@@ -490,7 +490,7 @@ def at_step(checkpoints: Path, step: int) -> Path:
 
 
 def newest_valid(checkpoints: Path) -> Path | None:
-    """The newest checkpoint without faults; what is wrong with newer ones is printed.
+    """The newest checkpoint without defects; what is wrong with newer ones is printed.
 
     Returns:
         None when there has never been a checkpoint.
@@ -500,7 +500,7 @@ def newest_valid(checkpoints: Path) -> Path | None:
     """
     found = available(checkpoints)
     for checkpoint in reversed(found):
-        wrong = faults(checkpoint)
+        wrong = defects(checkpoint)
         if not wrong:
             return checkpoint
         print(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")

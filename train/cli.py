@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from powertrain.data import DataError
 from powertrain.train import streams
-from powertrain.train.compose import composed, group_names, of_a_run, options
+from powertrain.train.compose import composed, existing_run, group_names, options
 from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed, status_of
 from powertrain.train.redact import HIDDEN, settings_text, without_secrets
@@ -68,7 +68,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     print_only = "--cfg" in arguments
     described = [argument for argument in arguments if argument != "--cfg"]
-    config = of_a_run(described) or composed(described)
+    config = existing_run(described) or composed(described)
     if print_only:
         print(settings_text(config), end="")
         return 0

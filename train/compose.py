@@ -44,8 +44,8 @@ if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress onc
 
 T = TypeVar("T")
 
-MOST_YAML_VALUES = 100_000
-MOST_WRITTEN_OUT = 1_000_000  # characters and values, interpolations written out
+MAX_YAML_VALUES = 100_000
+MAX_EXPANDED = 1_000_000  # characters and values, interpolations written out
 
 
 class _Loader(omegaconf._utils.get_yaml_loader()):  # type: ignore[misc]
@@ -53,8 +53,8 @@ class _Loader(omegaconf._utils.get_yaml_loader()):  # type: ignore[misc]
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
-        if node is not None and _values(node, {}) > MOST_YAML_VALUES:
-            raise YAMLError(f"{node.start_mark.name} has more than {MOST_YAML_VALUES:,} values, aliases written out")
+        if node is not None and _values(node, {}) > MAX_YAML_VALUES:
+            raise YAMLError(f"{node.start_mark.name} has more than {MAX_YAML_VALUES:,} values, aliases written out")
         return node
 
 
@@ -85,7 +85,7 @@ def composed(overrides: list[str], checked: bool = True) -> Config:
     if config.run.init_from is not None:
         from powertrain.train.init_from import adopt  # imports Transformers
 
-        adopt(config, _model_of_checkpoint(config), _given_of_the_model(overrides))
+        adopt(config, _model_of_checkpoint(config), _given_model_settings(overrides))
     if checked:
         check(config)
     return config
@@ -106,7 +106,7 @@ def _model_of_checkpoint(config: Config) -> ModelConfig | None:
     return None
 
 
-def _given_of_the_model(overrides: list[str]) -> list[str]:
+def _given_model_settings(overrides: list[str]) -> list[str]:
     """The settings of the model that these overrides name, all of them where they choose or describe one."""
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     everything = [field.name for field in dataclasses.fields(ModelConfig)] if "model" in keys else []
@@ -176,7 +176,7 @@ def _compose(overrides: list[str]) -> DictConfig:
         raise ConfigError(_in_plain_words(error)) from error
 
 
-def of_a_run(overrides: list[str]) -> Config | None:
+def existing_run(overrides: list[str]) -> Config | None:
     """The configuration of a run that is there and only named, by `run.name` and `run.folder`, with KEY=VALUE changed;
     None where the overrides describe one, by an experiment or another group, or where there is none.
 
@@ -352,10 +352,10 @@ def check_interpolations(composed: DictConfig) -> None:
             sizes[path] = total
         return sizes[path]
 
-    if size((), root) > MOST_WRITTEN_OUT:
-        first = min((path for path in sizes if sizes[path] > MOST_WRITTEN_OUT), key=lambda path: sizes[path])
+    if size((), root) > MAX_EXPANDED:
+        first = min((path for path in sizes if sizes[path] > MAX_EXPANDED), key=lambda path: sizes[path])
         raise ConfigError(
-            f"With its interpolations written out the configuration has more than {MOST_WRITTEN_OUT:,} characters and "
+            f"With its interpolations written out the configuration has more than {MAX_EXPANDED:,} characters and "
             f"values, as {'.'.join(first)} alone has. Give the values themselves."
         )
 

@@ -93,7 +93,7 @@ class Engine:
                 f"tracker.log_with names {', '.join(sorted(unknown))}, which is not installed: "
                 f"pip install {' '.join(sorted(unknown))}. Or choose tracker=jsonl."
             )
-        self.error_of_first: Exception | None = None  # which it tells itself
+        self.first_rank_error: Exception | None = None  # which it tells itself
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
@@ -278,7 +278,7 @@ class Engine:
         summed: Tensor = self.accelerator.reduce(tensor.to(self.device), "sum")
         return summed.to(tensor.device)
 
-    def from_all(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """The values of all ranks, on all of them."""
         return list(gather_object([value])) if self.world_size > 1 else [value]
 
@@ -293,7 +293,7 @@ class Engine:
         if self.world_size > 1:
             broadcast_object_list(decision)
         if decision[1] is not None:
-            self.error_of_first = decision[1]
+            self.first_rank_error = decision[1]
             raise decision[1]
         return decision[0]
 

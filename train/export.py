@@ -199,7 +199,7 @@ def in_units(line: dict[str, Any]) -> str:
     return f"{math.nan if line['loss'] is None else line['loss']:.4f} nats a token{bits}"
 
 
-def _of_the_hub(path: str | None) -> str | None:
+def _hub_name(path: str | None) -> str | None:
     """The name of something on the hub; None for a path, which is nobody's business."""
     return path if path and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path) else None
 
@@ -221,12 +221,12 @@ def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
     schedule = ", ".join(f"{name} {value}" for name, value in setting_values(fields) if value is not None)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     corpora = ", ".join(
-        f"{name} ({_of_the_hub(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()
+        f"{name} ({_hub_name(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()
     )
     tokens = [
         f"{type(tokenizer.backend_tokenizer.model).__name__} of {len(tokenizer):,} tokens",
         "`{}` ends a text".format(tokenizer.eos_token.replace("|", r"\|")),
-        _of_the_hub(config.data.tokenizer.path),
+        _hub_name(config.data.tokenizer.path),
     ]
     balance = ""
     if config.model.is_moe:

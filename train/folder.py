@@ -63,7 +63,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
         held.append(file)
         (folder / "stop").unlink(missing_ok=True)  # from before; one that comes from now on is meant for this start
 
-    def check_ours() -> None:
+    def check_claim() -> None:
         for file in held:
             try:
                 ours = os.path.samestat(os.stat(folder / ".lock"), os.fstat(file.fileno()))
@@ -79,7 +79,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
     engine.first_rank_decides(claim)
     try:
         engine.check_shared(folder / ".lock")
-        yield check_ours
+        yield check_claim
     finally:
         for file in held:
             file.close()
@@ -137,7 +137,7 @@ def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def leaving_exit_json(
-    folder: Path, engine: Engine, state: State, check_ours: Callable[[], None]
+    folder: Path, engine: Engine, state: State, check_claim: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
     """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
     ended: dict[str, Any] = {}
@@ -154,7 +154,7 @@ def leaving_exit_json(
     finally:
         if engine.is_main:
             try:
-                check_ours()
+                check_claim()
                 replace_text(folder / "exit.json", json.dumps(without_secrets(ended)) + "\n")
             except (OSError, ConfigError) as error:
                 if str(error) not in str(ended.get("reason")):  # which will be said

@@ -151,7 +151,7 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
     return differences | ({"ranks": [trained_on, ranks]} if trained_on != ranks else {})
 
 
-def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
+def why_losses_differ(checkpoint: Path, config: Config, ranks: int) -> str | None:
     """Why the losses will be others than those of the undisturbed run, by more than rounding: a batch is split into
     other forward passes, and something is counted or drawn in each. None when they will not."""
     then, state = load(checkpoint / "config.yaml"), load_state(checkpoint)

@@ -51,13 +51,13 @@ def train(config: Config, command: list[str]) -> Outcome:
     engine, state = Engine(config), State(tokens=config.run.tokens_seen)
     folder = config.run_folder
     with (
-        claimed(folder, engine) as check_ours,
-        leaving_exit_json(folder, engine, state, check_ours) as ended,
+        claimed(folder, engine) as check_claim,
+        leaving_exit_json(folder, engine, state, check_claim) as ended,
     ):
         try:
-            outcome = _train(config, engine, state, command, check_ours)
+            outcome = _train(config, engine, state, command, check_claim)
         except (ConfigError, DataError) as error:
-            if engine.world_size > 1 and error is not engine.error_of_first:
+            if engine.world_size > 1 and error is not engine.first_rank_error:
                 error.add_note(f"rank {engine.rank}:")  # it may be the only one
             raise
         except RuntimeError as error:
@@ -71,7 +71,9 @@ def train(config: Config, command: list[str]) -> Outcome:
         return outcome
 
 
-def _train(config: Config, engine: Engine, state: State, command: list[str], check_ours: Callable[[], None]) -> Outcome:
+def _train(
+    config: Config, engine: Engine, state: State, command: list[str], check_claim: Callable[[], None]
+) -> Outcome:
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
 
@@ -97,7 +99,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
             stopped_by = "the file 'stop' in the run folder"
             log(f"\nStopped by {stopped_by} while the corpora were prepared. The same command continues from there.")
             return Outcome(stopped_by, state.step)
-        engine.first_rank_decides(check_ours)  # hours may have gone by
+        engine.first_rank_decides(check_claim)  # hours may have gone by
         if engine.is_main:
             # Only now: what cannot begin leaves no trace in the records of what has run.
             if begin.checkpoint is None or not (folder / "tokenizer").exists():
@@ -106,14 +108,14 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
             replace_text(folder / "config.yaml", settings_text(config))
             record_start(folder / "run.json", engine, command, begin, parts.counts, parts.data, log)
         tracker = Tracker(folder, config, engine, state, log)
-        saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, check_ours, log)
+        saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, check_claim, log)
         if begin.own:
             saver.saved_step = state.step
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
 
         # ---- the loop: a step; an evaluation and a checkpoint when due; until the budget is used or someone says stop
         with Watchdog(folder, engine, state) as watchdog:
-            with Stop(folder, engine, check_ours) as stop:
+            with Stop(folder, engine, check_claim) as stop:
                 recorded = engine.first_rank_decides(lambda: tracker.evaluations(state.step)) if begin.own else []
                 over = state.tokens >= config.end_tokens
                 evaluated = over and recorded and not any(name.startswith("evaluation.") for name in begin.changes)
@@ -166,7 +168,7 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
             return Outcome(reason, state.step)
 
     # ---- final artifacts
-    engine.first_rank_decides(check_ours)
+    engine.first_rank_decides(check_claim)
     if engine.is_main:
         if not (folder / "tokenizer").is_dir():  # somebody has removed it
             replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))

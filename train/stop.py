@@ -19,10 +19,10 @@ class Stop:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     early = 0  # one that came before
 
-    def __init__(self, folder: Path, engine: Engine, check_ours: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, engine: Engine, check_claim: Callable[[], None]) -> None:
         self.file = folder / "stop"
         self.engine = engine
-        self.check_ours = check_ours
+        self.check_claim = check_claim
         self._signal = self.early
         self._previous: dict[int, Any] = {}
 
@@ -48,12 +48,12 @@ class Stop:
         """
         wanted = torch.tensor([self._signal, int(self.engine.is_main and self.file.exists()), 0])
         try:
-            self.check_ours()
+            self.check_claim()
         except ConfigError:
             wanted[2] = 1
         seen = self.engine.reduce(wanted)
         if seen[2]:
-            self.engine.first_rank_decides(self.check_ours)
+            self.engine.first_rank_decides(self.check_claim)
         if seen[1]:
             return "the file 'stop' in the run folder"
         if seen[0]:

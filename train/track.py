@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 FILES = ("metrics.jsonl", "evals.jsonl")
-MOST_SECONDS = 5.0
-MOST_WAITING = 10_000  # lines for a tracker that does not take them, some 20 MB
+CLOSE_SECONDS = 5.0
+MAX_QUEUED = 10_000  # lines for a tracker that does not take them, some 20 MB
 PLACES, PLACE_BYTES = 1000, 4096  # of a large file, what a report reads: a run of a million steps has some 700 MB
 BLOCK = 1 << 16
 LONGEST_LINE = 1 << 17
@@ -36,14 +36,14 @@ class Tracker:
     """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing.
 
     Each of accelerate's trackers gets its numbers in a thread of its own: one that is slow, hangs or fails costs the
-    run and the other trackers nothing, and MOST_SECONDS at the end. That it ended is said, and recorded in run.json.
+    run and the other trackers nothing, and CLOSE_SECONDS at the end. That it ended is said, and recorded in run.json.
     """
 
     def __init__(self, folder: Path, config: Config, engine: Engine, state: State, log: Callable[[str], None]) -> None:
         self.active = engine.is_main
         self.folder = folder
         self.log = log
-        self._trackers: list[_Passing] = []
+        self._trackers: list[_TrackerThread] = []
         self._recording = threading.Lock()
         if self.active:
             for name in FILES:
@@ -81,7 +81,7 @@ class Tracker:
                     tracker.store_init_configuration(settings)
                     return tracker
 
-                self._trackers.append(_Passing(name, begin, self._has_ended))
+                self._trackers.append(_TrackerThread(name, begin, self._has_ended))
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step done again after a resume is written again; the last line counts."""
@@ -115,11 +115,11 @@ class Tracker:
                     self.log(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
         for tracker in self._trackers:
             tracker.put(None)
-        until = time.monotonic() + MOST_SECONDS
+        until = time.monotonic() + CLOSE_SECONDS
         for tracker in self._trackers:
             tracker.join(max(0.0, until - time.monotonic()))
             if tracker.is_alive():
-                tracker.leave(f"it did not end in {MOST_SECONDS:g} s and is left behind")
+                tracker.leave(f"it did not end in {CLOSE_SECONDS:g} s and is left behind")
 
     def _append(self, name: str, metrics: dict[str, Any]) -> None:
         if self.active:
@@ -152,13 +152,13 @@ class Tracker:
             add_to_start(self.folder / "run.json", "trackers_ended", {tracker: why})
 
 
-class _Passing(threading.Thread):
+class _TrackerThread(threading.Thread):
     """Passes lines on to one tracker, in their order, until None is put or the tracker fails."""
 
     def __init__(self, tracker: str, begin: Callable[[], Any], has_ended: Callable[[str, str], None]) -> None:
         super().__init__(daemon=True)
         self._tracker, self._begin, self._has_ended = tracker, begin, has_ended
-        self._lines: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(MOST_WAITING)
+        self._lines: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(MAX_QUEUED)
         self._left = False
         self.start()
 
@@ -168,7 +168,7 @@ class _Passing(threading.Thread):
             try:
                 self._lines.put_nowait(line)
             except queue.Full:
-                self.leave(f"{MOST_WAITING:,} lines wait for it, and it is left behind")
+                self.leave(f"{MAX_QUEUED:,} lines wait for it, and it is left behind")
 
     def leave(self, why: str) -> None:
         """Give it nothing more."""

@@ -134,7 +134,7 @@ def parametrisation(config: Config) -> dict[str, float | str | bool]:
     }
 
 
-def unlike_the_law(config: Config) -> list[str]:
+def parametrisation_mismatches(config: Config) -> list[str]:
     """Where this run's parametrisation differs from the one that its schedule's law was fitted to."""
     own = parametrisation(config)
     return [
