@@ -46,12 +46,12 @@ from powertrain.train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
-SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, whatever becomes of it
+SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, even if that is removed
 _POLL_SECONDS = 0.01
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-# Errors that tell of a file that is lost, or of its bytes. Any other one, such as a permission or a server that does
-# not answer, tells nothing of the checkpoint, which may be the best there is.
+# Errors of a file that is lost or damaged. Any other one, such as a permission or a server that does not answer, does
+# not mean that the checkpoint is invalid, and it may be the best there is.
 _LOST = (*_GONE, errno.ESTALE, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
@@ -82,7 +82,11 @@ class Saver:
         self._kept: set[Path] = set()  # old ones that cannot be removed
 
     def save(self, state: State, balance: Balance) -> None:
-        """Begin the checkpoint of `state`. One that could not be written before is reported, and forgotten."""
+        """Begin the checkpoint of `state`. If an earlier one could not be written, that is logged.
+
+        Raises:
+            ConfigError: on all ranks, when the run's folder is another one now.
+        """
         began = time.perf_counter()
         try:
             self.finish()
@@ -181,7 +185,7 @@ class Saver:
         except Exception as error:  # whatever it is: a checkpoint that is not there must not be taken for one
             self._error = self._explained(error, step)
         finally:
-            (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space: a full disk lets it be told
+            (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space, so it works on a full disk
         if self.engine.is_main:
             try:
                 final = self._commit(partial, step)
@@ -198,7 +202,7 @@ class Saver:
             time.sleep(_POLL_SECONDS)
         done = [partial / _done_file(rank) for rank in ranks]
         if not all(path.exists() for path in done):
-            shutil.rmtree(partial, ignore_errors=True)  # its rank tells why: see `finish`
+            shutil.rmtree(partial, ignore_errors=True)  # its rank has the reason: see `finish`
             return None
         files: dict[str, Any] = {}
         for path in done:
@@ -211,7 +215,7 @@ class Saver:
         sync(partial)
         faults.at("rename", 0, step)
         final = self.checkpoints / f"step-{step:08d}"
-        if final.exists():  # what cannot be trusted; a valid one would not be written again
+        if final.exists():  # an invalid one; a valid one would not be written again
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(self.checkpoints)
@@ -303,7 +307,11 @@ def _elements(stored: Any, start: int, stop: int) -> torch.Tensor:
 
 
 def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> None:
-    """Put everything of a verified checkpoint back in place, on every rank."""
+    """Restore everything of a verified checkpoint, on every rank. Collective.
+
+    Raises:
+        ConfigError: it belongs to another model, or was edited.
+    """
     saved = read_state(checkpoint)
     for name, value in saved["state"].items():
         setattr(state, name, value)
@@ -323,7 +331,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json holds.
 
     Raises:
-        ConfigError: it is of another shape, by somebody's hand: the manifest has its hash.
+        ConfigError: it has other fields or types: it was edited, since the manifest has its hash.
     """
     saved = read_record(checkpoint / "state.json")
     try:
@@ -343,18 +351,30 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_state(checkpoint: Path) -> State:
-    """The progress that a checkpoint was made at."""
+    """The progress at which a checkpoint was saved.
+
+    Raises:
+        ConfigError: see `read_state`.
+    """
     return State(**read_state(checkpoint)["state"])
 
 
 def trained_by(checkpoint: Path) -> tuple[str, int]:
-    """The kind of engine, and its number of ranks."""
+    """The kind of engine that saved a checkpoint, and its number of ranks.
+
+    Raises:
+        ConfigError: see `read_state`.
+    """
     engine = read_state(checkpoint)["engine"]
     return engine["kind"], engine["ranks"]
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Put the weights of a verified checkpoint into a model, without an engine."""
+    """Load the weights of a verified checkpoint into a model, without an engine.
+
+    Raises:
+        ConfigError: they belong to another model.
+    """
     stored = Stored(checkpoint, "weights", {name: tensor.shape for name, tensor in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -397,7 +417,11 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """The step in a checkpoint folder's name.
+
+    Raises:
+        ConfigError: it is no such name.
+    """
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
         raise ConfigError(f"{checkpoint} is not a checkpoint: its folder is not named step-NNNNNNNN.")
@@ -408,7 +432,7 @@ def defects(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each file; empty when every byte is as written.
 
     Raises:
-        ConfigError: that cannot be told: somebody else's file, say.
+        ConfigError: that cannot be checked, because of permissions for example.
     """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
@@ -455,10 +479,10 @@ def _written(checkpoint: Path) -> list[str]:
 
 
 def _lost(checkpoint: Path, name: str, error: OSError) -> str:
-    """What is wrong with a file that cannot be read.
+    """What is wrong with a file that is lost.
 
     Raises:
-        ConfigError: nothing may be.
+        ConfigError: it may be intact, and cannot be read here.
     """
     if error.errno not in _LOST:
         raise ConfigError(_unreadable(checkpoint / name, error)) from error
@@ -520,8 +544,8 @@ def _remove(checkpoint: Path) -> None:
 
 
 def tidy(checkpoints: Path, newest: Path | None) -> None:
-    """Remove what an interrupted save left, and quarantine what is newer than `newest`, the newest valid one, by
-    another name: nothing invalid counts among those to keep."""
+    """Remove what an interrupted save left, and quarantine (rename) what is newer than `newest`, the newest valid one:
+    nothing invalid counts among those to keep."""
     _clean(checkpoints)
     for path in available(checkpoints):
         if newest is not None and step_of(path) > step_of(newest):
