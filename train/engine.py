@@ -225,7 +225,7 @@ class Engine:
     def _tell_zero3_of_the_model(self) -> None:
         import deepspeed
 
-        # Ranks that reach different experts would wait for each other for ever.
+        # Ranks that use different experts would deadlock.
         if blocks := {type(block) for block in granite.moe_blocks(self.model)}:
             deepspeed.utils.set_z3_leaf_modules(self.loss, list(blocks))
         # The loss multiplies with the head's weight itself, without going through the head.

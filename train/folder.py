@@ -61,7 +61,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
                 "another run.name."
             )
         held.append(file)
-        (folder / "stop").unlink(missing_ok=True)  # an earlier one; one that appears from now on is meant for this start
+        (folder / "stop").unlink(missing_ok=True)  # from an earlier start
 
     def check_claim() -> None:
         for file in held:

@@ -17,7 +17,7 @@ def available_cores() -> int:
 
 
 def version(package: str) -> str | None:
-    """The version of a package, or None. An imported one has its build, too (+cu130), which its wheel's name may lack."""
+    """The version of a package, or None. An imported one has its build, too (+cu130), which its metadata may lack."""
     if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
         return str(loaded)
     try:

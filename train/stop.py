@@ -17,7 +17,7 @@ class Stop:
     """Collects requests to stop: a signal of SIGNALS to any rank, or a file `stop` in the run folder."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    early = 0  # one that came before
+    early = 0  # a signal that came before the loop, see train.cli
 
     def __init__(self, folder: Path, engine: Engine, check_claim: Callable[[], None]) -> None:
         self.file = folder / "stop"
@@ -28,7 +28,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         for number in self.SIGNALS:
-            # nohup ignores SIGHUP: the terminal may be closed.
+            # nohup ignores SIGHUP, so that the terminal may be closed.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
