@@ -65,13 +65,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "fig
 
 
 def picture(figure: Any) -> str:
-    """A matplotlib figure as SVG; closes it."""
-    from matplotlib import pyplot
+    """A matplotlib figure as SVG."""
+    from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "powertrain"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "powertrain"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
     return buffer.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
 
 
@@ -299,13 +298,11 @@ def _some(points: list[Any]) -> list[Any]:
 
 
 def _courses(shown: Sequence[tuple[str, Sequence[Any]]]) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(9, 3.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     names = list(dict.fromkeys(name for _, courses in shown for name, _ in courses))
     look = dict(zip(names, looks(len(names)), strict=True))
     for axis, (label, courses) in zip(axes[0], shown, strict=True):
@@ -348,17 +345,15 @@ def starts(run: Run) -> str:
 
 def overlays(runs: Sequence[Run]) -> list[str]:
     """Loss over the logarithm of tokens; learning rate with phases, gradient norm, throughput over tokens; all runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     runs = [run for run in runs if run.lines]
     if not runs:
         return ["<p>No step has been taken.</p>"]
     # Fixed margins: fitting them to the labels would take longer than drawing.
-    figure, loss = pyplot.subplots(figsize=(9, 4.2))
+    figure = Figure(figsize=(9, 4.2))
+    loss = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.97)
     look = looks(len(runs))
     entries = [(run.name, own) for run, own in zip(runs, look, strict=True)]
@@ -382,7 +377,8 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     critical = {run.name for run in runs if any(number(line, "critical_batch") > 0 for line in run.lines)}
     if critical or any(len({number(line, "batch") for line in run.lines}) > 1 for run in runs):
         panels.insert(1, ("batch", "batch (× 4096 tokens)" + "\nfaint: critical batch" * bool(critical)))
-    below, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(9, 2.5 * len(panels)))
+    below = Figure(figsize=(9, 2.5 * len(panels)))
+    axes = below.subplots(len(panels), 1, sharex=True)
     below.subplots_adjust(left=0.11, right=0.98, bottom=0.07, top=0.98, hspace=0.08)
     for axis, (metric, unit) in zip(axes, panels, strict=True):
         for run, own in zip(runs, look, strict=True):
@@ -441,10 +437,11 @@ def _experts(run: Run) -> list[str]:
     loads = [(tokens, load) for tokens, load in loads if isinstance(load, dict)]
     if not loads:
         return []
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.17, top=0.97)
     chosen = loads[:: max(1, len(loads) // POINTS)]
     for axis, name, label in zip(
@@ -487,11 +484,12 @@ def _row(values: Any) -> list[float]:
 
 def _layers(count: int, title: str) -> tuple[Any, Any]:
     """A figure for a picture with a row for each layer."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     height = 1.1 + 0.18 * count
-    figure, axis = pyplot.subplots(figsize=(9, height))
+    figure = Figure(figsize=(9, height))
+    axis = figure.subplots()
     figure.subplots_adjust(left=0.06, right=1.0, bottom=0.55 / height, top=1 - 0.4 / height)
     axis.set_title(title)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -23,7 +23,7 @@ from powertrain.train.redact import check_no_secrets, settings_text
 from powertrain.train.resume import where_to_begin
 from powertrain.train.state import Beginning, State
 from powertrain.train.step import train_step
-from powertrain.train.stop import Stop
+from powertrain.train.stop import BY_FILE, Stop
 from powertrain.train.track import Tracker
 from powertrain.train.watchdog import Watchdog
 
@@ -99,9 +99,8 @@ def _train(
         try:
             parts = assemble(config, engine, state, begin.checkpoint, log)
         except StoppedEarly:
-            stopped_by = "the file 'stop' in the run folder"
-            log(f"\nStopped by {stopped_by} while the corpora were prepared. The same command continues from there.")
-            return Outcome(stopped_by, state.step)
+            log(f"\nStopped by {BY_FILE} while the corpora were prepared. The same command continues from there.")
+            return Outcome(BY_FILE, state.step)
         engine.first_rank_decides(check_claim)  # hours may have gone by
         if engine.is_main:
             # Only now: a start that is refused leaves no trace in the run's records.

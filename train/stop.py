@@ -12,6 +12,8 @@ import torch
 from powertrain.train.engine import Engine
 from powertrain.train.errors import ConfigError
 
+BY_FILE = "the file 'stop' in the run folder"
+
 
 class Stop:
     """Collects requests to stop: a signal of SIGNALS to any rank, or a file `stop` in the run folder."""
@@ -55,7 +57,7 @@ class Stop:
         if seen[2]:
             self.engine.first_rank_decides(self.check_claim)
         if seen[1]:
-            return "the file 'stop' in the run folder"
+            return BY_FILE
         if seen[0]:
             return "a signal" if not self._signal else signal.Signals(self._signal).name
         return None

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from powertrain.train.state import State
 
 # The benchmarks of tables 5 to 7 of arXiv 2408.13359. Table 5 compares 1B models without examples in the prompt, and
-# adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. Numbers of
-# few-shot examples are those of the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH),
+# adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. Numbers
+# of few-shot examples are from the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH),
 # which name lm-eval, acc_norm and, for BoolQ, acc. Their HumanEval and MBPP are bigcode-eval's; lm-eval's differ.
 # That "ARC" is the mean of both halves, and MATH lm-eval's minerva_math, is our interpretation; neither source says.
 _SIX = ("arc", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
