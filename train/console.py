@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # preparing data does not need these imports, which take seco
     from powertrain.train.engine import Engine
     from powertrain.train.state import State
 
-LINE_SHARE, LINE_SECONDS = 0.05, 600.0
+LINE_SHARE, LINE_SECONDS = 0.05, 600.0  # of a run, between lines in a file
+PREPARATION_SECONDS = 30.0  # between lines about the preparation of data
 # In a row: in the quickstart's warmup routers collapse onto one expert for up to seven steps, and recover.
 COLLAPSE_STEPS = 20
 NOTED_EXCESS = 0.1  # nats above a uniform guess from which the first loss is explained
@@ -160,14 +161,14 @@ class Progressing:
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def progress_lines(log: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
-    """A callback for `data.prepare`'s progress: logs when something begins, and then every so many seconds."""
+def progress_lines(log: Callable[[str], None]) -> Callable[[str, int, int | None], None]:
+    """A callback for `data.prepare`'s progress: logs when something begins, and then every PREPARATION_SECONDS."""
     begun: dict[str, tuple[float, int]] = {}
     logged: dict[str, float] = {}
 
     def progress(description: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if now - logged.setdefault(description, -math.inf) < every:
+        if now - logged.setdefault(description, -math.inf) < PREPARATION_SECONDS:
             return
         logged[description] = now
         then, before = begun.setdefault(description, (now, done))
