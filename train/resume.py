@@ -247,7 +247,7 @@ def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[
     old, new = ([row for row in config.stages() if row[0] < done] for config in (then, now))
     if old != new:
         raise ConfigError(
-            f"{done:,} samples were drawn by other mixtures than these settings say:\n{_diff(effects)}\n"
+            f"{done:,} sequences were drawn by other mixtures than these settings have:\n{_diff(effects)}\n"
             f"Put them back; a mixture can change from here on: data.stages=[…, {{from_tokens: "
             f"{done * then.data.sequence_length}, mixture: …}}]."
         )

@@ -304,7 +304,7 @@ def test_fault_23_only_own_checkpoints_are_pruned_and_enough_are_kept(run: Calla
         ("schedule.warmup_tokens=701", "Step 2 was taken at the learning rate"),
         ("batch.sequences=16", "Step 1 was taken with a batch of 8 sequences and would now have had 16"),
         ("batch.ramp=[{from_tokens: 512, sequences: 16}]", "Step 3 was taken with a batch of 8"),
-        ("data.stages=[{from_tokens: 512, mixture: {words: 2}}]", "48 samples were drawn by other mixtures"),
+        ("data.stages=[{from_tokens: 512, mixture: {words: 2}}]", "48 sequences were drawn by other mixtures"),
         ("data.corpora.words.validation_fraction=0.3", "The corpus 'words' was described otherwise"),
     ],
 )
