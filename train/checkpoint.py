@@ -12,8 +12,8 @@ A sharded engine's ranks each write what they keep: weights-00001-of-00004.safet
 NAME[start:stop] are the elements [start, stop) of the flattened parameter NAME. Any engine on any number of ranks
 reads from either kind just the elements that it will keep, so nothing is ever converted.
 
-A checkpoint is written beside its place, synced, and renamed into it. It exists when its manifest does and
-every file matches. The newest valid one is found by its step: no pointer file has to be trusted.
+A checkpoint is written under a temporary name, synced, and renamed. It is valid when its manifest exists and every
+file matches it. The newest valid one is found by its step: there is no pointer file that could be wrong.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Saver:
     """Writes checkpoints while training continues. Every rank has one, and its methods are collective.
 
     `save` copies what this rank keeps and leaves the writing to a thread. That of the first rank waits until all
-    ranks have written, then makes the checkpoint of it, and only then drops the oldest, so that `checkpoint.keep`
+    ranks have written, then completes the checkpoint, and only then removes the oldest, so that `checkpoint.keep`
     stay. A save that fails leaves older checkpoints as they are and removes the partial one.
     """
 
@@ -78,7 +78,7 @@ class Saver:
         self.log = log
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
-        self._error: str | None = None  # why it could not be written here
+        self._error: str | None = None  # why this rank could not write it
         self._kept: set[Path] = set()  # old ones that cannot be removed
 
     def save(self, state: State, balance: Balance) -> None:
@@ -97,7 +97,7 @@ class Saver:
         def begin() -> None:
             self.check_claim()
             _clean(self.checkpoints)
-            for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
+            for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own folder is not made again
                 folder.mkdir(exist_ok=folder == self.checkpoints)
             for rank in range(self.engine.world_size):
                 (partial / _pending_file(rank)).touch()
@@ -182,7 +182,7 @@ class Saver:
             for name in (*tensors, *texts):
                 done[name] = {"size": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
             replace_text(partial / _done_file(rank), json.dumps(done))
-        except Exception as error:  # whatever it is: a checkpoint that is not there must not be taken for one
+        except Exception as error:  # whatever it is, the checkpoint is incomplete
             self._error = self._explained(error, step)
         finally:
             (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space, so it works on a full disk
@@ -196,7 +196,7 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _commit(self, partial: Path, step: int) -> Path | None:
-        """Wait until all ranks have written, and make the checkpoint of it; None when one of them has failed."""
+        """Wait until all ranks have written, and complete the checkpoint; None if one of them has failed."""
         ranks = range(self.engine.world_size)
         while any((partial / _pending_file(rank)).exists() for rank in ranks):
             time.sleep(_POLL_SECONDS)
@@ -225,7 +225,7 @@ class Saver:
         for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
             try:
                 _remove(old)
-            except OSError as error:  # the new one is there all the same
+            except OSError as error:  # the new one is complete nevertheless
                 if old not in self._kept:
                     self.log(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
                 self._kept.add(old)
@@ -323,7 +323,7 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
     moments: dict[str, Read] = {moment: Stored(checkpoint, moment, engine.shapes).read for moment in MOMENTS if taken}
     engine.load(Stored(checkpoint, "weights", engine.shapes).read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
-    if rng.exists():  # on more ranks than before, the new ones keep their own seed
+    if rng.exists():  # on more ranks than before, the new ones keep their seed
         _set_rng_state(load_file(rng), engine)
 
 

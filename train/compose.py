@@ -173,7 +173,7 @@ def _compose(overrides: list[str]) -> DictConfig:
     except RecursionError as error:
         raise ConfigError("A configuration file, or a KEY=VALUE, is nested too deep to be read.") from error
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # the last of [tiny,1e5]
-        raise ConfigError(_in_plain_words(error)) from error
+        raise ConfigError(_readable(error)) from error
 
 
 def existing_run(overrides: list[str]) -> Config | None:
@@ -194,10 +194,10 @@ def existing_run(overrides: list[str]) -> Config | None:
         return None
     if not settings.is_file():
         if not any(key.startswith(("model.", "data.", "batch.")) for key in keys):  # which a new run needs
-            there_are = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+            known = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
             raise ConfigError(
-                f"There is no run {settings.parent}; {folder} has {', '.join(there_are) or 'none'}. A new one is "
-                "described by an experiment: +experiment=NAME." + _did_you_mean(place["run.name"], there_are)
+                f"There is no run {settings.parent}; {folder} has {', '.join(known) or 'none'}. A new one is "
+                "described by an experiment: +experiment=NAME." + _did_you_mean(place["run.name"], known)
             )
         return None
     return load(settings, place, [f"{name}={value}" for name, value in given.items()])
@@ -243,7 +243,7 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
     return [*left, f"hydra.searchpath=[{','.join(folders)}]"] if folders else left
 
 
-def _in_plain_words(error: Exception) -> str:
+def _readable(error: Exception) -> str:
     """Hydra's message without its advice to append, which a checked configuration would refuse."""
     message = str(error)
     missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'", message)
@@ -254,10 +254,10 @@ def _in_plain_words(error: Exception) -> str:
     if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
     if missing := re.search(r"Could not find '([^/']+)/([^']+)'", message):
-        there_are = re.findall(r"\n\t(\S+)", message.partition("Config search path")[0]) or options(missing[1])
+        known = re.findall(r"\n\t(\S+)", message.partition("Config search path")[0]) or options(missing[1])
         return (
-            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(there_are)}. "
-            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], there_are)
+            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(known)}. "
+            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], known)
         )
     cause = error.__cause__ or error.__context__
     if isinstance(error, OverrideParseException):
