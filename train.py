@@ -1,4 +1,4 @@
-"""So that `accelerate launch train.py +experiment=NAME` works; the code is in the package `train`."""
+"""So that `accelerate launch train.py +experiment=NAME` works; the code is in the package `powertrain.train`."""
 
 from powertrain.train.cli import main
 

@@ -1,4 +1,4 @@
-"""`powertrain train`, which works from an installed wheel too."""
+"""`python -m powertrain.train`: the same as `powertrain train`."""
 
 from powertrain.train.cli import main
 

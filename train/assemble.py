@@ -34,11 +34,11 @@ from powertrain.train.state import State
 
 Log = Callable[[str], None]
 
-SHORT_PREPARATION = 2.0  # seconds; one that takes no longer is finished, and a step saved, whoever asks to stop
+SHORT_PREPARATION = 2.0  # seconds; a shorter one is finished, and a step is trained and saved, before a stop
 
 
 class StoppedEarly(Exception):
-    """The file `stop` came while the corpora were prepared."""
+    """The file `stop` appeared while the corpora were prepared."""
 
 
 @dataclass
@@ -59,8 +59,13 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     """Data, model and optimizer of a run, as they are at its beginning or in the checkpoint `start_from`.
 
     Collective. Puts the model into `engine`, and the checkpoint's progress into `state`.
+
+    Raises:
+        ConfigError: data, tokenizer, `run.init_from` or the checkpoint do not fit the configuration.
+        data.DataError: a corpus cannot be read.
+        StoppedEarly: see `prepare_data`.
     """
-    # ---- data: prepared once, then memory-mapped; sample i is a function of the seed and i
+    # ---- data: prepared once, then memory-mapped; sequence i is a function of the seed and i
     if start_from is not None and config.data.tokenizer.path is None:
         trained_with = start_from.parent.parent / "tokenizer"
         if trained_with.is_dir():
@@ -86,10 +91,10 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
     seed_rank(config.run.seed, engine.rank, 0 if start_from is None else checkpoint.step_of(start_from))
     balance = Balance(config, engine.reduce)
-    if unlike := mup.unlike_the_law(config):
+    if mismatches := mup.parametrisation_mismatches(config):
         log(
-            f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(unlike)}), and the best "
-            "learning rate may be another one here."
+            f"Warning: the law of this schedule belongs to another parametrisation ({'; '.join(mismatches)}), and the "
+            "best learning rate may be another one here."
         )
     for doubt in (*doubts(config), *batch_doubts(config)):
         log(f"Warning: {doubt}")
@@ -108,7 +113,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         kind, ranks = checkpoint.trained_by(start_from)
         if (kind, ranks) != (engine.kind, engine.world_size):
             log(f"It was trained as {kind} on {ranks} rank(s); it continues as {engine.kind} on {engine.world_size}.")
-        if why := resume.other_losses(start_from, config, engine.world_size):
+        if why := resume.why_losses_differ(start_from, config, engine.world_size):
             log(f"Warning: {why}")
     validation = Validation(config, prepared, tokenizer)
     data = log_data(config, prepared, validation, log)
@@ -116,18 +121,20 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
 
 
 def seed_rank(seed: int, rank: int, step: int) -> None:
-    """Let every rank draw a dropout of its own, once the model is the same on all. The first continues with `seed`, as
-    a single process does. A rank that a checkpoint knows continues with its state there; a new one begins here."""
+    """Seed dropout differently on every rank, once the model is the same on all. The first keeps `seed`, as a single
+    process does. A rank with a random state in the checkpoint resumes with that one; a new rank begins with this."""
     if rank:
         key = hashlib.blake2b(f"{seed}/rank {rank}/step {step}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def prepare_data(config: Config, engine: Engine, log: Log) -> Prepared:
-    """Tokenised corpora, made by the first rank when they are not in the cache yet.
+    """Tokenised corpora, made by the first rank when they are not in the cache yet. Collective.
 
     Raises:
-        StoppedEarly: on all ranks, when the file `stop` comes to the run's folder meanwhile.
+        ConfigError: there is no corpus, or no tokenizer.
+        data.DataError: a corpus cannot be read.
+        StoppedEarly: on all ranks, when the file `stop` appears in the run's folder meanwhile.
     """
     if not config.data.corpora:
         raise ConfigError(
@@ -169,7 +176,12 @@ def prepare_data(config: Config, engine: Engine, log: Log) -> Prepared:
 
 
 def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, log: Log) -> None:
-    """There is a tokenizer, and every token id has a row in the embedding."""
+    """Check that every token id has a row in the embedding.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than model.vocab_size.
+        data.DataError: a token file has an id beyond it.
+    """
     used = rows_needed(tokenizer)
     if used > config.model.vocab_size:
         raise ConfigError(
@@ -197,7 +209,11 @@ def check_vocabulary(config: Config, tokenizer: Any, prepared: Prepared, log: Lo
 
 
 def log_data(config: Config, prepared: Prepared, validation: Validation, log: Log) -> dict[str, Any]:
-    """Log what of the corpora is not trained on and not evaluated; the record of it, by corpus, for run.json."""
+    """Log what of the corpora is not trained on or not evaluated.
+
+    Returns:
+        The record of it, by corpus, for run.json.
+    """
     record: dict[str, Any] = {}
     for name, file in prepared.train.items():
         record[name] = {"documents": file.num_documents, "tokens": file.num_tokens}
@@ -213,7 +229,7 @@ def log_data(config: Config, prepared: Prepared, validation: Validation, log: Lo
     if not validation.corpora:
         asked = f"evaluation.every is {config.evaluation.every}, but " if config.evaluation.every else ""
         log(
-            f"Warning: {asked}no corpus has a validation split that a window fits in, so there will be no validation "
+            f"Warning: {asked}no corpus has a validation split that a sequence fits in, so there will be no validation "
             "loss. Give one a validation_fraction or a validation_path."
         )
     elif without := [name for name in record if name not in prepared.validation]:
@@ -222,8 +238,8 @@ def log_data(config: Config, prepared: Prepared, validation: Validation, log: Lo
 
 
 def order_of(config: Config, prepared: Prepared) -> Order:
-    """The order of samples: the mixture, then the stages that replace it, at sample numbers."""
+    """The order of sequences: the mixture, then the stages that replace it, each from its first sequence on."""
     length = config.data.sequence_length
-    windows = {name: num_windows(file.num_tokens, length, name) for name, file in prepared.train.items()}
+    available = {name: num_windows(file.num_tokens, length, name) for name, file in prepared.train.items()}
     stages = tuple(Stage(start, mixture) for start, mixture in config.stages())
-    return Order(config.run.seed, stages, windows)
+    return Order(config.run.seed, stages, available)

@@ -1,9 +1,9 @@
-"""Expert balance: which frequencies f weigh the router's mean probabilities P, and the z loss.
+"""Expert balance: the frequencies f that weigh the router's mean probabilities P, and the z loss.
 
     balance = Σ_layers E·Σ_e f_e·P_e        f = assignments / (top_k · tokens), no gradient
     z       = Σ_layers mean(logsumexp(router logits)²)
 
-P is the mean router probability over the global batch. A balanced layer contributes 1. `scope` says where f
+P is the mean router probability over the global batch. A balanced layer contributes 1. `scope` is where f
 is counted:
 
 - `lagged`: over the whole previous global batch (the first step uses 1/E). The only scope whose gradient does
@@ -44,6 +44,8 @@ class Balance:
     def losses(self, outputs: Outputs, batch_tokens: int) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of (balance, z); the shares of a global batch add up to its losses.
 
+        Collective in the scopes `accumulated` and `dp`.
+
         Args:
             batch_tokens: tokens in the global batch.
         """
@@ -70,7 +72,10 @@ class Balance:
         return frequency
 
     def end_step(self, skipped: bool) -> Tensor:
-        """Assignments (layers, experts) of the global batch, which `lagged` uses next unless the step was skipped."""
+        """Assignments (layers, experts) of the global batch, which `lagged` uses next unless the step was skipped.
+
+        Collective.
+        """
         counts = self._current if self.config.scope in ("accumulated", "dp") else self.reduce(self._current)
         self._current = torch.zeros_like(counts)
         if not skipped:

@@ -11,22 +11,29 @@ from powertrain.data.mixture import mixture_of
 from powertrain.train.config import ATTENTION, ENGINES, EXPERTS, MODELS, TRACKERS, Config, DataConfig, setting_values
 from powertrain.train.errors import ConfigError
 
-ABOVE_CRITICAL = 0.1  # of the tokens, from which a batch above the critical one is pointed out
+ABOVE_CRITICAL = 0.1  # share of the tokens above the critical batch from which it is reported
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError for what would fail later, or give a run that nobody meant."""
+    """Check a configuration.
+
+    Raises:
+        ConfigError: it would fail later, or give a run that nobody meant.
+    """
     _raise_first(problems(config))
 
 
 def check_data(data: DataConfig) -> None:
-    """The same for its part `data` alone."""
+    """Check its part `data` alone.
+
+    Raises:
+        ConfigError: as `check`.
+    """
     _raise_first(_data_problems(data))
 
 
 def problems(config: Config) -> Iterator[str]:
-    """All that `check` would raise, a paragraph each. Where values are out of their range, what follows from them is
-    not looked at."""
+    """All that `check` would raise, a paragraph each. What follows from values that are out of range is not checked."""
     model, batch, length = config.model, config.batch, config.data.sequence_length
     for name, value in setting_values(config):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -184,14 +191,14 @@ def _schedule_problems(config: Config) -> Iterator[str]:
 
 
 def _decay_problems(config: Config) -> Iterator[str]:
-    """A decay in which no step begins: a step's rate is that at the tokens before it, and full at a decay's start."""
+    """A decay in which no step begins: a step takes the learning rate at the tokens before it."""
     ramp = config.batch.ramp
     if min(config.data.sequence_length, config.batch.sequences, *(phase.sequences for phase in ramp)) <= 0:
         return
     try:
         schedule = config.make_schedule()
     except ConfigError:
-        return  # said above
+        return  # reported by _schedule_problems
     if schedule.fall is None:
         return
     (start, end), decay, what = schedule.fall, schedule.decay, "decay"
@@ -201,7 +208,7 @@ def _decay_problems(config: Config) -> Iterator[str]:
         step = config.sequences_at(start) * config.data.sequence_length
         yield (
             f"The {what} from {start:,} to {end:,} tokens would never be seen: no step begins inside it, where a step "
-            f"is {step:,} tokens and its rate that at the tokens before it. Make it longer than a step"
+            f"is {step:,} tokens and its learning rate that at the tokens before it. Make it longer than a step"
             + (", or set schedule.decay.tokens to 0 for no decay." if decay is not None else ".")
         )
 
@@ -244,12 +251,12 @@ def doubts(config: Config) -> Iterator[str]:
 
 
 def batch_doubts(config: Config) -> Iterator[str]:
-    """What a Power schedule's law says of the batch, a paragraph each; a sweep goes beyond it on purpose.
+    """What a Power schedule's law makes doubtful about the batch, a paragraph each; a sweep goes beyond it on purpose.
 
-    The batch is pointed out where it lies above the critical batch: the first one for more than ABOVE_CRITICAL of the
-    run (every batch does at the first tokens), one of batch.ramp for more than that share of its own tokens; and not if
-    that is over with the warmup. A batch that grows, and its rate with it, is when it stays below half of the critical
-    batch: no cap is near.
+    A batch above the critical batch is reported: the first one if it is for more than ABOVE_CRITICAL of the run (every
+    batch is at the first tokens), one of batch.ramp if it is for more than that share of its own tokens; and not if
+    that ends with the warmup. A batch that grows, and its learning rate with it, is reported if it stays below half of
+    the critical batch: no cap is near.
     """
     power = config.make_schedule().power
     if power is None or power.batch_exponent <= 0:
@@ -261,7 +268,7 @@ def batch_doubts(config: Config) -> Iterator[str]:
         if begin >= end:
             break
         release = power.cap_release(beta)
-        in_warmup = release <= power.warmup_tokens  # whose rates go by the law at its end
+        in_warmup = release <= power.warmup_tokens  # whose learning rates follow the law at its end
         until = math.ceil(min(end, config.trained(release)))
         if not in_warmup and until - begin > ABOVE_CRITICAL * (end - begin if begin else config.run.tokens):
             above.append(f"{sequences:,} sequences from {begin:,} to {until:,} tokens")
@@ -290,8 +297,14 @@ def batch_doubts(config: Config) -> Iterator[str]:
 
 
 def check_batch(config: Config, world_size: int, tokens: int | None = None) -> None:
-    """Raises ConfigError unless the batch splits over ranks and micro-batches, from this reading of the clock on;
-    from the run's beginning by default."""
+    """Check that every batch splits over ranks and micro-batches.
+
+    Args:
+        tokens: reading of the clock from which on batches are checked; default: the run's beginning.
+
+    Raises:
+        ConfigError: one does not.
+    """
     _raise_first(batch_problems(config, world_size, tokens))
 
 

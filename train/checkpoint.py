@@ -12,8 +12,8 @@ A sharded engine's ranks each write what they keep: weights-00001-of-00004.safet
 NAME[start:stop] are the elements [start, stop) of the flattened parameter NAME. Any engine on any number of ranks
 reads from either kind just the elements that it will keep, so nothing is ever converted.
 
-A checkpoint is written beside its place, synced, and renamed into it. It exists when its manifest does and
-every file matches. The newest valid one is found by its step: no pointer file has to be trusted.
+A checkpoint is written under a temporary name, synced, and renamed. It is valid when its manifest exists and every
+file matches it. The newest valid one is found by its step: there is no pointer file that could be wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from powertrain.data.files import read_record, replace_text, reset_permissions, sha256, sync
-from powertrain.train import faults as injected
+from powertrain.train import faults
 from powertrain.train.balance import Balance
 from powertrain.train.engine import MOMENTS, Engine, Read
 from powertrain.train.errors import ConfigError, RunFailed
@@ -46,12 +46,12 @@ from powertrain.train.state import State
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
-SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, whatever becomes of it
+SAVED = ".saved"  # in the run's folder: the step of the last checkpoint, even if that is removed
 _POLL_SECONDS = 0.01
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-# Errors that tell of a file that is lost, or of its bytes. Any other one, such as a permission or a server that does
-# not answer, tells nothing of the checkpoint, which may be the best there is.
+# Errors of a file that is lost or damaged. Any other one, such as a permission or a server that does not answer, does
+# not mean that the checkpoint is invalid, and it may be the best there is.
 _LOST = (*_GONE, errno.ESTALE, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 
 
@@ -59,7 +59,7 @@ class Saver:
     """Writes checkpoints while training continues. Every rank has one, and its methods are collective.
 
     `save` copies what this rank keeps and leaves the writing to a thread. That of the first rank waits until all
-    ranks have written, then makes the checkpoint of it, and only then drops the oldest, so that `checkpoint.keep`
+    ranks have written, then completes the checkpoint, and only then removes the oldest, so that `checkpoint.keep`
     stay. A save that fails leaves older checkpoints as they are and removes the partial one.
     """
 
@@ -68,21 +68,25 @@ class Saver:
         checkpoints: Path,
         engine: Engine,
         data_fingerprint: dict[str, str],
-        check_ours: Callable[[], None],
+        check_claim: Callable[[], None],
         log: Callable[[str], None],
     ) -> None:
         self.checkpoints = checkpoints
         self.engine = engine
         self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
-        self.check_ours = check_ours  # raises ConfigError when the run's folder is another one now
+        self.check_claim = check_claim  # raises ConfigError when the run's folder is another one now
         self.log = log
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
-        self._error: str | None = None  # why it could not be written here
+        self._error: str | None = None  # why this rank could not write it
         self._kept: set[Path] = set()  # old ones that cannot be removed
 
     def save(self, state: State, balance: Balance) -> None:
-        """Begin the checkpoint of `state`. One that could not be written before is reported, and forgotten."""
+        """Begin the checkpoint of `state`. If an earlier one could not be written, that is logged.
+
+        Raises:
+            ConfigError: on all ranks, when the run's folder is another one now.
+        """
         began = time.perf_counter()
         try:
             self.finish()
@@ -91,9 +95,9 @@ class Saver:
         partial = self.checkpoints / f".step-{state.step:08d}.partial"
 
         def begin() -> None:
-            self.check_ours()
+            self.check_claim()
             _clean(self.checkpoints)
-            for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own is not made anew
+            for folder in (self.checkpoints, partial, partial / "rng"):  # the run's own folder is not made again
                 folder.mkdir(exist_ok=folder == self.checkpoints)
             for rank in range(self.engine.world_size):
                 (partial / _pending_file(rank)).touch()
@@ -134,7 +138,7 @@ class Saver:
             return
         self._thread = None
         own, self._error = self._error, None
-        errors = [error for error in self.engine.from_all(own) if error is not None]
+        errors = [error for error in self.engine.gather(own) if error is not None]
         if errors:
             raise RunFailed(errors[0])
 
@@ -172,16 +176,16 @@ class Saver:
         try:
             for name, named in tensors.items():
                 _save_tensors(named, partial / name)
-                injected.at("write", rank, step, partial / name)
+                faults.at("write", rank, step, partial / name)
             for name, text in texts.items():
                 _write_text(partial / name, text)
             for name in (*tensors, *texts):
                 done[name] = {"size": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
             replace_text(partial / _done_file(rank), json.dumps(done))
-        except Exception as error:  # whatever it is: a checkpoint that is not there must not be taken for one
+        except Exception as error:  # whatever it is, the checkpoint is incomplete
             self._error = self._explained(error, step)
         finally:
-            (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space: a full disk lets it be told
+            (partial / _pending_file(rank)).unlink(missing_ok=True)  # takes no space, so it works on a full disk
         if self.engine.is_main:
             try:
                 final = self._commit(partial, step)
@@ -192,36 +196,36 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _commit(self, partial: Path, step: int) -> Path | None:
-        """Wait until all ranks have written, and make the checkpoint of it; None when one of them has failed."""
+        """Wait until all ranks have written, and complete the checkpoint; None if one of them has failed."""
         ranks = range(self.engine.world_size)
         while any((partial / _pending_file(rank)).exists() for rank in ranks):
             time.sleep(_POLL_SECONDS)
         done = [partial / _done_file(rank) for rank in ranks]
         if not all(path.exists() for path in done):
-            shutil.rmtree(partial, ignore_errors=True)  # its rank tells why: see `finish`
+            shutil.rmtree(partial, ignore_errors=True)  # its rank has the reason: see `finish`
             return None
         files: dict[str, Any] = {}
         for path in done:
             files |= json.loads(path.read_text(encoding="utf-8"))
             path.unlink()
-        injected.at("manifest", 0, step)
+        faults.at("manifest", 0, step)
         manifest = {"step": step, "files": dict(sorted(files.items()))}
         _write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
         sync(partial / "rng")
         sync(partial)
-        injected.at("rename", 0, step)
+        faults.at("rename", 0, step)
         final = self.checkpoints / f"step-{step:08d}"
-        if final.exists():  # what cannot be trusted; a valid one would not be written again
+        if final.exists():  # an invalid one; a valid one would not be written again
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(self.checkpoints)
         with contextlib.suppress(OSError):
             replace_text(self.checkpoints.parent / SAVED, f"{step}\n")
-        injected.at("prune", 0, step)
+        faults.at("prune", 0, step)
         for old in available(self.checkpoints)[: -self.engine.config.checkpoint.keep]:
             try:
                 _remove(old)
-            except OSError as error:  # the new one is there all the same
+            except OSError as error:  # the new one is complete nevertheless
                 if old not in self._kept:
                     self.log(f"Warning: the old checkpoint {old} cannot be removed, and takes space: {error.strerror}.")
                 self._kept.add(old)
@@ -303,7 +307,11 @@ def _elements(stored: Any, start: int, stop: int) -> torch.Tensor:
 
 
 def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> None:
-    """Put everything of a verified checkpoint back in place, on every rank."""
+    """Restore everything of a verified checkpoint, on every rank. Collective.
+
+    Raises:
+        ConfigError: it belongs to another model, or was edited.
+    """
     saved = read_state(checkpoint)
     for name, value in saved["state"].items():
         setattr(state, name, value)
@@ -315,7 +323,7 @@ def load(checkpoint: Path, engine: Engine, state: State, balance: Balance) -> No
     moments: dict[str, Read] = {moment: Stored(checkpoint, moment, engine.shapes).read for moment in MOMENTS if taken}
     engine.load(Stored(checkpoint, "weights", engine.shapes).read, taken, moments)
     rng = checkpoint / _rng_file(engine.rank)
-    if rng.exists():  # on more ranks than before, the new ones keep their own seed
+    if rng.exists():  # on more ranks than before, the new ones keep their seed
         _set_rng_state(load_file(rng), engine)
 
 
@@ -323,7 +331,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json holds.
 
     Raises:
-        ConfigError: it is of another shape, by somebody's hand: the manifest has its hash.
+        ConfigError: it has other fields or types: it was edited, since the manifest has its hash.
     """
     saved = read_record(checkpoint / "state.json")
     try:
@@ -343,18 +351,30 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_state(checkpoint: Path) -> State:
-    """The progress that a checkpoint was made at."""
+    """The progress at which a checkpoint was saved.
+
+    Raises:
+        ConfigError: see `read_state`.
+    """
     return State(**read_state(checkpoint)["state"])
 
 
 def trained_by(checkpoint: Path) -> tuple[str, int]:
-    """The kind of engine, and its number of ranks."""
+    """The kind of engine that saved a checkpoint, and its number of ranks.
+
+    Raises:
+        ConfigError: see `read_state`.
+    """
     engine = read_state(checkpoint)["engine"]
     return engine["kind"], engine["ranks"]
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Put the weights of a verified checkpoint into a model, without an engine."""
+    """Load the weights of a verified checkpoint into a model, without an engine.
+
+    Raises:
+        ConfigError: they belong to another model.
+    """
     stored = Stored(checkpoint, "weights", {name: tensor.shape for name, tensor in model.named_parameters()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -397,18 +417,22 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """The step in a checkpoint folder's name.
+
+    Raises:
+        ConfigError: it is no such name.
+    """
     match = _NAME.fullmatch(checkpoint.name)
     if match is None:
         raise ConfigError(f"{checkpoint} is not a checkpoint: its folder is not named step-NNNNNNNN.")
     return int(match.group(1))
 
 
-def faults(checkpoint: Path) -> list[str]:
+def defects(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each file; empty when every byte is as written.
 
     Raises:
-        ConfigError: that cannot be told: somebody else's file, say.
+        ConfigError: that cannot be checked, because of permissions for example.
     """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
@@ -455,10 +479,10 @@ def _written(checkpoint: Path) -> list[str]:
 
 
 def _lost(checkpoint: Path, name: str, error: OSError) -> str:
-    """What is wrong with a file that cannot be read.
+    """What is wrong with a file that is lost.
 
     Raises:
-        ConfigError: nothing may be.
+        ConfigError: it may be intact, and cannot be read here.
     """
     if error.errno not in _LOST:
         raise ConfigError(_unreadable(checkpoint / name, error)) from error
@@ -466,13 +490,13 @@ def _lost(checkpoint: Path, name: str, error: OSError) -> str:
 
 
 def verified(checkpoint: Path) -> Path:
-    """The same path, when it is a checkpoint without faults.
+    """The same path, when it is a checkpoint without defects.
 
     Raises:
         ConfigError: it is not, with what is wrong.
     """
     step_of(checkpoint)
-    if wrong := faults(checkpoint):
+    if wrong := defects(checkpoint):
         raise ConfigError(f"The checkpoint {checkpoint} is not valid: {'; '.join(wrong)}.")
     return checkpoint
 
@@ -490,7 +514,7 @@ def at_step(checkpoints: Path, step: int) -> Path:
 
 
 def newest_valid(checkpoints: Path) -> Path | None:
-    """The newest checkpoint without faults; what is wrong with newer ones is printed.
+    """The newest checkpoint without defects; what is wrong with newer ones is printed.
 
     Returns:
         None when there has never been a checkpoint.
@@ -500,7 +524,7 @@ def newest_valid(checkpoints: Path) -> Path | None:
     """
     found = available(checkpoints)
     for checkpoint in reversed(found):
-        wrong = faults(checkpoint)
+        wrong = defects(checkpoint)
         if not wrong:
             return checkpoint
         print(f"Checkpoint {checkpoint} is not valid, trying the one before: {'; '.join(wrong)}.")
@@ -520,8 +544,8 @@ def _remove(checkpoint: Path) -> None:
 
 
 def tidy(checkpoints: Path, newest: Path | None) -> None:
-    """Remove what an interrupted save left, and quarantine what is newer than `newest`, the newest valid one, by
-    another name: nothing invalid counts among those to keep."""
+    """Remove what an interrupted save left, and quarantine (rename) what is newer than `newest`, the newest valid one:
+    nothing invalid counts among those to keep."""
     _clean(checkpoints)
     for path in available(checkpoints):
         if newest is not None and step_of(path) > step_of(newest):

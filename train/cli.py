@@ -1,6 +1,6 @@
 """The command line of verbs that train: arguments in, an exit status out.
 
-0 done, 1 a check failed or the run broke, 2 bad usage or bad input. What a user can mend is one paragraph
+0 done, 1 a check failed or the run broke, 2 bad usage or bad input, 130 Ctrl-C. What a user can mend is one paragraph
 without a traceback.
 """
 
@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 
 from powertrain.data import DataError
 from powertrain.train import streams
-from powertrain.train.compose import composed, group_names, of_a_run, options
+from powertrain.train.compose import composed, existing_run, group_names, options
 from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed, status_of
 from powertrain.train.redact import HIDDEN, settings_text, without_secrets
 
-LAST_WORDS_SECONDS = 2.0  # in which a rank says what is wrong when another has found something, too
+LAST_WORDS_SECONDS = 2.0  # in which a rank can print its own error when another has found one, too
 
 TRAIN_HELP = """Train a model as described by Hydra configs.
 
@@ -57,7 +57,7 @@ def _groups() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`train`: compose, check, run."""
+    """`powertrain train`: compose, check, run."""
     arguments = sys.argv[1:] if arguments is None else arguments
     leave(lambda: _train(arguments))
 
@@ -68,7 +68,7 @@ def _train(arguments: list[str]) -> int:
         return 0
     print_only = "--cfg" in arguments
     described = [argument for argument in arguments if argument != "--cfg"]
-    config = of_a_run(described) or composed(described)
+    config = existing_run(described) or composed(described)
     if print_only:
         print(settings_text(config), end="")
         return 0
@@ -77,10 +77,11 @@ def _train(arguments: list[str]) -> int:
 
 
 def run_training(config: Config, verb: str, arguments: list[str]) -> int:
-    """Train; the run's folder tells in exit.json how it ended, and in run.json by which command it was started.
+    """Train; the run's folder has in exit.json how it ended, and in run.json by which command it was started.
 
     Raises:
-        ConfigError: a run is continued by its config.yaml, which does not hold a tracker's secret.
+        ConfigError: a run resumes by its config.yaml, which does not hold a tracker's secret; or see `run.train`.
+        data.DataError, RunFailed: see `run.train`.
     """
     for name, value in setting_values(config.tracker, "tracker."):
         if value == HIDDEN:
@@ -93,9 +94,9 @@ def run_training(config: Config, verb: str, arguments: list[str]) -> int:
         Stop.early = number  # an exception is lost when it meets Python in a destructor
         sys.exit(128 + number)
 
-    # Outside the loop, which saves first, a signal ends the process in a way that exit.json can tell.
+    # Outside the loop, which saves first, a signal raises SystemExit, which exit.json then records.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves the last one
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, end)
     train(config, ["powertrain", verb, *arguments])
     return 0
@@ -131,7 +132,7 @@ def guard(verb: Callable[[], int]) -> int:
 
 
 def _shield() -> None:
-    """What this process starts, by whatever way, finds no module of its working directory: it is the user's."""
+    """No process that this one starts imports modules of its working directory: that is the user's."""
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
@@ -139,12 +140,12 @@ def leave(verb: Callable[[], int]) -> NoReturn:
     """Run a verb that trains, and exit with its status. A rank leaves without freeing its process group.
 
     A process group of PyTorch's that is freed joins its thread, which may be waiting for the interpreter to free a
-    tensor: once in a while they wait for each other for ever (seen with gloo, at the end of a run). And after an error
-    on one rank, the others' part in it would be waited for.
+    tensor: now and then that is a deadlock (seen with gloo, at the end of a run). And after an error on one rank, it
+    would wait for the others' collectives.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
     if launched and sys.platform == "linux":
-        # A launcher that is killed, or only told to end when it has a single process, would leave it training.
+        # A launcher that is killed, or gets SIGTERM with a single process, would leave it training.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         status: Any = guard(verb)

@@ -30,31 +30,31 @@ from powertrain.train.check import check, check_data
 from powertrain.train.config import Config, DataConfig, ModelConfig, RunConfig, setting_names, setting_values, type_of
 from powertrain.train.errors import ConfigError
 
-# torch 2.13 says at every collective of DeepSpeed's that it will have another name.
+# torch 2.13 warns at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-# Its successor is not in the torch that we admit at least.
+# The oldest torch that we support does not have its successor.
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-# What a person should see is logged by this project. Set before Transformers is imported.
+# This project logs what matters itself. Set before Transformers is imported.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-if not (sys.stderr and sys.stderr.isatty()):  # a log has lm-eval's progress once a minute
+if not (sys.stderr and sys.stderr.isatty()):  # in a log file lm-eval's progress once a minute
     for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
         os.environ.setdefault(name, "60")
 
 T = TypeVar("T")
 
-MOST_YAML_VALUES = 100_000
-MOST_WRITTEN_OUT = 1_000_000  # characters and values, interpolations written out
+MAX_YAML_VALUES = 100_000
+MAX_EXPANDED = 1_000_000  # characters and values, interpolations expanded
 
 
 class _Loader(omegaconf._utils.get_yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's, which copies what an alias stands for wherever it stands: nine lines can mean 10^9 values."""
+    """OmegaConf's, which copies the value of an alias at each use: nine lines can mean 10^9 values."""
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
-        if node is not None and _values(node, {}) > MOST_YAML_VALUES:
-            raise YAMLError(f"{node.start_mark.name} has more than {MOST_YAML_VALUES:,} values, aliases written out")
+        if node is not None and _values(node, {}) > MAX_YAML_VALUES:
+            raise YAMLError(f"{node.start_mark.name} has more than {MAX_YAML_VALUES:,} values, aliases written out")
         return node
 
 
@@ -75,7 +75,7 @@ def composed(overrides: list[str], checked: bool = True) -> Config:
     """The configuration that these Hydra overrides make; with `run.init_from`, the model is that folder's.
 
     Raises:
-        ConfigError: with what is wrong, in one paragraph; without `checked` only with what cannot be read.
+        ConfigError: it cannot be read, or, if `checked`, `check` refuses it.
     """
     settings = _compose(overrides)
     if "sweep" in settings:  # a trial of it
@@ -85,7 +85,7 @@ def composed(overrides: list[str], checked: bool = True) -> Config:
     if config.run.init_from is not None:
         from powertrain.train.init_from import adopt  # imports Transformers
 
-        adopt(config, _model_of_checkpoint(config), _given_of_the_model(overrides))
+        adopt(config, _model_of_checkpoint(config), _given_model_settings(overrides))
     if checked:
         check(config)
     return config
@@ -106,7 +106,7 @@ def _model_of_checkpoint(config: Config) -> ModelConfig | None:
     return None
 
 
-def _given_of_the_model(overrides: list[str]) -> list[str]:
+def _given_model_settings(overrides: list[str]) -> list[str]:
     """The settings of the model that these overrides name, all of them where they choose or describe one."""
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     everything = [field.name for field in dataclasses.fields(ModelConfig)] if "model" in keys else []
@@ -114,10 +114,10 @@ def _given_of_the_model(overrides: list[str]) -> list[str]:
 
 
 def composed_sweep(overrides: list[str]) -> tuple[DictConfig, Any]:
-    """The unchecked settings of a sweep, which is only described whole with those of a trial, and its `sweep` part.
+    """The unchecked settings of a sweep, which are complete only with those of a trial, and its `sweep` part.
 
     Raises:
-        ConfigError: with what is wrong, in one paragraph.
+        ConfigError: they cannot be read.
     """
     settings = _compose(overrides)
     try:
@@ -131,7 +131,7 @@ def composed_data(overrides: list[str]) -> tuple[DataConfig, int | None]:
     """The `data` part, for which a run need not be described, and the budget in tokens where one is given.
 
     Raises:
-        ConfigError: with what is wrong, in one paragraph.
+        ConfigError: it cannot be read, or `check_data` refuses it.
     """
     settings = _compose(overrides)
     budget = None if OmegaConf.is_missing(settings.run, "tokens") else settings.run.tokens
@@ -147,7 +147,7 @@ def _compose(overrides: list[str]) -> DictConfig:
                 f"'{argument}' is a setting of Hydra itself, which could import or run what it names; none is taken. "
                 "A folder with your own configs is named with --config-dir DIR."
             )
-    # A sweep's settings are its own to check: those that its file leaves at their defaults can be given, too.
+    # A sweep checks its own settings: those that its file leaves at their defaults can be given, too.
     overrides = [f"++{o}" if o.startswith("sweep.") else o for o in _take_config_dir(overrides)]
     overrides = [as_typed(override, _texts()) for override in overrides]
     for argument in overrides:
@@ -158,7 +158,7 @@ def _compose(overrides: list[str]) -> DictConfig:
             )
         if argument.startswith("-"):
             raise ConfigError(f"There is no option '{argument}'. Settings are KEY=VALUE; --help shows examples.")
-    # Plain values here, so that a dict can be given on the command line; `typed` sees to the types.
+    # Plain values here, so that a dict can be given on the command line; `typed` checks the types.
     settings = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))
     for name in ("data.corpora", "data.mixture", "tracker.init_kwargs"):  # whose keys are the user's own
         OmegaConf.set_struct(OmegaConf.select(settings, name), False)
@@ -173,15 +173,15 @@ def _compose(overrides: list[str]) -> DictConfig:
     except RecursionError as error:
         raise ConfigError("A configuration file, or a KEY=VALUE, is nested too deep to be read.") from error
     except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # the last of [tiny,1e5]
-        raise ConfigError(_in_plain_words(error)) from error
+        raise ConfigError(_readable(error)) from error
 
 
-def of_a_run(overrides: list[str]) -> Config | None:
-    """The configuration of a run that is there and only named, by `run.name` and `run.folder`, with KEY=VALUE changed;
-    None where the overrides describe one, by an experiment or another group, or where there is none.
+def existing_run(overrides: list[str]) -> Config | None:
+    """The configuration of an existing run that is only named, by `run.name` and `run.folder`, with KEY=VALUE changed;
+    None where the overrides describe a run, by an experiment or another group, or where there is none.
 
     Raises:
-        ConfigError: with what is wrong, in one paragraph.
+        ConfigError: there is no run of that name and nothing that describes one, or a change is refused (see `load`).
     """
     keys = [override.partition("=")[0] for override in overrides]
     if any(not re.fullmatch(r"\w[\w.-]*", key) or key in group_names() for key in keys):
@@ -193,23 +193,23 @@ def of_a_run(overrides: list[str]) -> Config | None:
     if "run.name" not in place:
         return None
     if not settings.is_file():
-        if not any(key.startswith(("model.", "data.", "batch.")) for key in keys):  # without which there is no new one
-            there_are = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+        if not any(key.startswith(("model.", "data.", "batch.")) for key in keys):  # which a new run needs
+            known = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
             raise ConfigError(
-                f"There is no run {settings.parent}; {folder} has {', '.join(there_are) or 'none'}. A new one is "
-                "described by an experiment: +experiment=NAME." + _did_you_mean(place["run.name"], there_are)
+                f"There is no run {settings.parent}; {folder} has {', '.join(known) or 'none'}. A new one is "
+                "described by an experiment: +experiment=NAME." + _did_you_mean(place["run.name"], known)
             )
         return None
     return load(settings, place, [f"{name}={value}" for name, value in given.items()])
 
 
 def load(path: Path, changed: dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a run left in its config.yaml, with changes by dotted name and KEY=VALUE on top.
+    """The configuration in a run's config.yaml, with changes by dotted name and KEY=VALUE on top.
 
     Without a change it is not checked again: what an earlier version allowed can still be read, and resumed from.
 
     Raises:
-        ConfigError: no such file, one of another version, or a change that cannot be.
+        ConfigError: no such file, one of another version, or a change that `check` refuses.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; {path.parent} is not the folder of a run.")
@@ -243,21 +243,21 @@ def _take_config_dir(arguments: list[str]) -> list[str]:
     return [*left, f"hydra.searchpath=[{','.join(folders)}]"] if folders else left
 
 
-def _in_plain_words(error: Exception) -> str:
+def _readable(error: Exception) -> str:
     """Hydra's message without its advice to append, which a checked configuration would refuse."""
-    said = str(error)
-    missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'", said)
+    message = str(error)
+    missing = re.search(r"Could not (?:override|append[^']*) '([^']+)'", message)
     if missing and missing[1] == "experiment":
         return "There is no setting 'experiment': an experiment is chosen with a plus, +experiment=NAME."
     if missing and missing[1].startswith("schedule."):
         return f"This schedule has no '{missing[1]}'; `--cfg` without it shows what it has."
     if missing and missing[1] not in setting_names():
         return f"There is no setting '{missing[1]}'." + _did_you_mean(missing[1], setting_names())
-    if missing := re.search(r"Could not find '([^/']+)/([^']+)'", said):
-        there_are = re.findall(r"\n\t(\S+)", said.partition("Config search path")[0]) or options(missing[1])
+    if missing := re.search(r"Could not find '([^/']+)/([^']+)'", message):
+        known = re.findall(r"\n\t(\S+)", message.partition("Config search path")[0]) or options(missing[1])
         return (
-            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(there_are)}. "
-            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], there_are)
+            f"There is no '{missing[2]}' in configs/{missing[1]}; there are {', '.join(known)}. "
+            f"Your own go into DIR/{missing[1]}/, with --config-dir DIR." + _did_you_mean(missing[2], known)
         )
     cause = error.__cause__ or error.__context__
     if isinstance(error, OverrideParseException):
@@ -266,7 +266,7 @@ def _in_plain_words(error: Exception) -> str:
             "brackets, commas, spaces or equal signs in it is quoted twice: KEY='\"VALUE\"'."
         )
     first_line = str(cause or "").partition("\n")[0]
-    return " ".join(f"{said.partition(' To append')[0].partition(chr(10))[0]} {first_line}".split())
+    return " ".join(f"{message.partition(' To append')[0].partition(chr(10))[0]} {first_line}".split())
 
 
 def _did_you_mean(value: str, known: list[str]) -> str:
@@ -284,19 +284,19 @@ def group_names() -> list[str]:
 
 
 def _texts() -> list[str]:
-    """What is a text besides settings of type str: an option of a group, and names in a sweep."""
+    """What takes text besides settings of type str: the options of groups, and names in a sweep."""
     return [*group_names(), *(f"sweep.{name}" for name in ("name", "ledger", "launcher"))]
 
 
 def options(group: str) -> list[str]:
-    """The files of one of them."""
+    """The files of a group, without their ending."""
     return sorted(path.stem for path in (_configs() / group).glob("*.yaml"))
 
 
 def as_typed(override: str, texts: Sequence[str] = ()) -> str:
-    """KEY=VALUE with its value in quotes, where KEY is a text or one of `texts`: 123e456 is a name, and not infinity.
+    """KEY=VALUE with its value in quotes, where KEY takes text or is one of `texts`: 123e456 is a name, not infinity.
 
-    `null` stays what it is where a text can be absent.
+    `null` stays null where a setting can be absent.
     """
     key, _, value = override.partition("=")
     name = key.lstrip("+")
@@ -306,6 +306,11 @@ def as_typed(override: str, texts: Sequence[str] = ()) -> str:
 
 
 def typed(composed: DictConfig, kind: type[T]) -> T:
+    """The dataclass `kind` with these values.
+
+    Raises:
+        ConfigError: a setting is unknown, missing or of another type.
+    """
     check_interpolations(composed)  # before anything resolves them
     try:
         if missing := sorted(OmegaConf.missing_keys(composed)):
@@ -333,8 +338,11 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
 
 
 def check_interpolations(composed: DictConfig) -> None:
-    """Raises ConfigError where interpolations, written out, would mean more than a configuration can: as with aliases,
-    thirty lines of ${a}${a} are 10^9 values."""
+    """Check that interpolations do not expand beyond MAX_EXPANDED: thirty lines of ${a}${a} are 10^9 values.
+
+    Raises:
+        ConfigError: they do.
+    """
     root = OmegaConf.to_container(composed, resolve=False)
     sizes: dict[tuple[str, ...], float] = {}
 
@@ -352,10 +360,10 @@ def check_interpolations(composed: DictConfig) -> None:
             sizes[path] = total
         return sizes[path]
 
-    if size((), root) > MOST_WRITTEN_OUT:
-        first = min((path for path in sizes if sizes[path] > MOST_WRITTEN_OUT), key=lambda path: sizes[path])
+    if size((), root) > MAX_EXPANDED:
+        first = min((path for path in sizes if sizes[path] > MAX_EXPANDED), key=lambda path: sizes[path])
         raise ConfigError(
-            f"With its interpolations written out the configuration has more than {MOST_WRITTEN_OUT:,} characters and "
+            f"With its interpolations written out the configuration has more than {MAX_EXPANDED:,} characters and "
             f"values, as {'.'.join(first)} alone has. Give the values themselves."
         )
 
@@ -365,5 +373,5 @@ def _at(node: Any, path: tuple[str, ...]) -> Any:
         try:
             node = node[int(key) if isinstance(node, list) else key]
         except (KeyError, IndexError, TypeError, ValueError):
-            return None  # OmegaConf says so
+            return None  # OmegaConf will report it
     return node

@@ -39,7 +39,7 @@ class RunConfig:
 
     name: str = "run"  # the run's folder is folder/name
     folder: str = "runs"  # of all runs; relative to where the command is given
-    seed: int = 0  # of the initial weights and of the order of samples
+    seed: int = 0  # of the initial weights and of the order of sequences
     tokens: int = MISSING  # budget of this run: without tokens_seen, but with what a branch's parent trained
     tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
     init_from: str | None = None  # a Hugging Face model of a family of ours (folder or hub name), or a run's folder
@@ -98,7 +98,7 @@ class MupConfig:
 
 @dataclass
 class StageConfig:
-    """From this many tokens of the run on, samples are drawn by this mixture."""
+    """From this many tokens of the run on, sequences are drawn by this mixture."""
 
     from_tokens: int = MISSING  # tokens of this run, as run.tokens counts: without tokens_seen
     mixture: dict[str, float] = field(default_factory=dict)  # corpus: weight
@@ -106,11 +106,11 @@ class StageConfig:
 
 @dataclass
 class DataConfig:
-    """Corpora, the tokenizer, and the order in which windows of them are seen."""
+    """Corpora, the tokenizer, and the order in which sequences of them are trained on."""
 
     cache_dir: str = "~/.cache/powertrain"  # of tokenised corpora and trained tokenizers
     workers: int | None = None  # processes that tokenise what is not in the cache; default: one for each core
-    sequence_length: int = 4096  # tokens of a window; the same for the whole run
+    sequence_length: int = 4096  # tokens of a sequence; the same for the whole run
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)  # path, or vocab_size of one that is trained
     corpora: dict[str, Corpus] = field(default_factory=dict)  # NAME: what it is made of
     mixture: dict[str, float] = field(default_factory=dict)  # corpus: weight, of which ratios count; default: equal
@@ -136,7 +136,7 @@ class BatchConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW. `independent` weight decay is not weakened by muP's rate multiplier, `coupled` (torch's) is."""
+    """AdamW. `independent` weight decay is not weakened by muP's learning-rate multiplier, `coupled` (torch's) is."""
 
     betas: tuple[float, float] = (0.9, 0.95)  # decays of the two moments
     eps: float = 1e-10  # added to the root of the second moment
@@ -160,7 +160,7 @@ class EvaluationConfig:
     """Validation loss of every corpus that has a validation split, and benchmarks; also at the end."""
 
     every: int = 0  # steps between evaluations, the first before step 1; 0: at the end only
-    sequences: int = 64  # windows of each corpus at most; `overall` is of all these windows, whatever the mixture
+    sequences: int = 64  # of each corpus at most; `overall` is over all of them, whatever the mixture
     tasks: list[str] = field(default_factory=list)  # of lm-eval, those that choose by log-probability
     limit: int | None = None  # only the first so many questions of each task
     data: str | None = None  # the tasks' datasets, DIR/NAME/CONFIG/SPLIT; default: the hub's
@@ -215,6 +215,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
+        """run.folder/run.name."""
         return Path(self.run.folder) / self.run.name
 
     @property
@@ -223,7 +224,7 @@ class Config:
         return self.run.tokens_seen + self.run.tokens
 
     def trained(self, tokens: Number) -> Number:
-        """Tokens of this run at a reading of the clock: those of before it, `run.tokens_seen`, are not counted."""
+        """Tokens trained in this run at a reading of the clock, which begins at `run.tokens_seen`."""
         return tokens - self.run.tokens_seen
 
     def sequences_at(self, tokens: int) -> int:
@@ -265,13 +266,17 @@ class Config:
         return self.run.tokens_seen if start is None else start
 
     def stages(self) -> list[tuple[int, dict[str, float]]]:
-        """Rows (first sample, mixture): `data.mixture`, by default all corpora equally, then `data.stages`."""
+        """Rows (first sequence, mixture): `data.mixture`, by default all corpora equally, then `data.stages`."""
         first = self.data.mixture or {name: 1.0 for name in self.data.corpora}
         length = self.data.sequence_length
         return [(0, first), *((-(-stage.from_tokens // length), stage.mixture) for stage in self.data.stages)]
 
     def make_schedule(self) -> schedulers.Schedule:
-        """The schedule, with a decay that has no `start` put at the end of the budget."""
+        """The schedule; a decay without `start`, and a cosine without `total_tokens`, end with the budget.
+
+        Raises:
+            ConfigError: `schedule` names no schedule, or has a field or value that it refuses.
+        """
         fields = dict(self.schedule or {})
         name = fields.pop("name", None)
         rewarmup = fields.pop("rewarmup", None)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar and its figures on a terminal, a line now and then where output is a file."""
+"""What a run prints: a progress bar and metrics on a terminal, a line now and then where output is a file."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-if TYPE_CHECKING:  # the preparation of data does without the seconds that these imports take
+if TYPE_CHECKING:  # preparing data does not need these imports, which take seconds
     from powertrain.train.config import Config
     from powertrain.train.engine import Engine
     from powertrain.train.state import State
 
-LINE_SHARE, LINE_SECONDS = 0.05, 600.0
-# Of steps in a row: in the quickstart's warmup routers lean on one expert for up to seven, and find back by themselves.
+LINE_SHARE, LINE_SECONDS = 0.05, 600.0  # of a run, between lines in a file
+PREPARATION_SECONDS = 30.0  # between lines about the preparation of data
+# In a row: in the quickstart's warmup routers collapse onto one expert for up to seven steps, and recover.
 COLLAPSE_STEPS = 20
-NOTED_EXCESS = 0.1  # nats above a uniform guess that a person may wonder about
+NOTED_EXCESS = 0.1  # nats above a uniform guess from which the first loss is explained
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        self.quiet = True  # rich would end the process; that nobody reads any more is no reason to lose a run
+        self.quiet = True  # rich would end the process, and a closed pipe is no reason to lose a run
 
 
 class Progressing:
-    """A context manager whose `step` shows how far a run is, and how well it goes."""
+    """A context manager whose `step` shows a run's progress and metrics, and whose `log` prints a line."""
 
     def __init__(self, config: Config, engine: Engine, state: State) -> None:
         self.console = _Console(stderr=False)
@@ -43,7 +44,7 @@ class Progressing:
         self.steps = self.collapsed_steps = 0  # of this start
         self.collapsed, self.in_a_row, self.warned = False, 0, False
         done = config.trained(state.tokens)
-        self.told, self.told_tokens = -math.inf, done  # when the last line was written to a file
+        self.logged, self.logged_tokens = -math.inf, done  # when the last line was written to a file
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -72,7 +73,7 @@ class Progressing:
             )
 
     def step(self, record: dict[str, Any], state: State) -> None:
-        """Show one step's metrics: a line of them every LINE_SHARE of the run or LINE_SECONDS in a file."""
+        """Show one step's metrics; in a file, a line every LINE_SHARE of the run or LINE_SECONDS."""
         if not self.active:
             return
         end, done = self.config.run.tokens, self.config.trained(state.tokens)
@@ -81,7 +82,7 @@ class Progressing:
         left = duration(max(0, end - done) / self.smooth)
         facts = [
             "skipped" if record["lm_loss"] is None else f"lm_loss {record['lm_loss']:.3f}",
-            self._rate(record),
+            self._learning_rate(record),
             f"{human(self.smooth)} tokens/s",
         ]
         if record["mfu"] is not None:
@@ -100,8 +101,8 @@ class Progressing:
             self.facts.plain = "  ".join(facts)
         else:
             now = time.monotonic()
-            if now - self.told >= LINE_SECONDS or done - self.told_tokens >= LINE_SHARE * end or done >= end:
-                self.told, self.told_tokens = now, done
+            if now - self.logged >= LINE_SECONDS or done - self.logged_tokens >= LINE_SHARE * end or done >= end:
+                self.logged, self.logged_tokens = now, done
                 tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
                 self.log("  ".join([f"step {state.step:>7,}", tokens, *facts]))
         if state.step == 1 and self.config.run.init_from is None and record["lm_loss"] is not None:
@@ -110,7 +111,7 @@ class Progressing:
             self._watch_routing(record["expert_load"], state)
 
     def _explain_first(self, loss: float) -> None:
-        """Why a loss begins above that of a uniform guess, which looks like a mistake and is none."""
+        """Log why the loss begins above that of a uniform guess, which looks like a mistake and is none."""
         from powertrain.train.model.mup import first_logits_std
 
         uniform, std = math.log(self.config.model.vocab_size), first_logits_std(self.config)
@@ -123,7 +124,7 @@ class Progressing:
             )
 
     def _watch_routing(self, load: dict[str, Any], state: State) -> None:
-        """Say when layers have not routed for COLLAPSE_STEPS steps, and when all have again for as many."""
+        """Warn when layers have not routed for COLLAPSE_STEPS steps, and log when all have again for as many."""
         collapsed = bool(load.get("collapsed"))
         self.steps, self.collapsed_steps = self.steps + 1, self.collapsed_steps + collapsed
         self.in_a_row = self.in_a_row + 1 if collapsed == self.collapsed else 1
@@ -141,8 +142,8 @@ class Progressing:
         else:
             self.log(f"Every layer routes its tokens again, at step {state.step:,}.")
 
-    def _rate(self, record: dict[str, Any]) -> str:
-        """The rate, the schedule's phase, and how far the cap of a Power schedule is away."""
+    def _learning_rate(self, record: dict[str, Any]) -> str:
+        """The learning rate, the schedule's phase, and its share of a Power schedule's cap."""
         where = record["phase"]
         smooth = self.config.schedule.get("cap") == "smooth"
         if record["at_cap"] and where == "trunk" and not smooth:
@@ -160,16 +161,16 @@ class Progressing:
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def progress_lines(log: Callable[[str], None], every: float = 30.0) -> Callable[[str, int, int | None], None]:
-    """For `data.prepare`'s progress: a line when something begins, and one every so many seconds."""
+def progress_lines(log: Callable[[str], None]) -> Callable[[str, int, int | None], None]:
+    """A callback for `data.prepare`'s progress: logs when something begins, and then every PREPARATION_SECONDS."""
     begun: dict[str, tuple[float, int]] = {}
-    said: dict[str, float] = {}
+    logged: dict[str, float] = {}
 
     def progress(description: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if now - said.setdefault(description, -math.inf) < every:
+        if now - logged.setdefault(description, -math.inf) < PREPARATION_SECONDS:
             return
-        said[description] = now
+        logged[description] = now
         then, before = begun.setdefault(description, (now, done))
         so_far = f"{decimal(done)} of {decimal(total)}" if total else decimal(done)
         line = f"{description}: {so_far}" if done else description

@@ -1,10 +1,10 @@
-"""The only file that knows accelerate and DeepSpeed: one process, data parallel (DDP), or ZeRO 1, 2, 3.
+"""The only module that runs accelerate and DeepSpeed: one process, data parallel (DDP), or ZeRO 1, 2, 3.
 
-Gradients are sums over the global batch: the loop divides by global counts, so neither the number of
+Gradients are sums over the global batch: `step.train_step` divides by global counts, so neither the number of
 micro-batches nor the number of ranks appears in any setting here.
 
 Whatever the engine, the float32 masters and the moments of AdamW lie on each rank as fragments: a range of a
-parameter's elements. `fragments` and `load` speak of these alone, so a checkpoint fits every engine.
+parameter's elements. `fragments` and `load` use nothing else, so a checkpoint fits every engine.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from powertrain.train.model import granite, mup
 T = TypeVar("T")
 Read = Callable[[str, int, int], Tensor]  # (parameter, start, stop) → its elements [start, stop), flat
 
-# glibc's options of malloc.h: the threshold to give memory back at, what is asked for at a time, and how much may lie
-# outside the heap.
+# glibc's options in malloc.h: the free memory that is returned to the system, how much is asked for at a time, and how
+# many blocks may lie outside the heap.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 # AdamW's own names; so are those in a checkpoint.
@@ -50,8 +50,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Fragment:
     """Elements [start, stop) of a flattened parameter: the part that this rank keeps.
 
-    master: (stop − start,) their float32 values, a view.
-    flat: the tensor that the optimizer keys its state by, in which they begin at `offset`.
+    Attributes:
+        master: (stop − start,) their float32 values, a view.
+        flat: the tensor that the optimizer keys its state by, in which they begin at `offset`.
     """
 
     start: int
@@ -67,6 +68,11 @@ class Engine:
     Attributes:
         kind: plain, ddp, zero1, zero2 or zero3.
         sharded: whether each rank keeps fragments of its own, or all keep everything.
+        first_rank_error: what `first_rank_decides` raised, which the first rank prints for all.
+
+    Raises:
+        ConfigError: launcher, accelerate's configuration, kernels or trackers do not fit the settings.
+        RunFailed: the ranks did not come together.
     """
 
     def __init__(self, config: Config) -> None:
@@ -93,7 +99,7 @@ class Engine:
                 f"tracker.log_with names {', '.join(sorted(unknown))}, which is not installed: "
                 f"pip install {' '.join(sorted(unknown))}. Or choose tracker=jsonl."
             )
-        self.error_of_first: Exception | None = None  # which it tells itself
+        self.first_rank_error: Exception | None = None
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
@@ -130,7 +136,7 @@ class Engine:
         return kinds[found]
 
     def _check_launch(self) -> None:
-        """What was asked for is what runs."""
+        """Check that what was launched is what runs."""
         expected = _launched()
         if self.world_size != expected or (expected > 1 and self.kind == "plain"):
             raise ConfigError(
@@ -157,7 +163,7 @@ class Engine:
             )
 
     def _configure_deepspeed(self) -> None:
-        """What a run decides, whatever the accelerate file says: precision, clipping, and that we accumulate."""
+        """Override the accelerate file where the run decides: precision, clipping, and that we accumulate."""
         self.accelerator.deepspeed_plugin.deepspeed_config.update(
             train_batch_size=self.world_size,
             train_micro_batch_size_per_gpu=1,
@@ -187,7 +193,7 @@ class Engine:
         return deepspeed.zero.Init(config_dict_or_path=self.accelerator.deepspeed_plugin.deepspeed_config)
 
     def prepare(self, loss: LanguageModelLoss, rows: dict[str, mup.Row]) -> None:
-        """Take the float32 model, whose weights `load` brings; make its optimizer."""
+        """Take the float32 model, whose weights `load` brings; make its optimizer. Collective."""
         self.loss = loss.to(self.device)
         self.model = loss.model
         if self.config.engine.torch_compile:
@@ -199,7 +205,7 @@ class Engine:
         }
         casting = self.config.precision == "bf16" and self.kind != "zero3"
         self._take_module(optim.for_training(loss, self.config.engine.activation_checkpointing, casting), rows)
-        # By the CPU, as Transformers has them when it loads a model; and ZeRO-3 in bf16 has rounded them, too.
+        # Computed on the CPU, as Transformers does when it loads a model; ZeRO-3 in bf16 has rounded them besides.
         rotary = self.model.model.rotary_emb
         for name, frequencies in type(rotary)(self.model.config).named_buffers():
             setattr(rotary, name, frequencies.to(self.device))
@@ -219,14 +225,14 @@ class Engine:
     def _tell_zero3_of_the_model(self) -> None:
         import deepspeed
 
-        # Ranks that reach different experts would wait for each other for ever.
+        # Ranks that use different experts would deadlock.
         if blocks := {type(block) for block in granite.moe_blocks(self.model)}:
             deepspeed.utils.set_z3_leaf_modules(self.loss, list(blocks))
         # The loss multiplies with the head's weight itself, without going through the head.
         deepspeed.zero.register_external_parameter(self.loss, self.model.lm_head.weight)
 
     def forward(self, batch: dict[str, Tensor], last: bool) -> Outputs:
-        """One micro-batch forward. Gradients of a step are complete with the `last` one."""
+        """One micro-batch forward. The gradients of a step are complete after the `last` one."""
         if self.sharded:
             self.module.set_gradient_accumulation_boundary(last)
             return self.module(**batch)
@@ -257,13 +263,13 @@ class Engine:
         skipped = not torch.isfinite(torch.tensor(norm)).item()
         if not skipped:
             self.optimizer.step()
-        # DDP's gradients lie in its buckets, which are there anyway; without them the next would be made beside.
+        # DDP's gradients are views of its buckets; set to None, the next ones would be allocated beside them.
         self.optimizer.zero_grad(set_to_none=self.kind != "ddp")
         return norm, skipped
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """(B, S, V) float32, by the forward pass that trains. Collective: as often on every rank."""
-        # Compiled layers round elsewhere than those of an exported model, which it will be compared with.
+        """(B, S, V) float32, by the forward pass that trains. Collective: call it equally often on every rank."""
+        # Compiled layers round differently from those of an exported model, which these are compared with.
         with torch.compiler.set_stance("force_eager"):
             return logits_of(self.module, input_ids.to(self.device))
 
@@ -272,18 +278,22 @@ class Engine:
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks; a tensor on any device comes back on the same one."""
+        """Sum over ranks; the result is on the tensor's device. Collective."""
         if self.world_size == 1:
             return tensor
         summed: Tensor = self.accelerator.reduce(tensor.to(self.device), "sum")
         return summed.to(tensor.device)
 
-    def from_all(self, value: T) -> list[T]:
-        """The values of all ranks, on all of them."""
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, on all of them. Collective."""
         return list(gather_object([value])) if self.world_size > 1 else [value]
 
     def first_rank_decides(self, decide: Callable[[], T]) -> T:
-        """What `decide` returned on the first rank, on all of them; an error of its is raised on all, too."""
+        """What `decide` returns on the first rank, on all of them. Collective.
+
+        Raises:
+            ConfigError, data.DataError, OSError: on all ranks, what it raised on the first.
+        """
         decision: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -293,12 +303,16 @@ class Engine:
         if self.world_size > 1:
             broadcast_object_list(decision)
         if decision[1] is not None:
-            self.error_of_first = decision[1]
+            self.first_rank_error = decision[1]
             raise decision[1]
         return decision[0]
 
     def check_shared(self, path: Path) -> None:
-        """Raises ConfigError unless all ranks see the file that the first one has made. Collective."""
+        """Check that all ranks see the file that the first one has made. Collective.
+
+        Raises:
+            ConfigError: some do not.
+        """
         if blind := int(self.reduce(torch.tensor(int(not path.exists())))):
             raise ConfigError(
                 f"{blind} of {self.world_size} ranks do not see {path.parent}: run.folder has to lie on a file system "
@@ -306,7 +320,7 @@ class Engine:
             )
 
     def hardware(self) -> dict[str, Any]:
-        """What decides the last bits of a sum: kernels, device, ranks and threads."""
+        """For run.json, what decides the last bits of a sum: kernels, device, ranks and threads."""
         on_gpu = self.device.type == "cuda"
         return {
             "kernels": granite.kernels(self.config, self.device),
@@ -324,7 +338,7 @@ class Engine:
     # ------------------------------------------------------------------ state by Hugging Face parameter name
 
     def fragments(self) -> dict[str, Fragment]:
-        """What this rank keeps of each parameter, tied ones once; of what all ranks keep, the first speaks."""
+        """What this rank keeps of each parameter, tied ones once."""
         found = {}
         for name, parameter in self.model.named_parameters():
             fragment = self._fragment(parameter)
@@ -350,17 +364,25 @@ class Engine:
         return Fragment(start, stop, flat.detach().view(-1)[offset : offset + max(0, stop - start)], flat, offset)
 
     def moment(self, fragment: Fragment, name: str) -> Tensor:
-        """(stop − start,) one of MOMENTS; before the first step there are none: KeyError."""
+        """(stop − start,) one of MOMENTS.
+
+        Raises:
+            KeyError: before the first step there are none.
+        """
         state: Tensor = self.optimizer.state[fragment.flat][name]
         return state.view(-1)[fragment.offset : fragment.offset + len(fragment.master)]
 
     def steps_taken(self) -> int:
-        """Steps that AdamW has taken; its bias correction counts them."""
+        """Steps that AdamW has taken, without skipped ones; its bias correction counts them."""
         return next((int(state["step"]) for state in self.optimizer.state.values()), 0)
 
     @torch.no_grad()
     def load(self, weights: Read, taken: int = 0, moments: dict[str, Read] | None = None) -> None:
-        """Bring masters and moments; only what this rank keeps is read. Collective.
+        """Load masters and moments; only what this rank keeps is read. Collective.
+
+        Args:
+            taken: steps that AdamW has taken.
+            moments: by the names of MOMENTS; None for a model that begins.
 
         Raises:
             ConfigError: `weights` or a moment does not have something (by `checkpoint.Stored.read`).
@@ -376,7 +398,7 @@ class Engine:
             for name, fragment in fragments.items():
                 for moment, read in moments.items():
                     self.moment(fragment, moment).copy_(read(name, fragment.start, fragment.stop))
-        # DeepSpeed 0.19 has no public way to say that masters have changed: these are what its own loading of a
+        # DeepSpeed 0.19 has no public call for masters that have changed: these are what its own loading of a
         # checkpoint calls, so that what the forward pass gathers is cast from them anew.
         if self.kind == "zero3":
             self.zero._partition_all_parameters()
@@ -388,7 +410,7 @@ class Engine:
             self.zero.update_lp_params()
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 master) of every parameter, one at a time on its device. Collective: exhaust it."""
+        """(name, float32 master) of every parameter, one at a time, on its device. Collective: iterate to the end."""
         for name, parameter in self.model.named_parameters():
             if self.kind == "zero3":
                 from deepspeed.utils import safe_get_full_fp32_param
@@ -402,7 +424,7 @@ def _launched() -> int:
     """How many processes a launcher has started to train together.
 
     Raises:
-        ConfigError: the environment says that there are several, and not how they find each other.
+        ConfigError: the environment has a WORLD_SIZE above 1, and not the addresses to connect with.
     """
     size = os.environ.get("WORLD_SIZE") or "1"
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -435,9 +457,9 @@ def warn_of_unfinished_builds() -> None:
 
 @contextlib.contextmanager
 def _joining(ranks: int, timeout: float) -> Iterator[None]:
-    """Around what joins the ranks: for `timeout` seconds they wait for each other, and from then on for a day.
+    """Around what joins the ranks: they wait for each other for `timeout` seconds, and in later collectives for a day.
 
-    They may have to while the first one prepares a large corpus; train.watchdog sees to one that hangs.
+    That long the first one may prepare a large corpus; train.watchdog ends a run in which a rank hangs.
 
     Raises:
         RunFailed: they did not come together.
@@ -459,9 +481,9 @@ def _joining(ranks: int, timeout: float) -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library, where it is glibc, keep what is freed for what is allocated next.
+    """Have glibc, where that is the C library, reuse freed memory.
 
-    It gives large blocks back at once, and a step then waits while the system finds and zeroes its pages again.
+    By default it returns large blocks to the system, and every step then waits for their pages to be zeroed again.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Errors that a run raises on purpose, and the exit status that each means."""
+"""The errors that a run raises itself, and the exit status of any error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run broke for a reason that is known; the message is one paragraph."""
+    """The run failed for a known reason; the message is one readable paragraph."""
 
 
 class Diverged(RunFailed):
@@ -20,7 +20,7 @@ class Diverged(RunFailed):
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status that an error means: 2 for what a user got wrong, 1 for what broke, 130 for Ctrl-C."""
+    """The exit status of an error: 2 for bad usage or input, 1 for a failure, 130 for Ctrl-C."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, KeyboardInterrupt):

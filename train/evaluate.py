@@ -1,4 +1,4 @@
-"""Validation: loss of fixed windows of every corpus, in nats a token and bits a byte, beside a unigram model."""
+"""Validation: loss of fixed sequences of every corpus, in nats a token and bits a byte, beside a unigram model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from powertrain.train.step import to_device
 
 
 class Validation:
-    """The windows that are evaluated, evenly spread over each validation file and always the same.
+    """The sequences that are evaluated, evenly spread over each validation file and always the same.
 
     Attributes:
+        corpora: their tensors, each (N, S), by corpus.
         bytes: of text that a corpus's targets stand for; None where that is not known.
         problems: by corpus, why it is not evaluated or has no bits per byte.
     """
@@ -41,16 +42,16 @@ class Validation:
             total = windows_in(file.num_tokens, length)
             if total < 1:
                 self.problems[name] = (
-                    f"its validation split has {file.num_tokens:,} tokens, and a window takes {length + 1:,} "
+                    f"its validation split has {file.num_tokens:,} tokens, and a sequence takes {length + 1:,} "
                     "(data.sequence_length and one): give it more, or a shorter sequence_length"
                 )
                 continue
             chosen = np.unique(np.linspace(0, total - 1, min(total, config.evaluation.sequences)).round().astype(int))
-            windows = [window(file, int(index), length) for index in chosen]
-            batch = [torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True)]
+            rows = [window(file, int(index), length) for index in chosen]
+            batch = [torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)]
             self.corpora[name] = dict(zip(("input_ids", "labels", "position_ids"), batch, strict=True))
             # The bytes that the targets stand for: a loss in nats a token means nothing across tokenizers.
-            labels = np.stack([w[1] for w in windows])
+            labels = np.stack([row[1] for row in rows])
             targets = labels != IGNORE_INDEX
             counted = prepared.token_bytes.get(name)
             if counted is not None:
@@ -99,7 +100,7 @@ class Validation:
         count = len(batch["labels"])
         for round_starts in range(0, count, engine.world_size * micro):
             first = round_starts + engine.rank * micro
-            begin = first if first < count else 0  # nothing left: sharded ranks run forward together all the same
+            begin = first if first < count else 0  # nothing left: sharded ranks run forward together nevertheless
             part = to_device({k: v[begin : begin + micro] for k, v in batch.items()}, engine.device)
             outputs = engine.module(**part)
             if first < count:
@@ -113,8 +114,8 @@ class Validation:
         for name, file in train.items():
             if name in self.corpora:
                 # 50M tokens are enough for frequencies, and cost a second.
-                sample = np.asarray(file.tokens[:50_000_000])
-                counts += np.bincount(sample, minlength=len(counts))[: len(counts)]
+                tokens = np.asarray(file.tokens[:50_000_000])
+                counts += np.bincount(tokens, minlength=len(counts))[: len(counts)]
         log_probability = np.log(counts / counts.sum())
         labels = np.concatenate([b["labels"].numpy().ravel() for b in self.corpora.values()])
         labels = labels[labels != IGNORE_INDEX]

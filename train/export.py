@@ -1,4 +1,4 @@
-"""A finished run as a Hugging Face folder: weights, configuration, tokenizer, model card; checked on the way out."""
+"""A model as a Hugging Face folder: weights, configuration, tokenizer, model card; loaded again and compared."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def export(
 ) -> float:
     """Write a model to `folder`, load it again with Transformers alone, compare tokens and logits. In one process.
 
-    Transformers 4 and 5 load it alike. Its tokenizer pads, on the left and with the end of text where it has no token
-    for that, and knows the model's number of positions.
+    Transformers 4 and 5 load it alike. Its tokenizer pads on the left, with the end of text where it has no padding
+    token, and has the model's number of positions.
 
     Args:
         weights: by parameter name, in working precision.
         logits: (B, S, V) float32, by the trainer's forward pass, of
         probe: (B, S) token ids.
-        facts: what the model card tells of the training: tokens, validation losses, …
+        facts: rows of the model card about the training: tokens, validation losses, …
 
     Returns:
         The largest difference of a logit.
@@ -70,7 +70,7 @@ def export(
     hf_config.rope_theta = config.model.rope_theta  # where Transformers 4 looks for it
     hf_config.bos_token_id, hf_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # Not in the model's configuration, or whoever trains it on would have no gradient for the end of text.
+        # Not in the model's configuration: continued training would then have no gradient for the end of text.
         tokenizer.pad_token = tokenizer.eos_token
     else:
         hf_config.pad_token_id = tokenizer.pad_token_id
@@ -109,7 +109,11 @@ def export(
 
 
 def check_target(folder: Path) -> None:
-    """Raises ConfigError unless `folder` is new, or an earlier export to replace."""
+    """Check that `folder` is new, or an earlier export to replace.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if folder.is_symlink():
         raise ConfigError(f"{folder} is a link; give the plain path of the model folder.")
     if folder.exists() and not (folder / _MARK).is_file():
@@ -144,7 +148,7 @@ def config_in(folder: str | Path) -> Any:
 def load(folder: str | Path) -> tuple[Any, Any]:
     """The tokenizer and the model in `folder`, by Transformers alone, in the precision that it was saved in.
 
-    The tokenizer is what its tokenizer.json says; see data.tokenizer.
+    The tokenizer is that of tokenizer.json; see data.tokenizer.
 
     Raises:
         ConfigError: a file of it is missing or damaged.
@@ -157,14 +161,18 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         )
         return tokenizer, model.eval()
     except Exception as error:  # whatever is wrong with a file
-        said = " ".join(str(error).split()).rstrip(".")
+        message = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
-            f"{folder} cannot be loaded: {said}. If a file of it is missing or damaged, export it again."
+            f"{folder} cannot be loaded: {message}. If a file of it is missing or damaged, export it again."
         ) from error
 
 
 def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | None = None) -> str:
-    """The prompt continued by the model in `folder`: greedily, or sampled when a seed is given."""
+    """The prompt continued by the model in `folder`: greedily, or sampled when a seed is given.
+
+    Raises:
+        ConfigError: see `load`.
+    """
     tokenizer, model = load(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if seed is not None:
@@ -180,7 +188,7 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | N
 
 
 def facts_of(state: State, evaluations: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Rows of the model card: how far training went, and the losses in lines of evals.jsonl."""
+    """Rows of the model card: tokens and steps trained, and the losses in lines of evals.jsonl."""
     facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
     for line in sorted(evaluations, key=lambda line: line.get("corpus") == "overall"):
         if is_of_corpus(line):  # and not of a benchmark, or edited
@@ -189,7 +197,7 @@ def facts_of(state: State, evaluations: Iterable[dict[str, Any]]) -> dict[str, s
 
 
 def loss_text(line: dict[str, Any]) -> str:
-    """The loss in a line of evals.jsonl, as a person reads it."""
+    """The loss in a line of evals.jsonl, with its units and number of targets."""
     return f"{in_units(line)} ({line['targets']:,} targets)"
 
 
@@ -199,13 +207,13 @@ def in_units(line: dict[str, Any]) -> str:
     return f"{math.nan if line['loss'] is None else line['loss']:.4f} nats a token{bits}"
 
 
-def _of_the_hub(path: str | None) -> str | None:
-    """The name of something on the hub; None for a path, which is nobody's business."""
+def _hub_name(path: str | None) -> str | None:
+    """The name of something on the hub; None for a local path, which does not belong into a model card."""
     return path if path and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) and not os.path.exists(path) else None
 
 
 def _mixtures(config: Config) -> str:
-    """The shares of samples that each corpus has, and from which of the run's tokens on."""
+    """Each corpus's share of the sequences, and from which of the run's tokens on."""
     parts = []
     for start, (_, mixture) in zip([0, *(s.from_tokens for s in config.data.stages)], config.stages(), strict=True):
         shares = ", ".join(f"{name} {weight / sum(mixture.values()):.3g}" for name, weight in mixture.items())
@@ -221,12 +229,12 @@ def _model_card(config: Config, facts: dict[str, Any], tokenizer: Any) -> str:
     schedule = ", ".join(f"{name} {value}" for name, value in setting_values(fields) if value is not None)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     corpora = ", ".join(
-        f"{name} ({_of_the_hub(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()
+        f"{name} ({_hub_name(corpus.path) or corpus.source})" for name, corpus in config.data.corpora.items()
     )
     tokens = [
         f"{type(tokenizer.backend_tokenizer.model).__name__} of {len(tokenizer):,} tokens",
         "`{}` ends a text".format(tokenizer.eos_token.replace("|", r"\|")),
-        _of_the_hub(config.data.tokenizer.path),
+        _hub_name(config.data.tokenizer.path),
     ]
     balance = ""
     if config.model.is_moe:

@@ -1,15 +1,15 @@
-"""Faults on purpose, for tests and the soak: the one place where a run is made to fail.
+"""Fault injection for tests and the soak test: the one place where a run is made to fail.
 
 POWERTRAIN_FAULT="ACTION@POINT[:rank=R][:step=S]", or several with commas between, makes the rank R (default: every
-one) fail when it comes to POINT at step S (default: at any). Points and what lies there:
+one) fail when it comes to POINT at step S (default: at any). Points:
 
     step        before a step is taken
-    gradient    what is minimised in a step, before its backward pass
+    gradient    before the backward pass of each micro-batch
     evaluate    inside an evaluation
-    write       a file of a checkpoint has been written
-    manifest    everything of a checkpoint is there but its manifest
-    rename      the checkpoint is complete under its temporary name
-    prune       the new checkpoint is in place, the oldest not yet removed
+    write       after a file of a checkpoint has been written
+    manifest    when all of a checkpoint but its manifest is written
+    rename      when the checkpoint is complete under its temporary name
+    prune       when the new checkpoint is in place and the oldest not yet removed
 
 Actions: kill (SIGKILL), tear (half of the file, then SIGKILL), full (no space left), term (SIGTERM), hang (SIGSTOP),
 nan, spike (a gradient that is not finite, or a thousand times too large).
@@ -28,7 +28,17 @@ wanted = os.environ.get("POWERTRAIN_FAULT", "")
 
 
 def at(point: str, rank: int, step: int, file: Path | None = None) -> str | None:
-    """Fail here if this is the place; returns the action when it is the caller's to carry out."""
+    """Fail here if POWERTRAIN_FAULT names this place.
+
+    Args:
+        file: what `tear` truncates.
+
+    Returns:
+        The action, if the caller has to carry it out, else None.
+
+    Raises:
+        OSError: the action is `full`.
+    """
     if not wanted:
         return None
     action = next((action for action in wanted.split(",") if _is_here(action, point, rank, step)), "").partition("@")[0]
@@ -56,6 +66,6 @@ def _is_here(fault: str, point: str, rank: int, step: int) -> bool:
 
 
 def spoiled(loss: Tensor, rank: int, step: int) -> Tensor:
-    """The same loss, unless its gradient is to go wrong at this step."""
+    """The same loss, unless POWERTRAIN_FAULT spoils its gradient at this step."""
     action = at("gradient", rank, step)
     return loss if action is None else loss * {"nan": float("nan"), "spike": 1e3}[action]

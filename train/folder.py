@@ -1,4 +1,4 @@
-"""The folder of a run: who has it, the record of each start (run.json), and how the last one ended (exit.json)."""
+"""The folder of a run: its lock, the record of each start (run.json), and how the last one ended (exit.json)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a sweep reads runs without the seconds that these imports t
 
 
 def lock(path: Path) -> IO[str] | None:
-    """As `data.files.lock`; where the file system has no locks, the file without one, and a warning."""
+    """As `data.files.lock`; where the file system has no locks, it warns and returns the file without one."""
     try:
         return files.lock(path)
     except OSError as error:
@@ -38,13 +38,13 @@ def lock(path: Path) -> IO[str] | None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
-    """Make the run's folder, and keep others from training in it. A process that dies gives it up by dying.
+    """Make the run's folder, and lock it: nothing else trains in it. The lock ends with the process. Collective.
 
     Yields:
-        What raises ConfigError on the first rank once the folder is another one: nothing may be written there then.
+        A function that raises ConfigError on the first rank if the folder was replaced: nothing may be written then.
 
     Raises:
-        ConfigError: another process has it, or it is a link.
+        ConfigError: another process has it, it is a link or a sweep's, or some ranks do not see it.
     """
     held: list[IO[str]] = []
 
@@ -61,13 +61,13 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
                 "another run.name."
             )
         held.append(file)
-        (folder / "stop").unlink(missing_ok=True)  # from before; one that comes from now on is meant for this start
+        (folder / "stop").unlink(missing_ok=True)  # from an earlier start
 
-    def check_ours() -> None:
+    def check_claim() -> None:
         for file in held:
             try:
                 ours = os.path.samestat(os.stat(folder / ".lock"), os.fstat(file.fileno()))
-            except OSError as error:  # a server that does not answer has not taken the folder away
+            except OSError as error:  # an unreachable server does not mean that the folder was replaced
                 ours = error.errno not in (errno.ENOENT, errno.ENOTDIR)
             if not ours:
                 raise ConfigError(
@@ -79,7 +79,7 @@ def claimed(folder: Path, engine: Engine) -> Iterator[Callable[[], None]]:
     engine.first_rank_decides(claim)
     try:
         engine.check_shared(folder / ".lock")
-        yield check_ours
+        yield check_claim
     finally:
         for file in held:
             file.close()
@@ -94,15 +94,16 @@ def record_start(
     data: dict[str, Any],
     log: Callable[[str], None],
 ) -> None:
-    """Append this start to the `starts` of run.json, which keeps one entry for each start of the run.
+    """Append this start to the `starts` of run.json. Its `id` stays the run's; its `parent` is that of `begin`.
 
-    `data` is of each corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
-    `id` is the run's for ever; `parent` is the checkpoint of another run that this one branched off.
+    Args:
+        path: of run.json.
+        data: by corpus: documents and tokens to train on, what was skipped, and what is not evaluated.
     """
     there = read_record(path)
     starts = there.get("starts")
     whole = isinstance(there.get("id"), str) and isinstance(starts, list) and all(isinstance(s, dict) for s in starts)
-    if not whole and path.exists():  # a power cut or an editor can leave it so
+    if not whole and path.exists():  # after a power cut, or edited
         os.replace(path, path.with_name("run.json.unreadable"))
         log(f"Warning: {path} was not a run's record. It is kept as run.json.unreadable, and a new one begins.")
     record: dict[str, Any] = {"id": secrets.token_hex(4), "starts": [], **(there if whole else {})}
@@ -126,7 +127,7 @@ def record_start(
 
 
 def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
-    """Add values to those of this name in run.json's newest start; a record that somebody has edited stays so."""
+    """Add values to those of this name in run.json's newest start; a record of another shape (edited) is left alone."""
     record = read_record(path)
     starts = record.get("starts")
     newest = starts[-1] if isinstance(starts, list) and starts else None
@@ -137,11 +138,15 @@ def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def leaving_exit_json(
-    folder: Path, engine: Engine, state: State, check_ours: Callable[[], None]
+    folder: Path, engine: Engine, state: State, check_claim: Callable[[], None]
 ) -> Iterator[dict[str, Any]]:
-    """Write exit.json {code, reason, step}: launchers flatten a rank's exit status, so it is also written down."""
+    """Write exit.json {code, reason, step}: launchers do not keep a rank's exit status.
+
+    Yields:
+        A dict to fill with those three when the run ends without an error.
+    """
     ended: dict[str, Any] = {}
-    before = read_record(folder / "exit.json").get("step")  # where the run is, though this start is refused
+    before = read_record(folder / "exit.json").get("step")  # kept if this start is refused
     try:
         yield ended
     except BaseException as error:
@@ -154,8 +159,8 @@ def leaving_exit_json(
     finally:
         if engine.is_main:
             try:
-                check_ours()
+                check_claim()
                 replace_text(folder / "exit.json", json.dumps(without_secrets(ended)) + "\n")
             except (OSError, ConfigError) as error:
-                if str(error) not in str(ended.get("reason")):  # which will be said
+                if str(error) not in str(ended.get("reason")):  # else it is printed anyway
                     print(f"powertrain: exit.json cannot be written: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ def available_cores() -> int:
 
 
 def version(package: str) -> str | None:
-    """Of a package. One that is imported knows its build, too (+cu130), where its wheel's name does not."""
+    """The version of a package, or None. An imported one has its build, too (+cu130), which its metadata may lack."""
     if (loaded := getattr(sys.modules.get(package), "__version__", None)) is not None:
         return str(loaded)
     try:
@@ -27,16 +27,16 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide what a run computes."""
+    """The versions of the packages that decide what a run computes."""
     return {name: version(name) for name in _PACKAGES}
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, with + when it has been changed since."""
+    """The commit of the checkout that this file is tracked in, with + if there are uncommitted changes; else None."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook, say
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # set in a hook
     try:
-        # Of an installed package: there may be somebody's repository around its virtual environment.
+        # Not of an installed package, whose virtual environment may lie inside another repository.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True, env=own)
         describe = [*git, "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
         return subprocess.run(describe, capture_output=True, encoding="utf-8", check=True, env=own).stdout.strip()

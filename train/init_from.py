@@ -1,4 +1,4 @@
-"""Starting from somebody's Hugging Face model of one of the families."""
+"""Initialising a run from a Hugging Face model of one of the families."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def adopt(config: Config, model: ModelConfig | None, given: Collection[str] = ()) -> None:
     """Make `config.model` describe the model in `run.init_from`, and take its tokenizer when none is named.
 
-    A run that has begun is described by its checkpoint, and needs the folder no more. muP's m_width stays
-    hidden_size / mup.base_hidden_size, which the folder does not tell: it is the rate's.
+    A run that has begun is described by its checkpoint, and no longer needs the folder. muP's m_width stays
+    hidden_size / mup.base_hidden_size, which the folder does not contain: it belongs to the learning rate.
 
     Args:
         model: that of the run's checkpoint; None when it has not begun.
-        given: settings of the model that somebody has asked for by name; what they say has to be so.
+        given: settings of the model that were given by name; the folder's have to equal them.
 
     Raises:
         ConfigError: it cannot be read, is of another family, has a part that is not trained here, or is not what was
@@ -90,7 +90,7 @@ def _described(init_from: str, folder: str) -> ModelConfig:
             )
         head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
         rope = theirs.rope_parameters
-        # Fields that Transformers' class does not know, and would pass over: the model would be another one.
+        # Fields that Transformers' class does not know, and would ignore: the model would be another one.
         ignored = {name: value for name, value in vars(theirs).items() if name not in theirs.__dataclass_fields__}
         for what, found, supported in (
             ("attention_bias", theirs.attention_bias, False),
@@ -121,7 +121,11 @@ def _described(init_from: str, folder: str) -> ModelConfig:
 
 
 def _check_files(folder: Path, num_hidden_layers: int) -> None:
-    """Raises what is wrong with the weights' files, before anything else takes its time."""
+    """Check the weights' files before anything expensive begins.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: one is missing, of another type, or of another number of layers.
+    """
     layers = 0
     index = folder / "model.safetensors.index.json"
     names = (
@@ -143,7 +147,7 @@ def _check_files(folder: Path, num_hidden_layers: int) -> None:
 
 
 def reader(init_from: str, shapes: Mapping[str, torch.Size]) -> Callable[[str, int, int], torch.Tensor]:
-    """Reads the elements [start, stop) of a flattened parameter in `run.init_from`, in float32.
+    """A function that reads the elements [start, stop) of a flattened parameter in `run.init_from`, in float32.
 
     Raises:
         ConfigError: a file cannot be read, or a tensor is missing, has no place in the model, or is of another shape.
@@ -173,5 +177,5 @@ def reader(init_from: str, shapes: Mapping[str, torch.Size]) -> Callable[[str, i
 
 
 def _cannot_be_read(init_from: str, error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return f"run.init_from={init_from} cannot be read: {type(error).__name__}: {said[:1000]}"
+    message = " ".join(str(error).split())
+    return f"run.init_from={init_from} cannot be read: {type(error).__name__}: {message[:1000]}"

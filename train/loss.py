@@ -11,7 +11,7 @@ from powertrain.data.loader import IGNORE_INDEX
 from powertrain.train.model.granite import CausalLM, moe_blocks
 
 _CHUNK_LOGITS = 1 << 25  # logits that exist at one time: 128 MiB in float32
-_CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache. No fewer than 128 rows
+_CACHED_LOGITS = 1 << 20  # those that a CPU goes over several times: 4 MiB stay in its cache. At least 128 rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -75,7 +75,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, logits_
     Returns:
         A float32 scalar; divide it by the number of targets, once, over the whole batch.
     """
-    # Inside a Function gradients are off, and what its inputs need does not tell whether anybody asked.
+    # Inside a Function gradients are off, and its inputs' requires_grad does not show whether they were on outside.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(hidden, weight, labels, logits_scaling, needs_gradient)
 
@@ -118,7 +118,10 @@ class LanguageModelLoss(nn.Module):
             self._routed.append((output[0], output[2]))
 
     def forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Outputs | Tensor:
-        """Args: each (B, S). A token attends within its document, which begins where `position_ids` is 0.
+        """A micro-batch's sums. A token attends within its document, which begins where `position_ids` is 0.
+
+        Args:
+            input_ids: (B, S); `labels` and `position_ids` likewise.
 
         Returns:
             The sums; without `labels` the logits (B, S, V).
@@ -145,7 +148,7 @@ class LanguageModelLoss(nn.Module):
 
 @torch.no_grad()
 def logits_of(module: nn.Module, input_ids: Tensor) -> Tensor:
-    """(B, S, V) float32 of whole windows, by the LanguageModelLoss in `module` as an engine has wrapped it."""
+    """(B, S, V) float32 of whole sequences, by the LanguageModelLoss in `module` as an engine has wrapped it."""
     training = module.training
     module.eval()
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -160,7 +163,7 @@ def documents_in_a_row(input_ids: Tensor, position_ids: Tensor) -> dict[str, Any
     From positions alone Transformers finds the boundaries of a single row only.
     """
     row = position_ids.reshape(1, -1)
-    starts = (row[0] == 0).nonzero()[:, 0]  # every window begins with a document
+    starts = (row[0] == 0).nonzero()[:, 0]  # every sequence begins with a document
     boundaries = torch.cat([starts, starts.new_tensor([row.shape[1]])]).int()
     longest = int(boundaries.diff().max())
     return {

@@ -48,8 +48,8 @@ def parameters_of(config: Config) -> dict[str, int]:
 def flops_per_token(config: Config, counts: dict[str, int]) -> float:
     """Forward and backward FLOPs of one token of training.
 
-    6 a parameter that a token meets (the output head's product included, the embedding look-up not), and
-    causal attention: 2 products of 2·hidden·S/2 in the forward pass, thrice with the backward, a layer.
+    6 for each active parameter (with the output head's product, without the embedding look-up), and causal
+    attention: a layer has 2 products of 2·hidden·S/2 in the forward pass, three times that with the backward.
     """
     model = config.model
     head = model.vocab_size * model.hidden_size
@@ -66,10 +66,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
-    """Summary of (layers, experts) assignments, of the worst layer each.
+    """Summary of (layers, experts) assignments, each of the worst layer.
 
     `max_over_mean` is 1 when balanced and experts / top_k at most, `entropy` is relative to uniform (1 when balanced),
-    `layer_entropy` is that of each layer, `idle` counts experts of all layers that received nothing.
+    `layer_entropy` is that of each layer, `idle` counts experts of all layers without a token.
     """
     load = assignments.double()
     share = load / load.sum(dim=-1, keepdim=True)
@@ -84,9 +84,9 @@ def expert_load(assignments: torch.Tensor) -> dict[str, Any]:
 
 
 def collapsed_layers(assignments: torch.Tensor, top_k: int) -> int:
-    """How many rows of (layers, experts) assignments no longer route: an expert gets so many of the tokens that fewer
-    than a tenth of those that pass it by in a balanced layer still do, or half of the experts or more get none."""
+    """How many rows of (layers, experts) assignments have collapsed: half of the experts or more get no token, or so
+    many tokens go to one expert that those without it are fewer than a tenth of a balanced layer's."""
     load, experts = assignments.double(), assignments.shape[-1]
-    passing = 1 - top_k * load.amax(dim=-1) / load.sum(dim=-1)  # of the tokens, by the busiest expert
+    without = 1 - top_k * load.amax(dim=-1) / load.sum(dim=-1)  # share of tokens not sent to the busiest expert
     half_idle = (load == 0).sum(dim=-1) * 2 >= experts
-    return int(((passing < 0.1 * (1 - top_k / experts)) | half_idle).sum())
+    return int(((without < 0.1 * (1 - top_k / experts)) | half_idle).sum())

@@ -22,8 +22,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One group a role, in the table's order, with `name`, `lr_multiplier` and `weight_decay`.
 
-    AdamW shrinks a weight by rate × weight_decay a step. `coupled` leaves it at that, so muP's rate multiplier
-    weakens the decay too; `independent` divides the multiplier out, and every role shrinks by η·weight_decay.
+    AdamW shrinks a weight by learning rate × weight_decay a step. `coupled` leaves it at that, so muP's learning-rate
+    multiplier weakens the decay too; `independent` divides the multiplier out: every role shrinks by η·weight_decay.
+
+    Raises:
+        ValueError: a parameter that the muP table has no role for.
     """
     members: dict[str, list[nn.Parameter]] = {role: [] for role in rows}
     for name, parameter in named_parameters:
@@ -50,8 +53,8 @@ def mup_groups(
 ) -> list[dict[str, Any]]:
     """muP's groups of a Transformers model of one of the families, for an optimizer and a loop of your own.
 
-    They are those that a run trains with (see `parameter_groups`), and `lr` in each is its multiplier of the rate: a
-    scheduler of `powertrain.schedulers.adapters` takes it so, and a loop of its own multiplies its rate with
+    They are those that a run trains with (see `parameter_groups`), and `lr` in each is its learning-rate multiplier, as
+    a scheduler of `powertrain.schedulers.adapters` expects; a loop without one multiplies its learning rate by
     `lr_multiplier`. Sizes and σ come from `model.config`; `powertrain.train.model.mup.initialize` initialises weights.
 
     Args:
@@ -67,12 +70,12 @@ def mup_groups(
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW; the loop writes each group's rate before each step."""
+    """torch's AdamW; `Engine.step` sets each group's learning rate."""
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def for_training(loss: LanguageModelLoss, activation_checkpointing: bool, casting: bool) -> nn.Module:
-    """What a step runs: the loss, with layers that are computed again and on bf16 copies where these are asked for."""
+    """What a step runs: the loss, with activation checkpointing and on bf16 copies of the weights if asked for."""
     if activation_checkpointing:
         loss.model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in loss.model.model.layers if casting else ():
@@ -81,16 +84,16 @@ def for_training(loss: LanguageModelLoss, activation_checkpointing: bool, castin
 
 
 def checkpoint_on_copies(function: partial[Tensor], *arguments: Any) -> Any:
-    """Activation checkpointing of a layer that BFloat16Weights runs: recomputed, it has the same copies again.
+    """Activation checkpointing of a layer that BFloat16Weights runs: the recomputation uses the same copies.
 
     Args:
-        function: the layer's forward pass, the layer, and keywords, as Transformers hands them over.
+        function: a partial of the layer's forward pass, with the layer and keywords, as Transformers passes it.
     """
     layer: Any = function.args[0]
     copies: dict[str, Tensor] = dict(layer.named_parameters())
 
     def run(*arguments: Any) -> Any:
-        layer.gradient_checkpointing = False  # or the call would come here again
+        layer.gradient_checkpointing = False  # or the call would recurse
         try:
             return functional_call(layer, copies, arguments, function.keywords)
         finally:

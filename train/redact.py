@@ -1,4 +1,4 @@
-"""Secrets, which nothing that a run writes or prints may hold."""
+"""Redaction: nothing that a run writes or prints holds a secret."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from powertrain.train.config import Config, as_dict
 from powertrain.train.errors import ConfigError
 
 HIDDEN = "(hidden)"
-# Names of what nobody should read. What may go on with another word, such as KEY_SIZE, is none at the end of a word
-# only; of those in _PERHAPS a plain word is no secret: AUTH=disabled.
+# Names of secrets. Those with _ENDS are none with another word behind them, as in KEY_SIZE; of a name in _PERHAPS a
+# plain word is no secret: AUTH=disabled.
 _ENDS = r"(?![_-]?[a-z])"
 _PERHAPS = re.compile(rf"(?:key|auth|cookies?|(?<![a-z])(?:keys|session|otp|sas|sig)){_ENDS}", re.I)
 _SECRET = re.compile(
@@ -31,10 +31,13 @@ _SETTING = re.compile(rf"((?:{_SECRET.pattern}|{_PERHAPS.pattern})[\w-]*['\"]?\s
 
 
 def without_secrets(value: Any, named: bool = False) -> Any:
-    """The same containers and texts, with what nobody should read replaced by HIDDEN.
+    """The same containers and texts, with secrets replaced by HIDDEN.
 
-    These are the values of environment variables that are named as secrets are, and what `tracker.init_kwargs` gives to
-    such a name (`named`: value lies inside it), wherever they stand, and user and password in an address.
+    These are, wherever they occur, the values of environment variables whose name is a secret's and of such names in
+    `tracker.init_kwargs`, and user and password in an address.
+
+    Args:
+        named: whether `value` lies inside `tracker.init_kwargs`.
     """
     if isinstance(value, dict):
         return {
@@ -49,7 +52,7 @@ def without_secrets(value: Any, named: bool = False) -> Any:
         for secret in sorted({*_of_environment(), *_given}, key=len, reverse=True):
             value = value.replace(secret, HIDDEN)
         value = re.sub(r"://[^/\s:@]*:[^/\s@]+@", f"://{HIDDEN}@", value)
-        if named or "init_kwargs" in value:  # an argument of the command line
+        if named or "init_kwargs" in value:  # on the command line
             value = _SETTING.sub(rf"\1{HIDDEN}", value)
     return value
 
@@ -83,7 +86,11 @@ def _of_settings(node: Any, secret: bool = False) -> Iterator[str]:
 
 
 def check_no_secrets(config: Config) -> None:
-    """Raises ConfigError when a setting that a later start has to read would be written as HIDDEN."""
+    """Check that no setting that a later start has to read would be written as HIDDEN.
+
+    Raises:
+        ConfigError: one would.
+    """
     settings = as_dict(config)
     _given.update(_of_settings(settings["tracker"]["init_kwargs"]))
     settings["tracker"] = {**settings["tracker"], "init_kwargs": {}}

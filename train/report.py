@@ -21,7 +21,7 @@ from powertrain.train.track import read_spread
 
 POINTS = 600  # of a curve at most: more of them are averaged
 _MEASURES = ("loss", "bits_per_byte")
-_ITS_OWN = ("run.name", "run.folder")  # of every run
+_ITS_OWN = ("run.name", "run.folder")  # differ in every run
 _SHADES = {"warmup": "tab:orange", "trunk": "tab:blue", "decay": "tab:green", "rewarmup": "tab:orange"}
 _LINES = ("solid", "dashed", "dotted")  # as matplotlib and CSS name them
 
@@ -50,7 +50,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "figures") -> str:
-    """Rows of text; a cell given as a one-element tuple stands out. `kind` "text" has its columns begin at the left."""
+    """Rows of text; a cell given as a one-element tuple is bold. `kind` "text" is left-aligned."""
 
     def cell(value: Any) -> str:
         return (
@@ -65,18 +65,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "fig
 
 
 def picture(figure: Any) -> str:
-    """A matplotlib figure as SVG, and closed."""
-    from matplotlib import pyplot
+    """A matplotlib figure as SVG."""
+    from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "powertrain"}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "powertrain"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
     return buffer.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
 
 
 def looks(count: int) -> list[dict[str, Any]]:
-    """How that many lines of a picture are drawn, no two of them in the same color."""
+    """Colors and line styles for that many lines, no two of the same color."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -88,7 +87,7 @@ def looks(count: int) -> list[dict[str, Any]]:
 
 
 def legend(entries: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Names beside the lines that stand for them, below a picture, where it covers nothing."""
+    """A legend as HTML, below a picture, where it covers nothing."""
     shown = [
         f'<span><i style="border-top-style: {look["linestyle"]}; border-top-color: {look["color"]}"></i>'
         f"{html.escape(name)}</span>"
@@ -98,12 +97,12 @@ def legend(entries: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 
 def plain(text: str) -> str:
-    """A text that matplotlib shows as it is: it takes $ for mathematics, and leaves out what begins with _."""
+    """A text escaped for matplotlib, which takes $ for mathematics, and omits labels that begin with _."""
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def number(line: dict[str, Any], name: str) -> float:
-    """A number of a record; nan where there is none that a run could have written."""
+    """A number in a record; nan where it is missing or out of range."""
     value = line.get(name)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not -(2**63) < value < 2**63:
         return math.nan
@@ -111,7 +110,7 @@ def number(line: dict[str, Any], name: str) -> float:
 
 
 def _dict(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """The object of that name in a record; {} where there is something else."""
+    """The object of that name in a record; {} for anything else."""
     found = record.get(name)
     return found if isinstance(found, dict) else {}
 
@@ -122,37 +121,41 @@ def _list(record: dict[str, Any], name: str) -> list[Any]:
 
 
 class Run:
-    """What a run's folder tells; what no run would have written there is left out, and `notes` say so."""
+    """A run as its folder records it. What no run would have written there is skipped, which `notes` list.
+
+    Raises:
+        ConfigError: `folder` is not that of a run.
+    """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder, self.name = folder, name or folder.name
         self.config: Config = load(folder / "config.yaml")
         if self.config.data.tokenizer.path == str(folder / "tokenizer"):
-            self.config.data.tokenizer.path = None  # the one that was trained for it, which a resumed run names
-        taken, said = read_spread(folder / "metrics.jsonl")
-        skipped = sum(bool(line.get("skipped")) for line in taken)
-        whole = bool(taken) and len(taken) == taken[-1]["step"] - taken[0]["step"] + 1
+            self.config.data.tokenizer.path = None  # the run's own, which config.yaml names once the run has resumed
+        read, note = read_spread(folder / "metrics.jsonl")
+        skipped = sum(bool(line.get("skipped")) for line in read)
+        whole = bool(read) and len(read) == read[-1]["step"] - read[0]["step"] + 1
         self.skipped = "" if not skipped else f" ({skipped:,} skipped)" if whole else f" (at least {skipped:,} skipped)"
-        lines = [line for line in taken if number(line, "tokens") >= 0 and number(line, "batch") > 0]
-        self.notes = [said] if said else []
-        if lacking := len(taken) - len(lines):
-            self.notes.append(f"{lacking:,} line(s) of metrics.jsonl have no tokens or batch and are left out.")
+        lines = [line for line in read if number(line, "tokens") >= 0 and number(line, "batch") > 0]
+        self.notes = [note] if note else []
+        if skipped_lines := len(read) - len(lines):
+            self.notes.append(f"{skipped_lines:,} line(s) of metrics.jsonl have no tokens or batch and are left out.")
         self.lines = lines = [line for line in lines if not math.isnan(number(line, "lm_loss"))]
         self.tokens = np.array([number(line, "tokens") + number(line, "batch") * LAW_SEQUENCE_LENGTH for line in lines])
         self.phases = self._phases()
-        self.evaluations, said = read_spread(folder / "evals.jsonl")
-        self.notes += [said] if said else []
+        self.evaluations, note = read_spread(folder / "evals.jsonl")
+        self.notes += [note] if note else []
         evaluations = len(self.evaluations)
         self.evaluations = [line for line in self.evaluations if "corpus" in line and number(line, "tokens") >= 0]
-        if lacking := evaluations - len(self.evaluations):
-            self.notes.append(f"{lacking:,} line(s) of evals.jsonl have no corpus or tokens and are left out.")
+        if skipped_lines := evaluations - len(self.evaluations):
+            self.notes.append(f"{skipped_lines:,} line(s) of evals.jsonl have no corpus or tokens and are left out.")
         self.overall = [line for line in self.evaluations if line["corpus"] == "overall"]
         self.record = read_record(folder / "run.json")
         self.starts = [start for start in _list(self.record, "starts") if isinstance(start, dict)]
         steps = [re.search(r"step-0*(\d{1,18})$", str(start.get("from"))) for start in self.starts[1:]]
-        went_on = [int(step[1]) for step in steps if step]
-        later = [next((line for line in lines if line["step"] > step), None) for step in went_on]
-        self.resumed = [line["tokens"] for line in later if line]  # the clock at each later start
+        resumed_at = [int(step[1]) for step in steps if step]
+        later = [next((line for line in lines if line["step"] > step), None) for step in resumed_at]
+        self.resumed = [line["tokens"] for line in later if line]  # the clock at each resume
         begins = self.config.run.tokens_seen
         mixtures = [(begins + stage.from_tokens, stage.mixture) for stage in self.config.data.stages]
         self.mixtures = [(at, new) for at, new in mixtures if lines and lines[0]["tokens"] <= at < self.tokens[-1]]
@@ -172,7 +175,7 @@ class Run:
         return [(names[i], *reach) for i, *reach in zip(begins, firsts, ends, strict=True)]
 
     def curve(self, name: str, logarithmic: bool = False) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Tokens and a metric over them; of more than POINTS values, means over equal stretches of the axis."""
+        """Tokens and a metric over them; of more than POINTS values, means over equal intervals of the axis."""
         values = np.array([number(line, name) for line in self.lines])
         if len(values) <= POINTS:
             return self.tokens, values
@@ -180,16 +183,16 @@ class Run:
         ends = np.unique(np.searchsorted(self.tokens, space(self.tokens[0], self.tokens[-1], POINTS), side="right"))
         starts = np.concatenate([[0], ends[:-1]])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a stretch of skipped steps has no mean
+            warnings.simplefilter("ignore", RuntimeWarning)  # an interval of skipped steps has no mean
             means = [np.nanmean(values[a:b]) for a, b in zip(starts, ends, strict=True)]
         return self.tokens[ends - 1], np.array(means)
 
 
 def runs_page(folders: Sequence[Path]) -> str:
-    """A page of one run, or of several over each other.
+    """A page of one run, or of several in the same pictures.
 
     Raises:
-        ConfigError: a folder that is not a run's.
+        ConfigError: a folder is not that of a run.
     """
     runs = [Run(folder) for folder in folders]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
@@ -249,7 +252,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A setting as it would be written in YAML; an empty list as none: entries of another's have rows of their own."""
+    """A setting as in YAML; an empty list as "", since the entries of another run's have rows of their own."""
     if value == []:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -260,7 +263,7 @@ def _figure(value: float) -> str:
 
 
 def evaluations(runs: Sequence[Run]) -> list[str]:
-    """The last evaluation of each corpus and task, with the least loss there was, and how they came to it."""
+    """The last evaluation of each corpus and task, with the lowest loss, and curves of all."""
     found: list[tuple[str, str, int, dict[str, float]]] = []
     courses: dict[str, list[Any]] = {"loss": [], "acc": []}  # of corpora, and of tasks
     for run in runs:
@@ -295,13 +298,11 @@ def _some(points: list[Any]) -> list[Any]:
 
 
 def _courses(shown: Sequence[tuple[str, Sequence[Any]]]) -> str:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(9, 3.4), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)
     names = list(dict.fromkeys(name for _, courses in shown for name, _ in courses))
     look = dict(zip(names, looks(len(names)), strict=True))
     for axis, (label, courses) in zip(axes[0], shown, strict=True):
@@ -314,15 +315,15 @@ def _courses(shown: Sequence[tuple[str, Sequence[Any]]]) -> str:
 
 
 def starts(run: Run) -> str:
-    """Every start of a run: when, from where, by what it was run, and what was changed; then all settings."""
+    """Every start of a run: when, from where, on what, with which commit and changes; then all settings."""
     rows = []
     for start in run.starts:
         hardware = _dict(start, "hardware")
-        told = [
+        changes = [
             f"{name}: {' → '.join(map(_shown, pair)) if isinstance(pair, list) else _shown(pair)}"
             for name, pair in _dict(start, "changed_settings").items()
         ]
-        told += [f"the tracker {name} ended: {why}" for name, why in _dict(start, "trackers_ended").items()]
+        changes += [f"the tracker {name} ended: {why}" for name, why in _dict(start, "trackers_ended").items()]
         device = f"{start.get('engine')}, {hardware.get('ranks')} × {hardware.get('device')}"
         rows.append(
             (
@@ -331,7 +332,7 @@ def starts(run: Run) -> str:
                 ", ".join([device, *map(str, _list(hardware, "kernels"))]),
                 f"torch {_dict(start, 'versions').get('torch')}",
                 str(start.get("commit") or "")[:10],
-                "; ".join(told),
+                "; ".join(changes),
             )
         )
     header = ("started", "from", "on", "with", "commit", "settings changed, trackers ended")
@@ -343,18 +344,16 @@ def starts(run: Run) -> str:
 
 
 def overlays(runs: Sequence[Run]) -> list[str]:
-    """Loss over the logarithm of tokens; rate with its phases, gradient norm and throughput over tokens; all runs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Loss over the logarithm of tokens; learning rate with phases, gradient norm, throughput over tokens; all runs."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     runs = [run for run in runs if run.lines]
     if not runs:
         return ["<p>No step has been taken.</p>"]
     # Fixed margins: fitting them to the labels would take longer than drawing.
-    figure, loss = pyplot.subplots(figsize=(9, 4.2))
+    figure = Figure(figsize=(9, 4.2))
+    loss = figure.subplots()
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.13, top=0.97)
     look = looks(len(runs))
     entries = [(run.name, own) for run, own in zip(runs, look, strict=True)]
@@ -365,8 +364,8 @@ def overlays(runs: Sequence[Run]) -> list[str]:
             color = own["color"] if len(runs) > 1 else "C1"
             loss.plot(*zip(*evaluated, strict=True), "o", markersize=5, color=color, mec="black", mew=0.6, zorder=3)
     loss.set(xlabel="tokens", ylabel="cross-entropy (nats a token)", xscale="log")
-    told = ["Dots are validation losses."] if any(run.overall for run in runs) else []
-    told += [f"{run.name}: {len(run.overall):,} of them, some are drawn." for run in runs if len(run.overall) > POINTS]
+    notes = ["Dots are validation losses."] if any(run.overall for run in runs) else []
+    notes += [f"{run.name}: {len(run.overall):,} of them, some are drawn." for run in runs if len(run.overall) > POINTS]
 
     panels = [
         ("lr", "learning rate"),
@@ -378,7 +377,8 @@ def overlays(runs: Sequence[Run]) -> list[str]:
     critical = {run.name for run in runs if any(number(line, "critical_batch") > 0 for line in run.lines)}
     if critical or any(len({number(line, "batch") for line in run.lines}) > 1 for run in runs):
         panels.insert(1, ("batch", "batch (× 4096 tokens)" + "\nfaint: critical batch" * bool(critical)))
-    below, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(9, 2.5 * len(panels)))
+    below = Figure(figsize=(9, 2.5 * len(panels)))
+    axes = below.subplots(len(panels), 1, sharex=True)
     below.subplots_adjust(left=0.11, right=0.98, bottom=0.07, top=0.98, hspace=0.08)
     for axis, (metric, unit) in zip(axes, panels, strict=True):
         for run, own in zip(runs, look, strict=True):
@@ -395,11 +395,11 @@ def overlays(runs: Sequence[Run]) -> list[str]:
         for run, own in zip(runs, look, strict=True):
             _phases(axis, run, None if len(runs) == 1 else own["color"], named=axis in (loss, axes[0]))
     for run in runs:
-        told += [
+        notes += [
             f"{run.name}: another mixture from {at:,} tokens on, {', '.join(f'{n} {w:g}' for n, w in mixture.items())}."
             for at, mixture in run.mixtures
         ]
-    note = f"<p class=note>{html.escape(' '.join(told))}</p>" if told else ""
+    note = f"<p class=note>{html.escape(' '.join(notes))}</p>" if notes else ""
     names = legend(entries) if len(runs) > 1 else ""
     return [
         f"<h2>Loss</h2>\n{picture(figure)}{names}{note}",
@@ -429,20 +429,21 @@ def _phases(axis: Any, run: Run, color: str | None, named: bool) -> None:
 
 def _experts(run: Run) -> list[str]:
     """Load of the experts: the worst layer over tokens, and every expert at the newest checkpoint."""
-    told = [
+    loads = [
         (tokens, line["expert_load"])
         for tokens, line in zip(run.tokens, run.lines, strict=True)
         if "expert_load" in line
     ]
-    told = [(tokens, load) for tokens, load in told if isinstance(load, dict)]
-    if not told:
+    loads = [(tokens, load) for tokens, load in loads if isinstance(load, dict)]
+    if not loads:
         return []
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3))
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.08, right=0.98, bottom=0.17, top=0.97)
-    chosen = told[:: max(1, len(told) // POINTS)]
+    chosen = loads[:: max(1, len(loads) // POINTS)]
     for axis, name, label in zip(
         axes, ("max_over_mean", "entropy"), ("largest load / mean", "entropy / uniform"), strict=True
     ):
@@ -483,11 +484,12 @@ def _row(values: Any) -> list[float]:
 
 def _layers(count: int, title: str) -> tuple[Any, Any]:
     """A figure for a picture with a row for each layer."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     height = 1.1 + 0.18 * count
-    figure, axis = pyplot.subplots(figsize=(9, height))
+    figure = Figure(figsize=(9, height))
+    axis = figure.subplots()
     figure.subplots_adjust(left=0.06, right=1.0, bottom=0.55 / height, top=1 - 0.4 / height)
     axis.set_title(title)
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))

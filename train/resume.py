@@ -1,8 +1,8 @@
 """Where a start of a run begins, and what may change when it resumes.
 
 A change that would have altered what is already trained is refused with a diff; a change that lies ahead (budget,
-decay, later stages, micro-batch, engine, logging) passes. Schedule and batch are judged by what they give for
-the steps already taken, not by their spelling.
+decay, later stages, micro-batch, engine, logging) passes. Schedule and batch are compared by their values at the
+steps already taken, not by their settings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from powertrain.train.config import Config, as_dict
 from powertrain.train.errors import ConfigError
 from powertrain.train.state import Beginning, State
 
-# How a step is computed or told of, never what it computes.
+# How a step is computed, saved or logged, never what it computes.
 _FREE = (
     "run.name",
     "run.folder",
@@ -31,7 +31,7 @@ _FREE = (
     "batch.micro_sequences",
     "data.cache_dir",
     "data.workers",
-    "data.tokenizer",  # judged by the tokens it made: fingerprints
+    "data.tokenizer",  # compared by the tokens it made: fingerprints
     "model.attn_implementation",
     "model.experts_implementation",
     "evaluation",
@@ -41,17 +41,17 @@ _FREE = (
     "threads",
     "sample_prompt",
 )
-COMPARED = 16  # steps of a stretch whose batch is constant and whose rate is one formula
+COMPARED = 16  # steps between two edges, where the batch is constant and the learning rate is one formula
 TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
 _BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
 
 
 def where_to_begin(config: Config, ranks: int) -> Beginning:
-    """The checkpoint to resume from, and what has changed since. A query: nothing is changed, see `checkpoint.tidy`.
+    """The checkpoint to resume from, and what has changed since. It changes nothing on disk; `checkpoint.tidy` does.
 
     Raises:
-        ConfigError: no checkpoint is valid, a changed setting affects what is already trained, or something else is in
-            the way.
+        ConfigError: no checkpoint is valid, run.resume does not fit the run's folder, or a changed setting affects what
+            is already trained.
     """
     checkpoints, wanted = config.run_folder / "checkpoints", config.run.resume
     branched_off = parent(config.run_folder)
@@ -97,7 +97,7 @@ def parent(folder: Path) -> Path | None:
     recorded = read_record(folder / "run.json").get("parent", "")
     if isinstance(recorded, str) and recorded:
         return Path(recorded)
-    if recorded is not None:  # that record is lost, and the settings of a branch tell, too
+    if recorded is not None:  # run.json is lost; a branch's config.yaml has it, too
         with contextlib.suppress(ConfigError):
             resume = load(folder / "config.yaml").run.resume
             began = Path(resume).resolve()
@@ -107,7 +107,7 @@ def parent(folder: Path) -> Path | None:
 
 
 def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]]:
-    """What differs from what the checkpoint was trained with: setting, or `ranks` → [then, now].
+    """What differs from the checkpoint's settings: setting, or `ranks` → [then, now].
 
     Raises:
         ConfigError: a difference that affects steps already taken.
@@ -137,10 +137,10 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
         ends = decay.start + decay.tokens
         if config.end_tokens > max(ends, then.end_tokens):
             parent = then.run.resume if then.run.resume not in ("auto", "never") else None
-            longer = "" if parent is None else f", or branch a longer decay off {parent} (launch.decay)"
+            longer = "" if parent is None else f", or branch a longer decay off {parent} (powertrain decay)"
             raise ConfigError(
                 f"The decay ends at {ends:,} tokens, and from there to the end of run.tokens={config.run.tokens} the "
-                "rate would be 0. Say that it is to be warmed up again from here, with a decay at the new end: "
+                "learning rate would be 0. Warm it up again from here, with a decay at the new end: "
                 f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=… schedule.decay.start=null{longer}."
             )
     effects = {name: pair for name, pair in differences.items() if _under(name, _BY_EFFECT)}
@@ -151,9 +151,11 @@ def changes(checkpoint: Path, config: Config, ranks: int) -> dict[str, list[Any]
     return differences | ({"ranks": [trained_on, ranks]} if trained_on != ranks else {})
 
 
-def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
-    """Why the losses will be others than those of the undisturbed run, by more than rounding: a batch is split into
-    other forward passes, and something is counted or drawn in each. None when they will not."""
+def why_losses_differ(checkpoint: Path, config: Config, ranks: int) -> str | None:
+    """Why the losses will differ from those of an uninterrupted run by more than rounding, or None if they will not.
+
+    They do when a batch is split into other forward passes, and something is counted or drawn in each.
+    """
     then, state = load(checkpoint / "config.yaml"), load_state(checkpoint)
     micro = then.batch.micro_sequences, config.batch.micro_sequences
     on = trained_by(checkpoint)[1], ranks
@@ -185,10 +187,16 @@ def other_losses(checkpoint: Path, config: Config, ranks: int) -> str | None:
 
 
 def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
-    """Batch and rate of every step already taken are the same under both configurations.
+    """Check that batch and learning rate of every step already taken are the same under both configurations.
 
-    Between two of their edges the batches are constant and each rate is one formula. Two of these that are not the same
-    agree at a step or two at most, so a few steps of each stretch stand for all, however many there are.
+    Between two edges the batches are constant and each learning rate is one formula. Two different formulas agree at a
+    step or two at most, so a few steps between two edges stand for all, however many there are.
+
+    Args:
+        effects: the changed settings, for the message.
+
+    Raises:
+        ConfigError: a step differs.
     """
     old, new = then.make_schedule(), now.make_schedule()
     rewarmed = now.rewarmup_start != then.rewarmup_start and now.rewarmup_start == state.tokens
@@ -216,7 +224,7 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
                 if old.phase(at) == "decay":
                     advice = (
                         "The decay had begun. Branch off a checkpoint before it (run.resume=PATH run.name=ANOTHER), or "
-                        "say that the rate is to be warmed up again from here: "
+                        "warm the learning rate up again from here: "
                         f"schedule.rewarmup.start={state.tokens} schedule.rewarmup.tokens=…"
                     )
                 raise ConfigError(
@@ -228,34 +236,34 @@ def check_steps_taken(then: Config, now: Config, state: State, effects: dict[str
 
 
 def _edges(config: Config, schedule: Schedule) -> Iterator[float]:
-    """Tokens at which the batch changes, or the rate begins to follow another formula."""
+    """Tokens at which the batch changes, or the learning rate begins to follow another formula."""
     yield from (config.run.tokens_seen + phase.from_tokens for phase in config.batch.ramp)
     yield from schedule.edges([config.beta(sequences) for _, sequences in config.batch_phases()])
 
 
 def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[str, list[Any]]) -> None:
-    """The stages begun so far, and the corpora they draw from, are the same."""
+    """Check that the stages begun so far, and the corpora they draw from, are the same."""
     done = state.samples
     old, new = ([row for row in config.stages() if row[0] < done] for config in (then, now))
     if old != new:
         raise ConfigError(
-            f"{done:,} samples were drawn by other mixtures than these settings say:\n{_diff(effects)}\n"
+            f"{done:,} sequences were drawn by other mixtures than these settings have:\n{_diff(effects)}\n"
             f"Put them back; a mixture can change from here on: data.stages=[…, {{from_tokens: "
             f"{done * then.data.sequence_length}, mixture: …}}]."
         )
     for name in {name for _, mixture in old for name in mixture}:
         if then.data.corpora[name] != now.data.corpora[name]:
             raise ConfigError(
-                f"The corpus '{name}' was described otherwise when samples of it were trained on:\n"
+                f"The corpus '{name}' was described otherwise when sequences of it were trained on:\n"
                 f"{_diff(effects)}\nPut it back, or add the new description under another name."
             )
 
 
 def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str], files: Mapping[str, TokenFile]) -> None:
-    """The bytes that samples are drawn from are those of before.
+    """Check that tokenizer and tokens are those that the checkpoint was trained on.
 
     Raises:
-        ConfigError: naming the corpus.
+        ConfigError: those of a corpus, which it names, or the tokenizer have changed.
     """
     trained_on = read_state(checkpoint)["data_fingerprint"]
     for name, fingerprint in trained_on.items():

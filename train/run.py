@@ -1,4 +1,4 @@
-"""What a run is, top to bottom. Read this first."""
+"""A run from top to bottom. Read this first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from powertrain.train.redact import check_no_secrets, settings_text
 from powertrain.train.resume import where_to_begin
 from powertrain.train.state import Beginning, State
 from powertrain.train.step import train_step
-from powertrain.train.stop import Stop
+from powertrain.train.stop import BY_FILE, Stop
 from powertrain.train.track import Tracker
 from powertrain.train.watchdog import Watchdog
 
@@ -35,14 +35,17 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite gradient
 
 @dataclass
 class Outcome:
-    """How a run ended: `reason` is "finished", or why it stopped before."""
+    """How a run ended: `reason` is "finished", or why it stopped early."""
 
     reason: str
     step: int
 
 
 def train(config: Config, command: list[str]) -> Outcome:
-    """Train as configured, from the beginning or from the newest checkpoint of the run's folder.
+    """Train as configured, from the beginning or from a checkpoint (`run.resume`).
+
+    Args:
+        command: what the run was started with, for run.json.
 
     Raises:
         ConfigError, data.DataError: something the user can mend.
@@ -51,14 +54,14 @@ def train(config: Config, command: list[str]) -> Outcome:
     engine, state = Engine(config), State(tokens=config.run.tokens_seen)
     folder = config.run_folder
     with (
-        claimed(folder, engine) as check_ours,
-        leaving_exit_json(folder, engine, state, check_ours) as ended,
+        claimed(folder, engine) as check_claim,
+        leaving_exit_json(folder, engine, state, check_claim) as ended,
     ):
         try:
-            outcome = _train(config, engine, state, command, check_ours)
+            outcome = _train(config, engine, state, command, check_claim)
         except (ConfigError, DataError) as error:
-            if engine.world_size > 1 and error is not engine.error_of_first:
-                error.add_note(f"rank {engine.rank}:")  # it may be the only one
+            if engine.world_size > 1 and error is not engine.first_rank_error:
+                error.add_note(f"rank {engine.rank}:")  # the others may not have it
             raise
         except RuntimeError as error:
             if not engine.lost_a_rank(error):
@@ -71,11 +74,13 @@ def train(config: Config, command: list[str]) -> Outcome:
         return outcome
 
 
-def _train(config: Config, engine: Engine, state: State, command: list[str], check_ours: Callable[[], None]) -> Outcome:
+def _train(
+    config: Config, engine: Engine, state: State, command: list[str], check_claim: Callable[[], None]
+) -> Outcome:
     folder = config.run_folder
     checkpoints = folder / "checkpoints"
 
-    # ---- where to begin; until that is known, nothing is changed
+    # ---- where to begin; until that is known, nothing on disk is changed
     engine.first_rank_decides(lambda: check_no_secrets(config))
     engine.first_rank_decides(lambda: check_target(folder / "model"))
     begin: Beginning = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
@@ -94,32 +99,31 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
         try:
             parts = assemble(config, engine, state, begin.checkpoint, log)
         except StoppedEarly:
-            stopped_by = "the file 'stop' in the run folder"
-            log(f"\nStopped by {stopped_by} while the corpora were prepared. The same command continues from there.")
-            return Outcome(stopped_by, state.step)
-        engine.first_rank_decides(check_ours)  # hours may have gone by
+            log(f"\nStopped by {BY_FILE} while the corpora were prepared. The same command continues from there.")
+            return Outcome(BY_FILE, state.step)
+        engine.first_rank_decides(check_claim)  # hours may have gone by
         if engine.is_main:
-            # Only now: what cannot begin leaves no trace in the records of what has run.
+            # Only now: a start that is refused leaves no trace in the run's records.
             if begin.checkpoint is None or not (folder / "tokenizer").exists():
                 replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
             (folder / "exit.json").unlink(missing_ok=True)
             replace_text(folder / "config.yaml", settings_text(config))
             record_start(folder / "run.json", engine, command, begin, parts.counts, parts.data, log)
         tracker = Tracker(folder, config, engine, state, log)
-        saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, check_ours, log)
+        saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, check_claim, log)
         if begin.own:
             saver.saved_step = state.step
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
 
-        # ---- the loop: a step; an evaluation and a checkpoint when due; until the budget is used or someone says stop
+        # ---- the loop: a step; an evaluation and a checkpoint when due; until the budget is used or a stop requested
         with Watchdog(folder, engine, state) as watchdog:
-            with Stop(folder, engine, check_ours) as stop:
+            with Stop(folder, engine, check_claim) as stop:
                 recorded = engine.first_rank_decides(lambda: tracker.evaluations(state.step)) if begin.own else []
                 over = state.tokens >= config.end_tokens
                 evaluated = over and recorded and not any(name.startswith("evaluation.") for name in begin.changes)
                 if evaluated:
                     log("The run had finished: nothing is trained or evaluated again.")
-                # What training begins with, or an evaluation that the stop had come before.
+                # Before the first step, or at a checkpoint where the run stopped before its evaluation.
                 first = begin.checkpoint is None or (begin.own and not recorded and not over)
                 if first and is_due(config.evaluation.every, state):
                     evaluate(parts, benchmarks, engine, state, tracker, watchdog, log)
@@ -166,17 +170,17 @@ def _train(config: Config, engine: Engine, state: State, command: list[str], che
             return Outcome(reason, state.step)
 
     # ---- final artifacts
-    engine.first_rank_decides(check_ours)
+    engine.first_rank_decides(check_claim)
     if engine.is_main:
-        if not (folder / "tokenizer").is_dir():  # somebody has removed it
+        if not (folder / "tokenizer").is_dir():  # removed meanwhile
             replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
         facts = facts_of(state, lines)
         difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
-        picture = folder / "report.html"
+        page = folder / "report.html"
         try:
-            replace_text(picture, report.runs_page([folder]))
-        except Exception as error:  # whatever it is, the model is more than its picture
-            log(f"Warning: {picture} could not be drawn: {type(error).__name__}: {error}")
+            replace_text(page, report.runs_page([folder]))
+        except Exception as error:  # whatever it is, the model matters more than its report
+            log(f"Warning: {page} could not be drawn: {type(error).__name__}: {error}")
         log_result(config, parts, lines, difference, log)
     return Outcome("finished", state.step)
 
@@ -190,7 +194,11 @@ def evaluate(
     watchdog: Watchdog,
     log: Log,
 ) -> list[dict[str, Any]]:
-    """Validation losses and benchmarks, logged and tracked; the lines of the losses. Collective."""
+    """Validation losses and benchmarks, logged and tracked. Collective.
+
+    Returns:
+        The lines of the losses.
+    """
     lines, scores = parts.validation.evaluate(engine, state), []
     watchdog.alive()
     if benchmarks is not None:
@@ -204,29 +212,29 @@ def evaluate(
 
 
 def is_due(every: int, state: State) -> bool:
-    """Whether what happens every so many steps, or at the end only (0), happens now."""
+    """Whether what happens every `every` steps (0: at the end only) is due at this step."""
     return every > 0 and state.step % every == 0
 
 
 def summary(lines: list[dict[str, Any]], scores: list[dict[str, Any]]) -> str:
-    """An evaluation in a line: `validation loss 4.8120 overall (addresses 5.3440, code 4.2810), piqa acc 0.5000`.
+    """An evaluation in one line: `validation loss 4.8120 overall (addresses 5.3440, code 4.2810), piqa acc 0.5000`.
 
     Args:
         lines: as `Validation.evaluate` returns them, `overall` last; of a single corpus one number is shown.
         scores: as `Benchmarks.evaluate` returns them.
     """
-    said = []
+    parts = []
     if lines:
         *corpora, overall = lines
         each = ", ".join(f"{line['corpus']} {line['loss']:.4f}" for line in corpora)
-        said.append(f"validation loss {overall['loss']:.4f}" + f" overall ({each})" * (len(corpora) > 1))
+        parts.append(f"validation loss {overall['loss']:.4f}" + f" overall ({each})" * (len(corpora) > 1))
     for line in scores:
-        said += [f"{line['corpus']} {metric} {line[metric]:.4f}" for metric in ("acc", "acc_norm") if metric in line]
-    return ", ".join(said)
+        parts += [f"{line['corpus']} {metric} {line[metric]:.4f}" for metric in ("acc", "acc_norm") if metric in line]
+    return ", ".join(parts)
 
 
 def log_result(config: Config, parts: Parts, lines: list[dict[str, Any]], difference: float, log: Log) -> None:
-    """The last words of a run: how good, a sample, and where everything is."""
+    """Log a run's result: losses, a generated sample, and where its artifacts are."""
     folder = config.run_folder
     if lines:
         unigram = parts.validation.unigram(parts.train_files)

@@ -1,4 +1,4 @@
-"""Where a run is, and where a start of it begins."""
+"""The progress of a run, and where a start of it begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class State:
 
     Attributes:
         step: optimizer steps taken.
-        samples: windows trained on by this run; the next step begins with sample number `samples`.
+        samples: sequences trained on by this run; the next step begins with sequence number `samples`.
         tokens: n, the clock that the schedule reads: `run.tokens_seen` plus the tokens of this run,
             masked targets included.
         skipped_in_a_row: steps since the last one whose gradient was finite.
@@ -25,7 +25,7 @@ class State:
     skipped_in_a_row: int = 0
 
     def advance(self, sequences: int, sequence_length: int, skipped: bool) -> None:
-        """Account for a step of `sequences` windows. A skipped step has used its data too."""
+        """Count a step of `sequences` sequences. A skipped step has used its data, too."""
         self.step += 1
         self.samples += sequences
         self.tokens += sequences * sequence_length
@@ -38,7 +38,7 @@ class Beginning:
 
     Attributes:
         checkpoint: to resume from; None at the first step.
-        own: whether it is the run's own, and not another run's that this one branches off.
+        own: whether it is the run's own; if not, the run branches off another run here.
         changes: settings that have changed since: setting → [then, now].
         tokens: reading of the clock.
         parent: the checkpoint of another run that this run branched off, if it did.

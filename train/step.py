@@ -43,7 +43,11 @@ def train_step(
     balance: Balance,
     state: State,
 ) -> dict[str, Any]:
-    """Take one step and advance `state`; what happened, as a line of metrics.jsonl. Collective."""
+    """Take one optimizer step and advance `state`. Collective.
+
+    Returns:
+        The step's line of metrics.jsonl.
+    """
     start = time.perf_counter()
     step = state.step + 1
     faults.at("step", engine.rank, step)
@@ -54,9 +58,9 @@ def train_step(
     power = schedule.power
     lr = schedule(tokens=state.tokens, batch=beta)
 
-    # ---- this rank's share of samples [k, k + sequences): one contiguous run of them
+    # ---- this rank's share of the step's sequences: a contiguous one
     share = sequences // engine.world_size
-    samples = to_device(batches.batch(state.samples + engine.rank * share, share), engine.device)
+    batch = to_device(batches.batch(state.samples + engine.rank * share, share), engine.device)
     data_seconds = time.perf_counter() - start
     after = state.tokens + sequences * length
     # Not on a CPU, whose threads wait for each other when a reader takes a core from one.
@@ -64,13 +68,13 @@ def train_step(
         upcoming = config.sequences_at(after) // engine.world_size
         batches.prefetch(state.samples + sequences + engine.rank * upcoming, upcoming)
     batch_tokens = sequences * length
-    targets = engine.reduce((samples["labels"] != IGNORE_INDEX).sum()).clamp(min=1)
+    targets = engine.reduce((batch["labels"] != IGNORE_INDEX).sum()).clamp(min=1)
 
     # ---- forward and backward; each micro-batch adds its part of the global mean
     sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for first in range(0, share, micro):
         last = first + micro >= share
-        outputs = engine.forward({name: part[first : first + micro] for name, part in samples.items()}, last)
+        outputs = engine.forward({name: part[first : first + micro] for name, part in batch.items()}, last)
         terms = loss_terms(outputs, balance, targets, batch_tokens)
         engine.backward(faults.spoiled(total_loss(terms, config.balance), engine.rank, step))
         sums += torch.stack(terms).detach().double()
@@ -81,8 +85,8 @@ def train_step(
 
     record = {
         "step": step,
-        "tokens": state.tokens,  # n, before this step: what the schedule was asked with
-        "samples": state.samples,  # the step trains on samples [samples, samples + batch sequences)
+        "tokens": state.tokens,  # n, before this step: the schedule's argument
+        "samples": state.samples,  # the step trains on sequences [samples, samples + its batch)
         "loss": total_loss(terms, config.balance).item(),
         "lm_loss": lm_loss.item(),
         "balance_loss": balance_loss.item(),
@@ -96,7 +100,7 @@ def train_step(
         "grad_norm": grad_norm,
         "skipped": skipped,
     }
-    if power is not None and power.batch_exponent > 0:  # or no batch reaches the cap by being larger
+    if power is not None and power.batch_exponent > 0:  # else no batch reaches the cap by being larger
         record["critical_batch"] = power.critical_batch(state.tokens)
     if balance.num_experts:
         record["expert_load"] = metrics.expert_load(assignments)
@@ -104,7 +108,7 @@ def train_step(
     state.advance(sequences, length, skipped)
     seconds = time.perf_counter() - start
     record["tokens_per_second"] = batch_tokens / seconds
-    record["data_seconds"] = data_seconds  # of them the first rank waited for its batch
+    record["data_seconds"] = data_seconds  # of which the first rank waited for its batch
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
             record[name] = None  # `skipped` says what happened

@@ -12,23 +12,25 @@ import torch
 from powertrain.train.engine import Engine
 from powertrain.train.errors import ConfigError
 
+BY_FILE = "the file 'stop' in the run folder"
+
 
 class Stop:
     """Collects requests to stop: a signal of SIGNALS to any rank, or a file `stop` in the run folder."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    early = 0  # one that came before
+    early = 0  # a signal that came before the loop, see train.cli
 
-    def __init__(self, folder: Path, engine: Engine, check_ours: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, engine: Engine, check_claim: Callable[[], None]) -> None:
         self.file = folder / "stop"
         self.engine = engine
-        self.check_ours = check_ours
+        self.check_claim = check_claim
         self._signal = self.early
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         for number in self.SIGNALS:
-            # nohup ignores SIGHUP: the terminal may be closed.
+            # nohup ignores SIGHUP, so that the terminal may be closed.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -48,14 +50,14 @@ class Stop:
         """
         wanted = torch.tensor([self._signal, int(self.engine.is_main and self.file.exists()), 0])
         try:
-            self.check_ours()
+            self.check_claim()
         except ConfigError:
             wanted[2] = 1
         seen = self.engine.reduce(wanted)
         if seen[2]:
-            self.engine.first_rank_decides(self.check_ours)
+            self.engine.first_rank_decides(self.check_claim)
         if seen[1]:
-            return "the file 'stop' in the run folder"
+            return BY_FILE
         if seen[0]:
             return "a signal" if not self._signal else signal.Signals(self._signal).name
         return None

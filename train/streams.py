@@ -1,4 +1,4 @@
-"""Standard output and error: what cannot be shown there is lost, and nothing else is."""
+"""Standard output and error that never raise: what cannot be written is dropped, and the run continues."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sys
 
 
 class Stream(io.TextIOWrapper):
-    """Drops what cannot be written: nobody reads the pipe any more, the terminal is gone, the log's disk is full.
+    """Drops what cannot be written: the pipe is closed, the terminal is gone, the log's disk is full.
 
-    It shares its buffer with the stream that it stands for, and so never closes it.
+    It shares its buffer with the stream that it replaces, and so never closes it.
     """
 
     def write(self, text: str, /) -> int:
@@ -33,7 +33,7 @@ def protect() -> None:
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed by who started us: the next file opened would get its number, and what others print
+        except OSError:  # closed by the parent: the next file opened would get its number, and what others print
             opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
             os.set_inheritable(opened, True)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):

@@ -1,6 +1,7 @@
 """Benchmarks: lm-eval's tasks, from its own datasets or from folders on disk, scored on any model of ours.
 
-Importing this raises ConfigError where lm-eval is not installed.
+Raises:
+    ConfigError: on import, where lm-eval is not installed.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ if TYPE_CHECKING:
     from powertrain.train.state import State
 
 # The benchmarks of tables 5 to 7 of arXiv 2408.13359. Table 5 compares 1B models without examples in the prompt, and
-# adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. How many
-# examples a prompt has is told by the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH),
+# adds the perplexity of Wikipedia; table 6 has the same six for 3B models, table 7 knowledge, maths and code. Numbers
+# of few-shot examples are from the model cards of PowerLM-3B and PowerMoE-3B (5 for MMLU and GSM8K, 4 for MATH),
 # which name lm-eval, acc_norm and, for BoolQ, acc. Their HumanEval and MBPP are bigcode-eval's; lm-eval's differ.
-# That "ARC" is the mean of both halves, and MATH lm-eval's minerva_math, is our reading; neither source says.
+# That "ARC" is the mean of both halves, and MATH lm-eval's minerva_math, is our interpretation; neither source says.
 _SIX = ("arc", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")
 PRESETS = {
     "table5": (*_SIX, "wikitext"),
@@ -66,9 +67,9 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
 
     Args:
         names: tasks, groups or tags of lm-eval, `arc`, or PRESETS.
-        data: datasets are DATA/NAME/CONFIG/SPLIT, each written by `datasets.save_to_disk`, NAME with or without the
-            hub's owner; a split that is not there is not used, so a task without its test split is scored on the
-            validation split. None: the hub, or its cache.
+        data: folder of datasets DATA/NAME/CONFIG/SPLIT, each written by `datasets.save_to_disk`, NAME with or without
+            the hub's owner; a missing split is not used, so a task without its test split is scored on the validation
+            split. None: the hub, or its cache.
 
     Raises:
         ConfigError: a task that does not exist, or whose dataset or code is not there.
@@ -105,7 +106,7 @@ def load(names: Sequence[str], data: Path | None = None) -> dict[str, Any]:
         left = [name for name in names if name not in failures]
         raise ConfigError(
             f"Not all tasks can be scored here. {'; '.join(f'{name}: {why}' for name, why in failures.items())}. "
-            + (f"To leave them out name the others: {' '.join(left)}. " if left else "")
+            + (f"To exclude them name the others: {' '.join(left)}. " if left else "")
             + ("" if data else "Their datasets come from the hub unless a folder of them is given.")
         )
     return loaded
@@ -158,7 +159,7 @@ def _from(data: Path) -> Any:
         if (examples := task.fewshot_cfg.split) not in (None, *splits):
             raise FileNotFoundError(f"{found[0]} has no split '{examples}', where a prompt's examples come from")
         if config.process_docs is not None and task.fewshot_cfg.process_docs in (None, config.process_docs):
-            # Now, or lm-eval would do it again at every look at the questions.
+            # Once, or lm-eval would do it again at every pass over the questions.
             splits = {split: config.process_docs(rows) for split, rows in splits.items()}
             config.process_docs = task.fewshot_cfg.process_docs = None
         task.dataset = DatasetDict(splits)
@@ -169,8 +170,8 @@ def _from(data: Path) -> Any:
 class Scorer(HFLM):
     """lm-eval's Hugging Face model, from memory; in a run the engine's forward pass, shared by its ranks.
 
-    Log-probabilities are taken in float32 whatever the precision of the weights. A continuation that is longer than the
-    window, which HFLM refuses, is scored in pieces of half a window, each after as much text as fits before it.
+    Log-probabilities are taken in float32 whatever the precision of the weights. A continuation that is longer
+    than the model's context, which HFLM refuses, is scored in pieces of half a context, each after the text that fits.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int, engine: Engine | None = None) -> None:
@@ -206,7 +207,7 @@ class Scorer(HFLM):
         else:
             ranks, rank = self.engine.world_size, self.engine.rank
             own = range(rank, len(pieces), ranks)
-            # As many forward passes on every rank: sharded ones run them together.
+            # Equally many forward passes on every rank: sharded ranks run them together.
             share = [pieces[i] for i in own] + pieces[:1] * (-(-len(pieces) // ranks) - len(own))
             answers = super()._loglikelihood_tokens(share, disable_tqdm=True)
             scores[list(own)] = torch.tensor(answers[: len(own)], dtype=torch.float64)
@@ -219,7 +220,7 @@ class Scorer(HFLM):
 
 
 def _as_text(tokenizer: Any) -> Any:
-    """A copy for which a special token that is written in a text is text, as it is for whoever trains on it."""
+    """A copy that encodes a special token written in a text as plain text, as training data are encoded."""
     copied = copy.deepcopy(tokenizer)
     copied.split_special_tokens = True
     return copied
@@ -301,10 +302,10 @@ class Benchmarks:
         if writing := [name for name, task in self.loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]:
             raise ConfigError(
                 f"evaluation.tasks: {', '.join(writing)} have the model write text, which a run does not wait for. "
-                "Leave them out here; `powertrain evaluate` scores them on the exported model."
+                "Exclude them here; `powertrain evaluate` scores them on the exported model."
             )
         if taken := {*self.loaded["tasks"], *self.loaded["groups"]} & {*config.data.corpora, "overall"}:
-            raise ConfigError(f"evaluation.tasks: '{min(taken)}' is also a corpus of this run; name that otherwise.")
+            raise ConfigError(f"evaluation.tasks: '{min(taken)}' is also a corpus of this run; rename the corpus.")
 
     def evaluate(self, tokenizer: Any, state: State) -> list[dict[str, Any]]:
         """Lines for evals.jsonl, a group as one. Collective; touches nothing that is trained, and no random state."""

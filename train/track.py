@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 FILES = ("metrics.jsonl", "evals.jsonl")
-MOST_SECONDS = 5.0
-MOST_WAITING = 10_000  # lines for a tracker that does not take them, some 20 MB
-PLACES, PLACE_BYTES = 1000, 4096  # of a large file, what a report reads: a run of a million steps has some 700 MB
+CLOSE_SECONDS = 5.0  # that all trackers together may take to end
+MAX_QUEUED = 10_000  # lines for a tracker that does not take them, some 20 MB
+PLACES, PLACE_BYTES = 1000, 4096  # what a report reads of a large file: a run of a million steps has some 700 MB
 BLOCK = 1 << 16
 LONGEST_LINE = 1 << 17
 
@@ -36,28 +36,28 @@ class Tracker:
     """Appends JSON lines and passes numbers on; on ranks other than the first it does nothing.
 
     Each of accelerate's trackers gets its numbers in a thread of its own: one that is slow, hangs or fails costs the
-    run and the other trackers nothing, and MOST_SECONDS at the end. That it ended is said, and recorded in run.json.
+    run and the other trackers nothing, and CLOSE_SECONDS at the end. That it ended is logged, and recorded in run.json.
     """
 
     def __init__(self, folder: Path, config: Config, engine: Engine, state: State, log: Callable[[str], None]) -> None:
         self.active = engine.is_main
         self.folder = folder
         self.log = log
-        self._trackers: list[_Passing] = []
+        self._trackers: list[_TrackerThread] = []
         self._recording = threading.Lock()
         if self.active:
             for name in FILES:
-                if not state.step:  # what begins anew, with other settings perhaps, has no past
+                if not state.step:  # a run that begins again, perhaps with other settings
                     (folder / name).unlink(missing_ok=True)
                 elif unreadable := cut_after(folder / name, state.step):
-                    log(f"{unreadable} line(s) behind step {state.step:,} in {name} could not be read and are dropped.")
+                    log(f"{unreadable} line(s) after step {state.step:,} in {name} could not be read and are dropped.")
             self._files = {name: open(folder / name, "ab", buffering=0) for name in FILES}  # noqa: SIM115
             self._unwritten: dict[str, bytes] = dict.fromkeys(FILES, b"")
         if self.active and config.tracker.log_with:
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
             run_id = read_record(folder / "run.json").get("id")
-            # A run that resumes is the same run there, too.
+            # A run that resumes is the same run in its trackers.
             own: dict[str, dict[str, Any]] = {
                 "wandb": {
                     "name": config.run.name,
@@ -81,10 +81,10 @@ class Tracker:
                     tracker.store_init_configuration(settings)
                     return tracker
 
-                self._trackers.append(_Passing(name, begin, self._has_ended))
+                self._trackers.append(_TrackerThread(name, begin, self._has_ended))
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """One optimizer step. A step done again after a resume is written again; the last line counts."""
+        """One optimizer step. A step taken again after a resume is written again; the last line counts."""
         self._append("metrics.jsonl", metrics)
         self._pass_on({k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
@@ -95,7 +95,7 @@ class Tracker:
         self._pass_on({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def evaluations(self, step: int) -> list[dict[str, Any]]:
-        """The lines of this step in evals.jsonl, `overall` last; none if some were changed. On the first rank."""
+        """The lines of this step in evals.jsonl, `overall` last; none if one was edited. On the first rank."""
         newest = itertools.takewhile(lambda line: line["step"] == step, read_back(self.folder / "evals.jsonl"))
         by_corpus = {line.get("corpus", ""): line for line in [*newest][::-1]}  # of one evaluated again the last
         lines = sorted(by_corpus.values(), key=lambda line: line.get("corpus") == "overall")
@@ -115,30 +115,30 @@ class Tracker:
                     self.log(f"Warning: {name} may be incomplete on the disk: {error.strerror}.")
         for tracker in self._trackers:
             tracker.put(None)
-        until = time.monotonic() + MOST_SECONDS
+        until = time.monotonic() + CLOSE_SECONDS
         for tracker in self._trackers:
             tracker.join(max(0.0, until - time.monotonic()))
             if tracker.is_alive():
-                tracker.leave(f"it did not end in {MOST_SECONDS:g} s and is left behind")
+                tracker.leave(f"it did not end in {CLOSE_SECONDS:g} s and is left behind")
 
     def _append(self, name: str, metrics: dict[str, Any]) -> None:
         if self.active:
             # JSON has no NaN.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-            complained = bool(self._unwritten[name])
+            warned = bool(self._unwritten[name])
             self._unwritten[name] += json.dumps(finite).encode() + b"\n"
             self._write(name)
-            if self._unwritten[name] and not complained:
+            if self._unwritten[name] and not warned:
                 self.log(
-                    f"Warning: {name} cannot be written, on a full disk for example; its lines are kept for later."
+                    f"Warning: {name} cannot be written, on a full disk for example; its lines are kept in memory."
                 )
 
     def _write(self, name: str) -> None:
         with contextlib.suppress(OSError):
-            if not os.fstat(self._files[name].fileno()).st_nlink:  # else what follows would go to no file
+            if not os.fstat(self._files[name].fileno()).st_nlink:  # else later lines would be lost
                 self.log(f"Warning: {name} has been removed while the run trains; it begins anew here.")
                 self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
-            written = self._files[name].write(self._unwritten[name])  # perhaps a part
+            written = self._files[name].write(self._unwritten[name])  # perhaps a part of them
             self._unwritten[name] = self._unwritten[name][written:]
 
     def _pass_on(self, numbers: dict[str, float], step: int) -> None:
@@ -152,26 +152,26 @@ class Tracker:
             add_to_start(self.folder / "run.json", "trackers_ended", {tracker: why})
 
 
-class _Passing(threading.Thread):
+class _TrackerThread(threading.Thread):
     """Passes lines on to one tracker, in their order, until None is put or the tracker fails."""
 
     def __init__(self, tracker: str, begin: Callable[[], Any], has_ended: Callable[[str, str], None]) -> None:
         super().__init__(daemon=True)
         self._tracker, self._begin, self._has_ended = tracker, begin, has_ended
-        self._lines: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(MOST_WAITING)
+        self._lines: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue(MAX_QUEUED)
         self._left = False
         self.start()
 
     def put(self, line: tuple[dict[str, float], int] | None) -> None:
-        """One line, or None behind the last one."""
+        """Queue one line, or None after the last one."""
         if not self._left:
             try:
                 self._lines.put_nowait(line)
             except queue.Full:
-                self.leave(f"{MOST_WAITING:,} lines wait for it, and it is left behind")
+                self.leave(f"{MAX_QUEUED:,} lines wait for it, and it is left behind")
 
     def leave(self, why: str) -> None:
-        """Give it nothing more."""
+        """Queue nothing more."""
         if not self._left:
             self._left = True
             self._has_ended(self._tracker, why)
@@ -193,7 +193,7 @@ class _Passing(threading.Thread):
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl or evals.jsonl in the order of their steps; of a step trained again the last one.
 
-    A line that cannot be read is left out: cut short by a killed process, or edited. All have a whole number `step`.
+    A line that cannot be read is skipped: truncated by a killed process, or edited. All have a whole number `step`.
     """
     by_step: dict[tuple[int, str], dict[str, Any]] = {}
     if path.exists():
@@ -203,17 +203,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_back(path: Path) -> Iterator[dict[str, Any]]:
-    """The same objects from the last line to the first, as they stand; what is not asked for is not read."""
+    """The same objects from the last line to the first, repeated steps included. Read lazily, from the end."""
     return (entry for _, text in _backwards(path) if (entry := _entry(text)) is not None)
 
 
 def read_spread(path: Path) -> tuple[list[dict[str, Any]], str]:
     """As `read_lines`; of a file above PLACES · PLACE_BYTES the lines at PLACES places of it, first and last included.
 
-    Half of the places are as far from each other, half lie in a geometric series: a logarithmic axis begins early.
+    Half of the places are evenly spaced, half in geometric progression, for a logarithmic axis.
 
     Returns:
-        the objects, and in a sentence what is not among them.
+        The objects, and a sentence about what was skipped.
     """
     size = path.stat().st_size if path.exists() else 0
     by_step: dict[tuple[int, str], dict[str, Any]] = {}
@@ -231,19 +231,19 @@ def read_spread(path: Path) -> tuple[list[dict[str, Any]], str]:
                 file.seek(max(place - 1, 0))
                 if not place or file.readline(LONGEST_LINE).endswith(b"\n"):  # the rest of a line
                     unreadable += _take(iter(lambda: _before(file, place + PLACE_BYTES), b""), by_step)  # noqa: B023
-    said = []
+    notes = []
     if size > PLACES * PLACE_BYTES:
-        said.append(
+        notes.append(
             f"{path.name} has {size / 1e6:,.0f} MB: what follows is from {len(by_step):,} of its lines, those at "
             f"{PLACES:,} places spread over it."
         )
     if unreadable:
-        said.append(f"{unreadable:,} line(s) of {path.name} cannot be read and are left out.")
-    return [by_step[key] for key in sorted(by_step)], " ".join(said)
+        notes.append(f"{unreadable:,} line(s) of {path.name} cannot be read and are left out.")
+    return [by_step[key] for key in sorted(by_step)], " ".join(notes)
 
 
 def _take(lines: Iterable[bytes], by_step: dict[tuple[int, str], dict[str, Any]]) -> int:
-    """Put what can be read into `by_step`; how many lines cannot."""
+    """Put the objects of lines into `by_step`; returns how many lines cannot be read."""
     unreadable = 0
     for text in lines:
         if (entry := _entry(text)) is None:
@@ -259,7 +259,7 @@ def _before(file: IO[bytes], end: int) -> bytes:
 
 
 def _entry(text: bytes) -> dict[str, Any] | None:
-    """The object of a line; None for what a run does not write, which somebody or a power cut has left there."""
+    """The object of a line; None for what a run does not write: edited, or left by a power cut."""
     try:
         entry = json.loads(text.decode(errors="replace"))
     except (ValueError, RecursionError):
@@ -271,14 +271,14 @@ def _entry(text: bytes) -> dict[str, Any] | None:
 
 
 def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, from the last one on, with the offset behind it."""
+    """Each line that is not blank, from the last to the first, with the offset of its end."""
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         return
     with file:
-        start = behind = file.seek(0, os.SEEK_END)
-        rest, block = b"", BLOCK  # rest: what of [start, behind) is still to be given
+        start = end = file.seek(0, os.SEEK_END)
+        rest, block = b"", BLOCK  # rest: what of [start, end) has not been yielded
         while start:
             size = min(block, start)
             start -= size
@@ -290,23 +290,23 @@ def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
                 continue
             for text in reversed(rest[first:].splitlines(keepends=True)):
                 if text.strip():
-                    yield behind, text
-                behind -= len(text)
+                    yield end, text
+                end -= len(text)
             rest = rest[:first]
 
 
 def is_of_corpus(line: dict[str, Any]) -> bool:
-    """Whether a line of evals.jsonl has what an evaluation writes of a corpus; None is a figure that is not finite."""
-    figures = [line.get("loss", ""), line.get("bits_per_byte", "")]
+    """Whether a line of evals.jsonl is the evaluation of a corpus; None is a value that is not finite."""
+    values = [line.get("loss", ""), line.get("bits_per_byte", "")]
     return (
-        all(figure is None or isinstance(figure, float) for figure in figures)
+        all(value is None or isinstance(value, float) for value in values)
         and "corpus" in line
         and type(line.get("targets")) is int
     )
 
 
 def is_of_task(line: dict[str, Any]) -> bool:
-    """Whether it has nothing of a corpus's."""
+    """Whether a line of evals.jsonl is the evaluation of a task."""
     return "corpus" in line and not line.keys() & {"loss", "bits_per_byte", "targets"}
 
 
@@ -321,26 +321,28 @@ def _numbers(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Drop what lies after the checkpoint that the run resumes from: those steps are taken again, or never.
+    """Truncate a file after the step of the checkpoint that the run resumes from: later steps are taken again.
 
-    In place and from the end, so that it costs what is dropped and not what is kept. Returns how many whole lines among
-    the dropped ones could not be read.
+    From the end, so that its cost is that of the lines dropped, not of those kept.
+
+    Returns:
+        How many whole lines among the dropped ones could not be read.
     """
     if not path.exists():
         return 0
     unreadable = 0
-    for behind, text in _backwards(path):  # noqa: B007
+    for end, text in _backwards(path):  # noqa: B007
         entry = _entry(text)
         if entry is None:
-            unreadable += text.endswith(b"\n")  # else it was cut short by a kill
+            unreadable += text.endswith(b"\n")  # else truncated by a kill
         elif entry["step"] <= step:
             break
     else:
-        behind, text = 0, b"\n"
+        end, text = 0, b"\n"
     with open(path, "rb+") as file:
-        file.truncate(behind)
-        if not text.endswith(b"\n"):  # as an editor may leave it
-            file.seek(behind)
+        file.truncate(end)
+        if not text.endswith(b"\n"):  # an editor may leave it so
+            file.seek(end)
             file.write(b"\n")
         os.fsync(file.fileno())
     return unreadable

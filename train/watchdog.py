@@ -1,9 +1,9 @@
-"""Ends a run in which a rank hangs: all others wait for it in a collective, where nothing else would tell.
+"""Ends a run in which a rank hangs: all others wait for it in a collective, and nothing else would report it.
 
-Every rank beats: a thread writes now and then a counter and the step to a file in the run's folder. Who has made no
-progress for `engine.timeout` seconds looks at the files of all ranks twice, some beats apart. One whose counter stands
-still has stopped; one that beats but is at an earlier step than the others is where it hangs. No clocks of different
-machines are compared.
+Every rank has a heartbeat: a thread regularly writes a counter and the step to a file in the run's folder. A rank that
+has made no progress for `engine.timeout` seconds reads the files of all ranks twice, some beats apart. A rank whose
+counter has not changed has stopped; one with a heartbeat, but at an earlier step than the others, hangs. No clocks of
+different machines are compared.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from powertrain.data.files import replace_text
 from powertrain.train.engine import Engine
 from powertrain.train.state import State
 
-BEAT_SECONDS = 10.0  # at most: a file system of many machines may show a file seconds late
+BEAT_SECONDS = 10.0  # at most: a shared file system may show a file seconds late
 LOOKS_APART = 4  # beats
 
 
 class Watchdog:
-    """A context manager around training; `alive` says that a step, an evaluation or a save has ended."""
+    """A context manager around training; call `alive` after each step, evaluation or save."""
 
     def __init__(self, folder: Path, engine: Engine, state: State) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is inside may take as long as it likes, as long as all ranks answer."""
+        """A context without a time limit, as long as all ranks have a heartbeat."""
         self._patient = True
         try:
             yield
@@ -75,7 +75,7 @@ class Watchdog:
         count, looked, before = 0, 0, {}
         while not self._ended.wait(beat):
             count += 1
-            with contextlib.suppress(OSError):  # on a full disk it will be taken for one that has stopped, if any hangs
+            with contextlib.suppress(OSError):  # on a full disk this rank looks stopped, should another hang
                 replace_text(self._file(self.engine.rank), json.dumps({"count": count, "step": self.state.step}))
             if time.monotonic() - self._progress <= timeout:
                 looked = 0
@@ -83,7 +83,7 @@ class Watchdog:
             looked += 1
             if looked == 1:
                 before = self._look()
-            elif looked == LOOKS_APART:  # the others have beaten meanwhile, or not
+            elif looked == LOOKS_APART:  # by now the counters of ranks that run have changed
                 after = self._look()
                 stopped = [rank for rank in after if after[rank]["count"] == before[rank]["count"]]
                 if stopped or not self._patient:

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
     found = checkpoint.available(options.run / "checkpoints")
     for path in found:
-        if wrong := checkpoint.faults(path):
+        if wrong := checkpoint.defects(path):
             print(f"FAIL: {path}: {'; '.join(wrong)}")
             return 1
     print(f"{len(found)} checkpoint(s) intact, byte for byte.")

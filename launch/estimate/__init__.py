@@ -124,6 +124,6 @@ def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[
     data_errors, data_warnings = data_problems(config, console)
     console.rule(align="left")
     more_errors, more_warnings = machine_problems(config, cluster, counts["total"])
-    if unlike := mup.unlike_the_law(config):
-        warnings.append(f"The schedule's law belongs to another parametrisation: {'; '.join(unlike)}.")
+    if mismatches := mup.parametrisation_mismatches(config):
+        warnings.append(f"The schedule's law belongs to another parametrisation: {'; '.join(mismatches)}.")
     return [*errors, *data_errors, *more_errors], [*warnings, *data_warnings, *more_warnings]

@@ -126,7 +126,7 @@ def begin_from(sweep: Sweep, progress: Progress, trial: Trial) -> list[str]:
     while before is not None and trial.schedule in WITH_DECAY and not any(own.glob("step-*")):
         step = round((before.tokens - decay_tokens(sweep.sweep, before)) * before.steps / before.tokens)
         start = sweep.folder / before.name / "checkpoints" / f"step-{step:08d}"
-        if start.exists() and not checkpoint.faults(start):
+        if start.exists() and not checkpoint.defects(start):
             return [f"run.resume={quoted(start)}"]
         before = progress.before(before)  # not here, or damaged: from an earlier one the losses are the same
     return []

@@ -16,7 +16,7 @@ from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from powertrain.schedulers import Decay, Power
 from powertrain.train import checkpoint
-from powertrain.train.compose import composed, of_a_run
+from powertrain.train.compose import composed, existing_run
 from powertrain.train.errors import ConfigError
 from powertrain.train.run import train
 from powertrain.train.track import read_lines
@@ -92,7 +92,7 @@ def test_a_branch_needs_a_rate_that_is_held(
 
 def by_name(*overrides: str) -> Path:
     """As `train.py run.name=… KEY=VALUE` does, without the rest of what describes the run."""
-    config = of_a_run(list(overrides))
+    config = existing_run(list(overrides))
     assert config is not None
     train(config, ["test"])
     return config.run_folder
@@ -103,8 +103,9 @@ def test_a_run_that_is_not_there_is_told_beside_those_that_are(run: Callable[...
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
     with pytest.raises(ConfigError, match=r"no run .*mixd; .* has mixed, short\..* Did you mean 'mixed'\?"):
-        of_a_run([f"run.folder={tmp_path}", "run.name=mixd", "run.tokens=100"])
-    assert of_a_run([f"run.folder={tmp_path}", "run.name=new", "model.vocab_size=300"]) is None  # which describes one
+        existing_run([f"run.folder={tmp_path}", "run.name=mixd", "run.tokens=100"])
+    # One that is described is new.
+    assert existing_run([f"run.folder={tmp_path}", "run.name=new", "model.vocab_size=300"]) is None
 
 
 def test_a_run_is_extended_by_its_name_and_a_larger_budget(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path
     settings = folder / "config.yaml"
     key = "  log_with: [wandb]\n  init_kwargs: {wandb: {api_key: (hidden)}}"
     settings.write_text(settings.read_text().replace("  log_with: []", key).replace("  init_kwargs: {}\n", ""))
-    config = of_a_run(["run.name=tiny", f"run.folder={tmp_path}", "run.tokens=4096"])
+    config = existing_run(["run.name=tiny", f"run.folder={tmp_path}", "run.tokens=4096"])
     assert config is not None
     with pytest.raises(ConfigError, match=r"tracker\.init_kwargs\.wandb\.api_key is a secret"):
         run_training(config, "train", [])
@@ -163,7 +164,7 @@ def test_a_secret_that_config_yaml_left_out_is_asked_for(run: Callable[..., Path
 def test_what_is_described_is_not_taken_from_a_folder(tmp_path: Path, overrides: list[str]) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.yaml").write_text("run: {tokens: 1}")
-    assert of_a_run([*overrides, f"run.folder={tmp_path}"]) is None
+    assert existing_run([*overrides, f"run.folder={tmp_path}"]) is None
 
 
 # ---------------------------------------------------------------------------------------------- mixtures and stages

@@ -19,7 +19,7 @@ from test_law import BATCHES, RATES, TOKENS, around, planted
 from powertrain.launch import fit, report
 from powertrain.schedulers import Power, law
 from powertrain.train.compose import composed
-from powertrain.train.model.mup import unlike_the_law
+from powertrain.train.model.mup import parametrisation_mismatches
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -84,16 +84,16 @@ def test_a_run_of_another_parametrisation_is_told_so(tmp_path: Path, tiny: Calla
     schedule = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(schedule, dict)
     config.schedule = {**schedule, "warmup_tokens": 700}
-    assert unlike_the_law(config) == []
+    assert parametrisation_mismatches(config) == []
     config.model.initializer_range = 0.02
     config.optimizer.weight_decay = 0.3
     config.model.num_attention_heads = 1
-    told = unlike_the_law(config)
+    told = parametrisation_mismatches(config)
     assert [t.split(" is ")[0] for t in told] == ["initializer_range", "head size", "weight_decay"]
     # Another width and depth by the same rules are the same parametrisation.
     wider = composed([*tiny("model.hidden_size=64", "model.num_attention_heads=4", "model.num_hidden_layers=8")])
     wider.schedule = config.schedule
-    assert unlike_the_law(wider) == []
+    assert parametrisation_mismatches(wider) == []
 
 
 def test_a_prediction_has_an_interval_the_release_of_the_cap_and_a_warning(

@@ -8,7 +8,7 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,14 @@ def test_where_a_page_cannot_be_written(
 
 
 def test_the_phases_of_a_run_are_where_the_schedule_has_them(run: Callable[..., Path]) -> None:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axis = pyplot.subplots()
+    axis: Any = Figure().subplots()
     report._phases(axis, report.Run(run()), None, named=True)
     spans = {
         text.get_text().strip(): (patch.get_x(), patch.get_width())
         for text, patch in zip(axis.texts, axis.patches, strict=True)
     }
-    pyplot.close(figure)
     # 12 steps of 256 tokens: 700 of warmup, a decay over the last 768
     # and at 2304 tokens, where it starts, the factor is still 1.
     assert spans == {"warmup": (256, 512), "trunk": (768, 1792), "decay": (2560, 512)}
@@ -107,14 +106,11 @@ def recorded(folder: Path, steps: int = 200, **settings: Any) -> Path:
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The pictures of a page, not drawn."""
-    from matplotlib import pyplot
-
     found: list[Any] = []
     monkeypatch.setattr(report, "picture", lambda figure: found.append(figure) or "(a picture)")
-    yield found
-    pyplot.close("all")
+    return found
 
 
 @pytest.mark.parametrize("count", [1, 10, 11, 60])
@@ -188,8 +184,6 @@ def test_settings_that_differ_can_be_read(tmp_path: Path) -> None:
 
 def test_no_record_stops_a_page(tmp_path: Path, figures: list[Any]) -> None:
     """Numbers, texts and whole parts of all records, replaced by what no run writes."""
-    from matplotlib import pyplot
-
     values = [
         None,
         True,
@@ -232,7 +226,6 @@ def test_no_record_stops_a_page(tmp_path: Path, figures: list[Any]) -> None:
         text = runs_page([folder])
         for figure in figures:
             figure.clear()
-        pyplot.close("all")
         assert "cannot be read and are left out" in text
 
 

@@ -118,7 +118,7 @@ def test_a_validation_split_that_is_shorter_than_a_window(
     ]
     folder = run(*SHORT, *more, "evaluation.every=1")
     said = capsys.readouterr().out
-    assert re.search(r"Warning: few is not evaluated: its validation split has \d+ tokens, and a window", said)
+    assert re.search(r"Warning: few is not evaluated: its validation split has \d+ tokens, and a sequence", said)
     assert "No validation split, so not evaluated: none." in said
     data = json.loads((folder / "run.json").read_text())["starts"][0]["data"]
     assert "33" in data["few"]["evaluation"] and data["none"]["evaluation"] == "no validation split"

@@ -143,7 +143,7 @@ def test_fault_06_a_full_disk_for_a_while(
     assert "Warning: " in said and "The checkpoint of step 4 could not be written" in said
     assert "No space left on device. It needs about 0 MB" in said and "Training continues." in said
     assert [path.name[-2:] for path in sorted((folder / "checkpoints").iterdir())] == ["02", "06", "08", "10", "12"]
-    assert all(not checkpoint.faults(path) for path in (folder / "checkpoints").iterdir())
+    assert all(not checkpoint.defects(path) for path in (folder / "checkpoints").iterdir())
 
 
 def test_fault_06_a_full_disk_at_the_end(
@@ -365,7 +365,7 @@ def test_fault_04_a_manifest_without_its_random_state(run: Callable[..., Path]) 
     manifest = json.loads((newest / "manifest.json").read_text())
     del manifest["files"]["rng/rank-00000.safetensors"]
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint.faults(newest) == ["manifest.json is not this checkpoint's"]
+    assert checkpoint.defects(newest) == ["manifest.json is not this checkpoint's"]
 
 
 def test_a_record_that_a_power_cut_has_emptied_stops_nothing(run: Callable[..., Path]) -> None:
@@ -584,11 +584,11 @@ def test_every_ranks_files_are_required(tmp_path: Path, missing: str) -> None:
         for file in path.rglob("*.*")
     }
     (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
-    assert checkpoint.faults(path) == []
+    assert checkpoint.defects(path) == []
     (path / missing).unlink()
     del files[missing]
     (path / "manifest.json").write_text(json.dumps({"step": 3, "files": files}))
-    assert checkpoint.faults(path) == [f"{missing} is missing, in manifest.json too"]
+    assert checkpoint.defects(path) == [f"{missing} is missing, in manifest.json too"]
 
 
 class _Evil:
@@ -651,7 +651,7 @@ def test_fault_27_a_tracker_that_fails_changes_nothing(
             never.wait(60)
         raise SystemExit("unreachable") if "exits" in wrong else ConnectionError("unreachable")
 
-    monkeypatch.setattr(track, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(track, "CLOSE_SECONDS", 0.5)
     for kind in (WandBTracker, TensorBoardTracker):
         for method in ("start", "store_init_configuration", "log", "finish"):
             monkeypatch.setattr(kind, method, lambda *_, **__: None)
@@ -678,9 +678,9 @@ def test_fault_27_a_tracker_that_takes_nothing_fills_no_memory() -> None:
     from powertrain.train import track
 
     never, ended = threading.Event(), []
-    passing = track._Passing("slow", lambda: never.wait(60), lambda name, why: ended.append((name, why)))
-    for step in range(track.MOST_WAITING + 10):
+    passing = track._TrackerThread("slow", lambda: never.wait(60), lambda name, why: ended.append((name, why)))
+    for step in range(track.MAX_QUEUED + 10):
         passing.put(({}, step))
     assert ended == [("slow", "10,000 lines wait for it, and it is left behind")]
-    assert passing._lines.qsize() == track.MOST_WAITING
+    assert passing._lines.qsize() == track.MAX_QUEUED
     never.set()

@@ -48,7 +48,7 @@ def test_fault_03_ten_kills_change_nothing(tiny: Callable[..., list[str]], tmp_p
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         saves += any((folder / "checkpoints").glob(".step-*.partial"))
-        assert all(not checkpoint.faults(path) for path in checkpoint.available(folder / "checkpoints"))
+        assert all(not checkpoint.defects(path) for path in checkpoint.available(folder / "checkpoints"))
     assert steps_taken(folder) < 150, "it ended before the last kill"
     assert saves > 0
     done = launch(tiny("run.name=killed", *LONG))

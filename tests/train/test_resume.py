@@ -77,7 +77,7 @@ def test_the_cut_crosses_an_epoch(whole: Path) -> None:
 def test_fault_02_leaving_out_one_saved_item_shows(
     whole: Path, go_on: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, item: str
 ) -> None:
-    monkeypatch.setattr(checkpoint, "faults", lambda path: [])
+    monkeypatch.setattr(checkpoint, "defects", lambda path: [])
 
     def forget(folder: Path) -> None:
         path = folder / "checkpoints/step-00000006"
@@ -115,7 +115,7 @@ def test_fault_10_steps_skipped_before_the_cut_still_count(
         path.write_text(json.dumps(saved))
 
     original = Engine.backward
-    monkeypatch.setattr(checkpoint, "faults", lambda path: [])
+    monkeypatch.setattr(checkpoint, "defects", lambda path: [])
     monkeypatch.setattr(Engine, "backward", lambda self, loss: original(self, loss * float("nan")))
     with pytest.raises(RunFailed, match="10 steps in a row, up to step 7"):
         go_on(6, prepare=nine)
@@ -219,7 +219,7 @@ def test_fault_26_manifest_that_points_outside_is_refused(whole: Path, tmp_path:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["../outside"] = {"size": 0, "sha256": ""}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint.faults(path) == ["../outside lies outside the checkpoint"]
+    assert checkpoint.defects(path) == ["../outside lies outside the checkpoint"]
 
 
 def test_fault_23_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
@@ -304,7 +304,7 @@ def test_fault_23_only_own_checkpoints_are_pruned_and_enough_are_kept(run: Calla
         ("schedule.warmup_tokens=701", "Step 2 was taken at the learning rate"),
         ("batch.sequences=16", "Step 1 was taken with a batch of 8 sequences and would now have had 16"),
         ("batch.ramp=[{from_tokens: 512, sequences: 16}]", "Step 3 was taken with a batch of 8"),
-        ("data.stages=[{from_tokens: 512, mixture: {words: 2}}]", "48 samples were drawn by other mixtures"),
+        ("data.stages=[{from_tokens: 512, mixture: {words: 2}}]", "48 sequences were drawn by other mixtures"),
         ("data.corpora.words.validation_fraction=0.3", "The corpus 'words' was described otherwise"),
     ],
 )
@@ -354,7 +354,7 @@ def test_what_another_split_of_the_batch_changes_is_said(
         then = copy.deepcopy(config)
         monkeypatch.setattr(resume, "load", lambda path: then)
         config.batch.micro_sequences = micro
-        return resume.other_losses(path, config, ranks) or ""
+        return resume.why_losses_differ(path, config, ranks) or ""
 
     for micro, ranks in itertools.product((2, 4), (1, 2)):  # 4 on one rank before, of batches of 8
         split = (micro, ranks) != (4, 1)
@@ -537,13 +537,13 @@ def test_fault_23_an_invalid_checkpoint_does_not_count_among_those_kept(go_on: C
     folder = go_on(9, "checkpoint.keep=2", "run.tokens=2304", "schedule.decay.tokens=0", prepare=damage)
     found = checkpoint.available(folder / "checkpoints")
     assert [path.name for path in found] == ["step-00000008", "step-00000009"]
-    assert not any(checkpoint.faults(path) for path in found)
+    assert not any(checkpoint.defects(path) for path in found)
     assert (folder / "checkpoints/step-00000009.invalid").is_dir()
 
 
 def test_a_damaged_last_checkpoint_is_written_anew(whole: Path, go_on: Callable[..., Path]) -> None:
     folder = go_on(12, prepare=lambda copy: flip_last_byte(copy / "checkpoints/step-00000012/weights.safetensors"))
-    assert checkpoint.faults(folder / "checkpoints/step-00000012") == []
+    assert checkpoint.defects(folder / "checkpoints/step-00000012") == []
     assert_same_run(whole, folder)
 
 

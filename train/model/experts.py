@@ -4,10 +4,10 @@
 
 One expert after the other, in scratch memory that stays in the cache: at these sizes memory, not arithmetic, sets
 the pace. An expert's rows are padded to one of few sizes with rows of weight 0, because oneDNN compiles a bf16
-product for every shape that it has not met, which takes longer than the product. What surrounds the products are
-gathers of rows, so nothing is added where two rows could meet, and the result does not depend on the number of
-threads. The routing weight multiplies the activations, not the outputs: they are the narrower ones. Of a pass only
-the first product is kept; the rest is elementwise, and computed again (as in SonicMoE, arXiv 2512.14080).
+product for every new shape, which takes longer than the product. Around the products rows are gathered, never
+scattered with addition, so the result does not depend on the number of threads. The routing weight multiplies the
+activations, not the outputs: they are narrower. For the backward pass only the first product is kept; the rest is
+elementwise, and recomputed (as in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class _SortedExperts(torch.autograd.Function):
 
 
 def _sorted_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, list[int], list[int]]:
-    """Where the row of each assignment lies, (T, K), how many each expert has, and how many rows with padding.
+    """The row of each assignment, (T, K), the number of each expert's assignments, and of its rows with padding.
 
     Rows are in the order of experts, then of tokens, then padding.
     """
@@ -102,7 +102,7 @@ def _padded(count: int) -> int:
 
 
 def _scratch(like: Tensor, sizes: list[int], *widths: int) -> list[Tensor]:
-    """Room for the rows of any one expert, in each of the widths."""
+    """Buffers for the rows of any one expert, one of each width."""
     return [like.new_empty(max(sizes), width) for width in widths]
 
 
@@ -111,7 +111,7 @@ def _each(sizes: list[int], *scratch: Tensor) -> Iterator[tuple[int, slice, list
     start = 0
     for expert, size in enumerate(sizes):
         if size:
-            yield expert, slice(start, start + size), [room[:size] for room in scratch]
+            yield expert, slice(start, start + size), [buffer[:size] for buffer in scratch]
         start += size
 
 

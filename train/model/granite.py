@@ -53,7 +53,7 @@ def transformers_config(config: Config) -> HFConfig:
         "tie_word_embeddings": model.tie_word_embeddings,
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.initializer_range,
-        # The tokenizer's own go in when the model is exported.
+        # Those of the tokenizer are set when the model is exported.
         "bos_token_id": None,
         "eos_token_id": None,
         **mup.multipliers(config),
@@ -69,8 +69,8 @@ def transformers_config(config: Config) -> HFConfig:
         }
     if model.shared_size:
         fields["shared_intermediate_size"] = model.shared_size
-    described: HFConfig = CLASSES[model.model_type].config_class(**fields)
-    return described
+    hf_config: HFConfig = CLASSES[model.model_type].config_class(**fields)
+    return hf_config
 
 
 def described(hf_config: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def described(hf_config: Any) -> dict[str, Any]:
 def build(config: Config, device: torch.device | str = "cpu") -> CausalLM:
     """The float32 model on `device`, its weights not yet initialised (see `mup.initialize`).
 
-    On the meta device nothing is allocated, which is enough to count.
+    On the meta device nothing is allocated, which is enough to count parameters.
     """
     hf_config = transformers_config(config)
     model_class = CLASSES[config.model.model_type]
@@ -111,8 +111,8 @@ def shape_of(config: Config) -> str:
 def moe_blocks(module: nn.Module) -> list[Any]:
     """The blocks with a router and its experts in `module`, in the order of the layers.
 
-    By what they have, not by a class's name: a family whose blocks were missed would train without balance, and could
-    hang under ZeRO-3.
+    Found by what they have, not by a class's name: a family whose blocks were missed would train without balance, and
+    could hang under ZeRO-3.
     """
     return [block for block in module.modules() if hasattr(block, "router") and hasattr(block, "experts")]
 
@@ -128,12 +128,16 @@ def implementations(config: Config, device: torch.device | str) -> dict[str, str
 
 
 def kernels(config: Config, device: torch.device | str) -> list[str]:
-    """What a person is told of them."""
+    """The names of the kernels, for the log and run.json."""
     return [*implementations(config, device).values(), *(["compiled"] if config.engine.torch_compile else [])]
 
 
 def check_kernels(config: Config, device: torch.device | str) -> None:
-    """Raises ConfigError: kernels that were named, or a compiler, that are not there."""
+    """Check that the named kernels, and the compiler, are available on `device`.
+
+    Raises:
+        ConfigError: one is not, or does not fit the configuration.
+    """
     chosen = implementations(config, device)
     attention = chosen["attn_implementation"]
     installed = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
@@ -141,7 +145,7 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
         raise ConfigError(
             f"model.attn_implementation is {attention}, which needs a GPU and its package: the device is "
             f"{torch.device(device).type}, and the package was {'found' if installed[attention]() else 'not found'}. "
-            "Leave the choice to `auto`, or see to both."
+            "Leave the choice to `auto`, or provide both."
         )
     if attention in installed and config.precision != "bf16":
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Maximal update parametrisation: one table, role -> (init std, rate multiplier, weight decay, multiplier).
+"""Maximal update parametrisation: one table, role → (init std, learning rate, weight decay, forward multiplier).
 
 Table 1 of arXiv 2408.13359, with m_width = hidden_size / base_hidden_size:
 
-| role | tensors | init std | rate | forward |
+| role | tensors | init std | learning rate | forward |
 |---|---|---|---|---|
 | embedding | embed_tokens, and the output head tied to it | init_std | η | × embedding_multiplier |
 | head | lm_head, when it is not tied | init_std | η | logits ÷ m_width |
@@ -107,7 +107,7 @@ def first_logits_std(config: Config) -> float:
 
 
 def parametrisation(config: Config) -> dict[str, float | str | bool]:
-    """What a law of the best rate belongs to: two runs that agree on it are comparable, whatever their size.
+    """What a law of the best learning rate depends on: runs that agree on it are comparable, whatever their size.
 
     The residual multiplier times the square root of the layers, and the others over what the table gives, so that
     models of other depth, head count or width that follow the same rules have the same values.
@@ -134,8 +134,8 @@ def parametrisation(config: Config) -> dict[str, float | str | bool]:
     }
 
 
-def unlike_the_law(config: Config) -> list[str]:
-    """Where this run's parametrisation differs from the one that its schedule's law was fitted to."""
+def parametrisation_mismatches(config: Config) -> list[str]:
+    """The differences of this run's parametrisation from the one that its schedule's law was fitted to."""
     own = parametrisation(config)
     return [
         f"{name} is {own[name]}, the law's {value}"
@@ -171,10 +171,13 @@ def table(config: Config) -> dict[str, Row]:
 
 
 def initial_value(name: str, shape: torch.Size, rows: dict[str, Row], seed: int) -> torch.Tensor:
-    """The float32 initial value of the parameter `name`, on the CPU.
+    """The float32 initial value of the parameter `name`, of this shape, on the CPU.
 
     Each tensor draws from its own generator, keyed by seed and name, so the weights are the same bits whatever
     the device, the order of the parameters or how an engine splits them.
+
+    Raises:
+        ValueError: the muP table has no role for the name.
     """
     std = rows[role_of(name)].std
     if std is None:
@@ -187,7 +190,7 @@ def initial_value(name: str, shape: torch.Size, rows: dict[str, Row], seed: int)
 def initial_values(
     shapes: Mapping[str, torch.Size], rows: dict[str, Row], seed: int
 ) -> Callable[[str, int, int], torch.Tensor]:
-    """Reads the elements [start, stop) of the flattened `initial_value` of a parameter."""
+    """A function that returns the elements [start, stop) of the flattened `initial_value` of a parameter."""
     return lambda name, start, stop: initial_value(name, shapes[name], rows, seed).view(-1)[start:stop]
 
 
