@@ -42,6 +42,9 @@ def main() -> None:
         print(f"{name:<34}{shown}     {np.mean(list(above.values())):.4f} {max(above.values()):.4f}")
 
     for name, settings in ledgers.items():
+        if unfinished := [cell for cell in cells if not any(cell in by for by in settings.values())]:
+            print(f"{name:<34} unfinished: nothing yet at (batch, tokens) {', '.join(map(str, unfinished))}")
+            continue
         best = {cell: min(by[cell] for by in settings.values() if cell in by) for cell in cells}
         everywhere = dict.fromkeys(cells, True)
         if len(settings) == 1:
