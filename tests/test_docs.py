@@ -26,7 +26,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 # The models are smaller than what the pages train; steps, tokens, batches and schedules are theirs, but on two ranks.
 SMALLER = (
     "model.hidden_size=32 model.intermediate_size=24 model.num_hidden_layers=2 model.num_attention_heads=2 "
-    "model.num_key_value_heads=null threads=1"
+    "model.num_key_value_heads=null model.vocab_size=512 data.tokenizer.vocab_size=512 threads=1"
 )
 PRELUDE = f"""
 set -euo pipefail
