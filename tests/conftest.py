@@ -26,6 +26,11 @@ CONFIGS = Path(__file__).parent / "configs"
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The commands of the docs take longest and share a checkout, so a process of their own begins with them."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 short documents of made-up words, in which some words follow others."""
