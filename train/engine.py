@@ -447,7 +447,11 @@ def warn_of_unfinished_builds() -> None:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
-        if (age := time.time() - lock.stat().st_mtime) > 60:  # not one that another rank has just made
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except FileNotFoundError:  # a build has just ended
+            continue
+        if age > 60:  # not one that another rank has just made
             print(
                 f"Warning: {lock} is {age / 60:,.0f} minutes old. If no other process is compiling that extension of "
                 "DeepSpeed, one that was has been killed, and this run would wait for ever: delete the file.",
