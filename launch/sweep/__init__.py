@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -146,16 +148,30 @@ def check_ledger(
             "data_fingerprint": fingerprints[key][results[trial.name].get("data_fingerprint") == fingerprints[key][1]],
             "decay_fraction": sweep.sweep.decay_fraction if trial.schedule in WITH_DECAY else 0.0,
         }
+        defaults = _defaults(configs[key])
         for name, now in expected.items():
             was = results[trial.name].get(name)
             if isinstance(was, dict) and isinstance(now, dict):
-                flat = [dict(setting_values(side)) for side in (was, now)]
-                was, now = ({k: v for k, v in side.items() if flat[0].get(k) != flat[1].get(k)} for side in flat)
+                was, now = dict(setting_values(was)), dict(setting_values(now))
+                # A setting that the ledger's version did not have yet is compared as its default.
+                was = {each: was.get(each, defaults.get(each)) for each in sorted({*was, *now})}
+                differ = [each for each in was if was[each] != now.get(each)]
+                was, now = ({each: side.get(each) for each in differ} for side in (was, now))
             if was != now:
                 raise ConfigError(
                     f"{trial.name} was trained with another {name}: {was}, and now {now}. Trials of two configurations "
                     f"make no law: choose another sweep.name. (Known from {sweep.ledger} or the trial's result.json.)"
                 )
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Every setting's default by dotted name, with those of the configuration's own schedule."""
+    schedule = {
+        f"schedule.{each.name}": each.default
+        for each in dataclasses.fields(config.make_schedule())
+        if each.default is not dataclasses.MISSING
+    }
+    return {**dict(setting_values(Config())), **schedule}
 
 
 def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:

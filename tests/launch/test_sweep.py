@@ -453,6 +453,27 @@ def test_a_trial_of_another_configuration_is_refused(
             assert ended.value.code == 2 and said in told, (known_from, change, told)
 
 
+def test_a_ledger_of_an_earlier_version_lacks_settings_that_are_newer(words_sweep: Callable[..., list[str]]) -> None:
+    """They count as their defaults: the trial was trained without them. Any other value is another configuration."""
+    sweep = Sweep(words_sweep("++sweep.schedules.power={a: [0.5], b: [-0.3]}"))
+    trial = next(trial for trial in sweep.trials if trial.schedule == "power")
+    key = trial.model, trial.schedule
+    config = sweep.configs()[key]
+    known = {"data_fingerprint": "same", "decay_fraction": sweep.sweep.decay_fraction, **in_common(config)}
+    for group, setting in (
+        ("model", "shared_intermediate_size"),
+        ("optimizer", "eps"),
+        ("balance", "pool"),
+        ("schedule", "cap"),
+    ):
+        del known["config"][group][setting]
+    sweep.progress = lambda: SimpleNamespace(results={trial.name: known})  # type: ignore[assignment, return-value]
+    check_ledger(sweep, {key: config}, {key: ["same", "same"]})
+    config.model.shared_intermediate_size = 8
+    with pytest.raises(ConfigError, match=r"'model.shared_intermediate_size': 0}, and now .*: 8}"):
+        check_ledger(sweep, {key: config}, {key: ["same", "same"]})
+
+
 def test_fault_18_a_ledger_has_the_fingerprint_of_an_earlier_version(words_sweep: Callable[..., list[str]]) -> None:
     """Of a large corpus, a sample of which was hashed when the ledger was written."""
     sweep = Sweep(words_sweep())
