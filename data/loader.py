@@ -1,6 +1,6 @@
 """The sequences of a token file, and batches of them in the order of training.
 
-Sequence i of a file, `window(file, i, S)`, has the S = sequence_length tokens from i·S on and one more as the last
+Sequence i of a file, `sequence(file, i, S)`, has the S = sequence_length tokens from i·S on and one more as the last
 target: consecutive sequences share one token.
 """
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100  # the label that torch's cross-entropy ignores
 
 
-def windows_in(num_tokens: int, sequence_length: int) -> int:
+def sequences_in(num_tokens: int, sequence_length: int) -> int:
     """How many sequences so many tokens make: windows of sequence_length + 1 tokens with stride sequence_length."""
     return max(0, num_tokens - 1) // sequence_length
 
 
-def num_windows(num_tokens: int, sequence_length: int, name: str = "The corpus") -> int:
-    """`windows_in`, at least 1.
+def num_sequences(num_tokens: int, sequence_length: int, name: str = "The corpus") -> int:
+    """`sequences_in`, at least 1.
 
     Raises:
         DataError: there are too few tokens for one sequence.
     """
-    count = windows_in(num_tokens, sequence_length)
+    count = sequences_in(num_tokens, sequence_length)
     if count < 1:
         raise DataError(
             f"{name} has {num_tokens} tokens; one sequence takes sequence_length + 1 = {sequence_length + 1}. "
@@ -40,7 +40,7 @@ def num_windows(num_tokens: int, sequence_length: int, name: str = "The corpus")
     return count
 
 
-def window(
+def sequence(
     file: TokenFile, index: int, sequence_length: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(input_ids, labels, position_ids) of a sequence, each (S,) int64 with S = sequence_length.
@@ -65,29 +65,29 @@ class Batches:
     """Batches of sequences. `files`: corpus → token file, for every corpus of `order`."""
 
     def __init__(self, files: dict[str, TokenFile], order: Order, sequence_length: int) -> None:
-        for name, count in order.windows.items():
-            assert count == num_windows(files[name].num_tokens, sequence_length, name), f"windows of {name}"
+        for name, count in order.sequences.items():
+            assert count == num_sequences(files[name].num_tokens, sequence_length, name), f"sequences of {name}"
         self.files, self.order, self.sequence_length = files, order, sequence_length
         self._reader = ThreadPoolExecutor(1, "batches")
         self._ahead: tuple[tuple[int, int], Future[dict[str, torch.Tensor]]] | None = None
 
-    def batch(self, first_sample: int, count: int) -> "dict[str, torch.Tensor]":
-        """Sequences number first_sample … first_sample + count - 1 of training: input_ids, labels and position_ids,
+    def batch(self, first: int, count: int) -> "dict[str, torch.Tensor]":
+        """Sequences number first … first + count - 1 of training: input_ids, labels and position_ids,
         each (count, S) int64."""
-        if self._ahead is not None and self._ahead[0] == (first_sample, count):
+        if self._ahead is not None and self._ahead[0] == (first, count):
             return self._ahead[1].result()
-        return self._read(first_sample, count)
+        return self._read(first, count)
 
-    def prefetch(self, first_sample: int, count: int) -> None:
+    def prefetch(self, first: int, count: int) -> None:
         """Read a batch in the background, before `batch` is asked for it: a disk may be slower than a step."""
-        self._ahead = (first_sample, count), self._reader.submit(self._read, first_sample, count)
+        self._ahead = (first, count), self._reader.submit(self._read, first, count)
 
-    def _read(self, first_sample: int, count: int) -> "dict[str, torch.Tensor]":
+    def _read(self, first: int, count: int) -> "dict[str, torch.Tensor]":
         import torch
 
-        samples = map(self.order.sample, range(first_sample, first_sample + count))
-        windows = [window(self.files[corpus], index, self.sequence_length) for corpus, index in samples]
+        places = map(self.order.sequence, range(first, first + count))
+        sequences = [sequence(self.files[corpus], index, self.sequence_length) for corpus, index in places]
         return {
             name: torch.from_numpy(np.stack(rows))
-            for name, rows in zip(("input_ids", "labels", "position_ids"), zip(*windows, strict=True), strict=True)
+            for name, rows in zip(("input_ids", "labels", "position_ids"), zip(*sequences, strict=True), strict=True)
         }

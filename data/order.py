@@ -54,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Order:
-    """The order of all sequences. `windows`: corpus → how many sequences it has.
+    """The order of all sequences. `sequences`: corpus → how many sequences it has.
 
     A corpus continues across stages, and starts a new epoch, in another order, when all its sequences were used. So a
     later stage or another corpus changes nothing before it.
@@ -66,7 +66,7 @@ class Order:
 
     seed: int
     stages: Sequence[Stage]
-    windows: Mapping[str, int]
+    sequences: Mapping[str, int]
     _starts: list[int] = field(init=False, repr=False, compare=False)
     _mixtures: list[Mixture] = field(init=False, repr=False, compare=False)
     _before: list[dict[str, int]] = field(init=False, repr=False, compare=False)  # sequences before each stage
@@ -78,10 +78,10 @@ class Order:
                 f"Stages start at sequences {starts}; the first must start at 0, and each later one after the previous."
             )
         for name in sorted({name for stage in self.stages for name in stage.mixture}):
-            if self.windows.get(name, 0) < 1:
+            if self.sequences.get(name, 0) < 1:
                 raise DataError(
-                    f"A mixture names the corpus {name!r}, which has {self.windows.get(name, 0)} sequences; the "
-                    f"corpora are {sorted(self.windows)}. Name one of these, or give it more text than one sequence."
+                    f"A mixture names the corpus {name!r}, which has {self.sequences.get(name, 0)} sequences; the "
+                    f"corpora are {sorted(self.sequences)}. Name one of these, or give it more text than one sequence."
                 )
         mixtures = [mixture_of(stage.mixture) for stage in self.stages]
         before: list[dict[str, int]] = [{}]
@@ -90,16 +90,16 @@ class Order:
         for name, value in (("_starts", starts), ("_mixtures", mixtures), ("_before", before)):
             object.__setattr__(self, name, value)
 
-    def sample(self, i: int) -> tuple[str, int]:
+    def sequence(self, i: int) -> tuple[str, int]:
         """(corpus, index of the sequence in it) of sequence number i ≥ 0 of training; costs the same for every i."""
         stage = bisect_right(self._starts, i) - 1
         mixture = self._mixtures[stage]
         cycles, slot = divmod(i - self._starts[stage], SLOTS)
         corpus, earlier = mixture.at(slot)
         cursor = self._before[stage].get(corpus, 0) + cycles * mixture.slots[corpus] + earlier
-        windows = self.windows[corpus]
-        epoch, position = divmod(cursor, windows)
-        return corpus, permute(position, windows, _key(self.seed, corpus, epoch))
+        size = self.sequences[corpus]
+        epoch, position = divmod(cursor, size)
+        return corpus, permute(position, size, _key(self.seed, corpus, epoch))
 
     def counts(self, i: int) -> dict[str, int]:
         """Corpus → how many of the first i sequences are its own; without corpora that no stage has had so far."""
@@ -107,15 +107,15 @@ class Order:
         return _add(self._before[stage], self._mixtures[stage].counts(i - self._starts[stage]))
 
 
-def epochs(stages: Sequence[Stage], windows: Mapping[str, int], samples: int) -> dict[str, float]:
-    """Epochs of each corpus of `windows` in the first `samples` sequences.
+def epochs(stages: Sequence[Stage], sequences: Mapping[str, int], samples: int) -> dict[str, float]:
+    """Epochs of each corpus of `sequences` in the first `samples` sequences.
 
     Raises:
         DataError: as `Order` does.
     """
-    unknown = {name: 1 for stage in stages for name in stage.mixture if name not in windows}
-    counts = Order(0, stages, {**windows, **unknown}).counts(samples)
-    return {name: counts.get(name, 0) / count for name, count in windows.items()}
+    unknown = {name: 1 for stage in stages for name in stage.mixture if name not in sequences}
+    counts = Order(0, stages, {**sequences, **unknown}).counts(samples)
+    return {name: counts.get(name, 0) / count for name, count in sequences.items()}
 
 
 def _add(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from powertrain.data.loader import windows_in
+from powertrain.data.loader import sequences_in
 from powertrain.data.order import Stage, epochs
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
@@ -121,8 +121,8 @@ def _print_tokenizer(folder: Path) -> None:
 def _print_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> None:
     """Print the epochs of each corpus in the budget, or the tokens of an epoch."""
     length = data.sequence_length
-    windows = {name: windows_in(file.num_tokens, length) for name, file in prepared.train.items()}
-    if short := [name for name, count in windows.items() if count < 1]:
+    sequences = {name: sequences_in(file.num_tokens, length) for name, file in prepared.train.items()}
+    if short := [name for name, count in sequences.items() if count < 1]:
         print(
             f"Warning: {', '.join(short)}: fewer tokens than one sequence takes, {length + 1:,} "
             "(data.sequence_length + 1); a run refuses that"
@@ -137,10 +137,10 @@ def _print_epochs(data: DataConfig, prepared: Prepared, budget: int | None) -> N
         return
     if budget is None:
         print(f"an epoch, in sequences of data.sequence_length={length:,}:", end=" ")
-        print(", ".join(f"{name} {count * length:,} tokens" for name, count in windows.items()))
+        print(", ".join(f"{name} {count * length:,} tokens" for name, count in sequences.items()))
     else:
         stages = tuple(Stage(*stage) for stage in Config(data=data).stages())
-        times = epochs(stages, windows, -(-budget // length))
+        times = epochs(stages, sequences, -(-budget // length))
         print(f"epochs in run.tokens={budget:,}:", ", ".join(f"{name} {number:.2f}" for name, number in times.items()))
 
 

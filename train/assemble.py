@@ -13,7 +13,7 @@ import torch
 
 from powertrain.data import expand
 from powertrain.data.cache import fingerprint
-from powertrain.data.loader import Batches, num_windows
+from powertrain.data.loader import Batches, num_sequences
 from powertrain.data.order import Order, Stage
 from powertrain.data.prepare import Prepared, prepare, skipped_records
 from powertrain.data.tokenizer import load_tokenizer, rows_needed
@@ -240,6 +240,6 @@ def log_data(config: Config, prepared: Prepared, validation: Validation, log: Lo
 def order_of(config: Config, prepared: Prepared) -> Order:
     """The order of sequences: the mixture, then the stages that replace it, each from its first sequence on."""
     length = config.data.sequence_length
-    available = {name: num_windows(file.num_tokens, length, name) for name, file in prepared.train.items()}
+    available = {name: num_sequences(file.num_tokens, length, name) for name, file in prepared.train.items()}
     stages = tuple(Stage(start, mixture) for start, mixture in config.stages())
     return Order(config.run.seed, stages, available)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from powertrain.data.loader import IGNORE_INDEX, window, windows_in
+from powertrain.data.loader import IGNORE_INDEX, sequence, sequences_in
 from powertrain.data.prepare import Prepared
 from powertrain.data.tokenizer import bytes_of_tokens
 from powertrain.data.tokens import TokenFile
@@ -39,7 +39,7 @@ class Validation:
             if (file := prepared.validation.get(name)) is None:
                 self.problems[name] = "no validation split"
                 continue
-            total = windows_in(file.num_tokens, length)
+            total = sequences_in(file.num_tokens, length)
             if total < 1:
                 self.problems[name] = (
                     f"its validation split has {file.num_tokens:,} tokens, and a sequence takes {length + 1:,} "
@@ -47,7 +47,7 @@ class Validation:
                 )
                 continue
             chosen = np.unique(np.linspace(0, total - 1, min(total, config.evaluation.sequences)).round().astype(int))
-            rows = [window(file, int(index), length) for index in chosen]
+            rows = [sequence(file, int(index), length) for index in chosen]
             batch = [torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)]
             self.corpora[name] = dict(zip(("input_ids", "labels", "position_ids"), batch, strict=True))
             # The bytes that the targets stand for: a loss in nats a token means nothing across tokenizers.

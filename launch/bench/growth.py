@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from powertrain.data.cache import fingerprint, known_fingerprint
-from powertrain.data.loader import Batches, num_windows
+from powertrain.data.loader import Batches, num_sequences
 from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import HEADER, MAGIC, VERSION, TokenFile
 from powertrain.launch import bench
@@ -152,8 +152,8 @@ def opening(prefix: Path) -> Callable[[], float]:
         begin = time.perf_counter()
         file = TokenFile(prefix)
         fingerprint(file, prefix.parent)
-        windows = {"corpus": num_windows(file.num_tokens, 4096)}
-        Batches({"corpus": file}, Order(0, (Stage(0, {"corpus": 1.0}),), windows), 4096).batch(0, 8)
+        sequences = {"corpus": num_sequences(file.num_tokens, 4096)}
+        Batches({"corpus": file}, Order(0, (Stage(0, {"corpus": 1.0}),), sequences), 4096).batch(0, 8)
         return time.perf_counter() - begin
 
     return task

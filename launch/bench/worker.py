@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 
-from powertrain.data.loader import Batches, num_windows, window
+from powertrain.data.loader import Batches, num_sequences, sequence
 from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import TokenFile
 from powertrain.train.balance import Balance
@@ -114,8 +114,8 @@ class Ours:
 def assemble(config: Config, file: TokenFile) -> Ours:
     """A model with the weights that its run would begin with, and the file as its only corpus."""
     engine, length = Engine(config), config.data.sequence_length
-    windows = {"synthetic": num_windows(file.num_tokens, length)}
-    batches = Batches({"synthetic": file}, Order(0, (Stage(0, {"synthetic": 1.0}),), windows), length)
+    sequences = {"synthetic": num_sequences(file.num_tokens, length)}
+    batches = Batches({"synthetic": file}, Order(0, (Stage(0, {"synthetic": 1.0}),), sequences), length)
     with engine.building():
         model = granite.build(config, engine.device)
     rows = mup.table(config)
@@ -152,10 +152,10 @@ def train_theirs(config: Config, file: TokenFile, steps: int, experts: str, prec
 
     class Sequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         def __len__(self) -> int:
-            return num_windows(file.num_tokens, config.data.sequence_length)
+            return num_sequences(file.num_tokens, config.data.sequence_length)
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            ids = torch.from_numpy(window(file, index, config.data.sequence_length)[0])
+            ids = torch.from_numpy(sequence(file, index, config.data.sequence_length)[0])
             return {"input_ids": ids, "labels": ids}
 
     hf_config = granite.transformers_config(config)

@@ -20,7 +20,7 @@ from powertrain.train.errors import ConfigError
 def data_problems(config: Config, console: Console) -> tuple[list[str], list[str]]:
     """Errors and warnings about corpora and tokenizer; print how often tokens are seen."""
     from powertrain.data import sources
-    from powertrain.data.loader import num_windows
+    from powertrain.data.loader import num_sequences
     from powertrain.data.mixture import mixture_of
     from powertrain.data.order import Stage, epochs
     from powertrain.data.prepare import find, skipped_records
@@ -77,21 +77,21 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
             f"model.vocab_size to {vocabulary:,} or more."
         )
     length = data.sequence_length
-    windows = {}
+    sequences = {}
     for name, file in found.train.items():
         try:
-            windows[name] = num_windows(file.num_tokens, length, name)
+            sequences[name] = num_sequences(file.num_tokens, length, name)
         except DataError as error:
             errors.append(str(error))
     # What is not tokenised yet has at most one token a byte, unless it is compressed.
     for name in sorted(set(data.corpora) - set(found.train)):
         if data.corpora[name].source in ("stdlib", "text"):
-            windows[name] = sum(path.stat().st_size for path in sources.files(data.corpora[name])) // length
+            sequences[name] = sum(path.stat().st_size for path in sources.files(data.corpora[name])) // length
     warnings = [
         f"{name} is not prepared yet, so it is not known how often its tokens will be seen; `powertrain prepare` "
         "tokenises it."
         for name in data.corpora
-        if name not in windows and name not in found.train
+        if name not in sequences and name not in found.train
     ]
     for name, folder in found.folders.items():
         if (folder / "validation.idx").exists() and (held_out := TokenFile(folder / "validation").num_tokens) <= length:
@@ -101,11 +101,11 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
             )
     many = [skipped_records(name, folder) for name, folder in found.folders.items()]
     warnings += [sentence for _, sentence, is_warning in many if is_warning]
-    if not errors and all(windows.values()):
+    if not errors and all(sequences.values()):
         seen = []
         rows = tuple(Stage(*stage) for stage in stages)
-        for name, times in epochs(rows, windows, -(-config.run.tokens // length)).items():
-            size = human(windows[name] * length)
+        for name, times in epochs(rows, sequences, -(-config.run.tokens // length)).items():
+            size = human(sequences[name] * length)
             exactly = name in found.train
             seen.append(
                 f"{name} {'' if exactly else 'at least '}{times:.2f} of {'' if exactly else 'at most '}{size} tokens"

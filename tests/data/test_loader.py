@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from powertrain.data import DataError
-from powertrain.data.loader import Batches, num_windows, window
+from powertrain.data.loader import Batches, num_sequences, sequence
 from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import TokenFile, TokenWriter
 
@@ -46,8 +46,8 @@ def reference(lengths, index, S):
 def test_sequences_against_a_reference(tmp_path, lengths):
     file = make(tmp_path / "a", lengths)
     for S in (1, 2, 3, 4, 7):
-        for index in range(num_windows(file.num_tokens, S)):
-            got = window(file, index, S)
+        for index in range(num_sequences(file.num_tokens, S)):
+            got = sequence(file, index, S)
             assert [part.tolist() for part in got] == list(reference(lengths, index, S))
             assert all(part.dtype == np.int64 and part.shape == (S,) for part in got)
 
@@ -58,32 +58,32 @@ def test_random_documents_against_a_reference(tmp_path):
         lengths = rng.integers(0, 12, size=40).tolist()
         file = make(tmp_path / f"{trial}", lengths)
         S = int(rng.integers(1, 20))
-        for index in range(num_windows(file.num_tokens, S)):
-            assert [part.tolist() for part in window(file, index, S)] == list(reference(lengths, index, S))
+        for index in range(num_sequences(file.num_tokens, S)):
+            assert [part.tolist() for part in sequence(file, index, S)] == list(reference(lengths, index, S))
 
 
 def test_sequences_cover_every_target_once(tmp_path):
     file = make(tmp_path / "a", [6, 1, 10, 4])
-    labels = np.concatenate([window(file, i, 5)[1] for i in range(num_windows(21, 5))])
+    labels = np.concatenate([sequence(file, i, 5)[1] for i in range(num_sequences(21, 5))])
     # 21 tokens make 4 sequences of 5 targets; the first token of a document (1, 7, 8, 18) is never one.
     assert sorted(set(range(1, 22)) - set(labels.tolist())) == [1, 7, 8, 18]
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(5, 1), (8, 1), (9, 2), (10, 2)])
-def test_number_of_sequences(tokens, windows):
-    assert num_windows(tokens, 4) == windows
+@pytest.mark.parametrize(("tokens", "sequences"), [(5, 1), (8, 1), (9, 2), (10, 2)])
+def test_number_of_sequences(tokens, sequences):
+    assert num_sequences(tokens, 4) == sequences
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 4])
 def test_fault_21_a_corpus_smaller_than_one_sequence(tokens):
     with pytest.raises(DataError, match=rf"books has {tokens} tokens.*= 5.*shorter sequence_length"):
-        num_windows(tokens, 4, "books")
+        num_sequences(tokens, 4, "books")
 
 
 def test_batches_do_not_depend_on_how_they_are_split(tmp_path):
     files = {"a": make(tmp_path / "a", [7, 20, 3]), "b": make(tmp_path / "b", [40])}
-    windows = {name: num_windows(file.num_tokens, 4) for name, file in files.items()}
-    order = Order(0, [Stage(0, {"a": 1, "b": 2})], windows)
+    sequences = {name: num_sequences(file.num_tokens, 4) for name, file in files.items()}
+    order = Order(0, [Stage(0, {"a": 1, "b": 2})], sequences)
     batches = Batches(files, order, 4)
     whole = batches.batch(10, 12)
     parts = [batches.batch(10 + k, 3) for k in range(0, 12, 3)]
@@ -94,5 +94,5 @@ def test_batches_do_not_depend_on_how_they_are_split(tmp_path):
     assert torch.equal(batches.batch(13, 3)["input_ids"], parts[1]["input_ids"])
     assert torch.equal(batches.batch(10, 12)["labels"], whole["labels"])
     for row in range(12):
-        corpus, index = order.sample(10 + row)
-        assert whole["input_ids"][row].tolist() == window(files[corpus], index, 4)[0].tolist()
+        corpus, index = order.sequence(10 + row)
+        assert whole["input_ids"][row].tolist() == sequence(files[corpus], index, 4)[0].tolist()

@@ -48,11 +48,11 @@ ORDER = Order(3, [Stage(0, {"a": 3, "b": 1}), Stage(1000, {"b": 1, "c": 1})], {"
 def test_every_epoch_covers_each_sequence_once():
     seen: dict[str, list[int]] = {"a": [], "b": [], "c": []}
     for i in range(2000):
-        corpus, window = ORDER.sample(i)
-        seen[corpus].append(window)
-    for corpus, windows in seen.items():
-        size = ORDER.windows[corpus]
-        epochs = [tuple(windows[k : k + size]) for k in range(0, len(windows) - size + 1, size)]
+        corpus, index = ORDER.sequence(i)
+        seen[corpus].append(index)
+    for corpus, sequences in seen.items():
+        size = ORDER.sequences[corpus]
+        epochs = [tuple(sequences[k : k + size]) for k in range(0, len(sequences) - size + 1, size)]
         assert len(epochs) > 20
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
         assert len(set(epochs)) > len(epochs) * 0.6  # each in another order, of 5! = 120 for the smallest
@@ -62,24 +62,24 @@ def test_counts_are_those_of_the_samples_before():
     running: Counter[str] = Counter()
     for i in range(1500):
         assert {name: n for name, n in ORDER.counts(i).items() if n} == dict(running)
-        running[ORDER.sample(i)[0]] += 1
+        running[ORDER.sequence(i)[0]] += 1
 
 
 def test_a_later_stage_or_another_corpus_changes_nothing_before():
     first = Order(3, ORDER.stages[:1], {"a": 11, "b": 7})
-    third = Order(3, [*ORDER.stages, Stage(1500, {"d": 1})], {**ORDER.windows, "d": 2})
-    samples = [ORDER.sample(i) for i in range(1500)]
-    assert [first.sample(i) for i in range(1000)] == samples[:1000]
-    assert [third.sample(i) for i in range(1500)] == samples
-    assert [third.sample(i)[0] for i in range(1500, 1510)] == ["d"] * 10
+    third = Order(3, [*ORDER.stages, Stage(1500, {"d": 1})], {**ORDER.sequences, "d": 2})
+    samples = [ORDER.sequence(i) for i in range(1500)]
+    assert [first.sequence(i) for i in range(1000)] == samples[:1000]
+    assert [third.sequence(i) for i in range(1500)] == samples
+    assert [third.sequence(i)[0] for i in range(1500, 1510)] == ["d"] * 10
     # b's own order is the same whatever it is mixed with.
     alone = Order(3, [Stage(0, {"b": 1})], {"b": 7})
-    b = [window for corpus, window in samples if corpus == "b"]
-    assert [alone.sample(i)[1] for i in range(len(b))] == b
+    b = [index for corpus, index in samples if corpus == "b"]
+    assert [alone.sequence(i)[1] for i in range(len(b))] == b
 
 
 def test_the_order_is_the_same_in_every_process_and_version():
-    assert [ORDER.sample(i) for i in (0, 1, 2, 999, 1000, 10**15)] == [
+    assert [ORDER.sequence(i) for i in (0, 1, 2, 999, 1000, 10**15)] == [
         ("a", 8),
         ("a", 6),
         ("a", 1),
@@ -87,7 +87,7 @@ def test_the_order_is_the_same_in_every_process_and_version():
         ("b", 1),
         ("b", 2),
     ]
-    assert Order(4, ORDER.stages, ORDER.windows).sample(10**15) != ORDER.sample(10**15)
+    assert Order(4, ORDER.stages, ORDER.sequences).sequence(10**15) != ORDER.sequence(10**15)
 
 
 def test_shares_hold_far_out():
@@ -108,7 +108,7 @@ def test_stages_must_start_at_zero_and_ascend(starts):
         Order(0, [Stage(start, {"a": 1}) for start in starts], {"a": 1})
 
 
-@pytest.mark.parametrize("windows", [{}, {"a": 0}])
-def test_a_corpus_without_a_sequence_is_refused(windows):
+@pytest.mark.parametrize("sequences", [{}, {"a": 0}])
+def test_a_corpus_without_a_sequence_is_refused(sequences):
     with pytest.raises(DataError, match="'a'"):
-        Order(0, [Stage(0, {"a": 1})], windows)
+        Order(0, [Stage(0, {"a": 1})], sequences)

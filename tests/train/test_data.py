@@ -39,7 +39,7 @@ def test_bits_per_byte_count_unknown_words(run: Callable[..., Path], words: Path
     cache = tmp_path / "cache"  # its own: whatever else has been tested, there is one file to find
     folder = run(*SHORT, unknown_words, f"data.cache_dir={cache}", "evaluation.sequences=1000", "model.vocab_size=64")
     line = read_lines(folder / "evals.jsonl")[-1]
-    # Every window of 33 tokens: the texts again, word by word, each with the white space before it.
+    # Every sequence and its last target, 33 tokens: the texts again, word by word, each with the white space before it.
     file = TokenFile(next(cache.glob("words-*/validation.bytes")).with_name("validation"))
     wanted: list[int | None] = []
     lengths = np.diff([*file.document_starts, file.num_tokens])
@@ -48,8 +48,8 @@ def test_bits_per_byte_count_unknown_words(run: Callable[..., Path], words: Path
     for text in held:
         ends = [0, *(word.end() for word in re.finditer(r"\w+|[^\w\s]+", text)), len(text)]
         wanted += [None, *np.diff(ends)[1:].tolist()]  # a document's first token is no target
-    windows = (file.num_tokens - 1) // 32
-    targets = [size for size in wanted[1 : windows * 32 + 1] if size is not None]
+    sequences = (file.num_tokens - 1) // 32
+    targets = [size for size in wanted[1 : sequences * 32 + 1] if size is not None]
     assert line["targets"] == len(targets)
     assert line["bits_per_byte"] == pytest.approx(line["loss"] * len(targets) / math.log(2) / sum(targets), rel=1e-9)
 

@@ -67,7 +67,7 @@ def test_fault_01_going_on_is_bit_for_bit(whole: Path, go_on: Callable[..., Path
 def test_the_cut_crosses_an_epoch(whole: Path) -> None:
     # What this run says of its text: the folder of prepared corpora is shared with other tests' tokenizers.
     tokens = json.loads((whole / "run.json").read_text())["starts"][0]["data"]["words"]["tokens"]
-    assert 8 < (tokens - 1) // 32 < 96  # 12 steps of 8 windows are more than one epoch
+    assert 8 < (tokens - 1) // 32 < 96  # 12 steps of 8 sequences are more than one epoch
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_an_evaluation_before_the_first_step_is_of_the_initial_weights(
     run: Callable[..., Path], tiny: Callable[..., list[str]], cache: Path
 ) -> None:
     """By Transformers and cross-entropy alone, window by window."""
-    from powertrain.data.loader import window
+    from powertrain.data.loader import sequence
     from powertrain.data.prepare import prepare
     from powertrain.train.compose import composed
     from powertrain.train.model import granite, mup
@@ -145,7 +145,7 @@ def test_an_evaluation_before_the_first_step_is_of_the_initial_weights(
     model = granite.build(config)
     mup.initialize(model.named_parameters(), mup.table(config), config.run.seed)
     file = prepare(config.data.corpora, config.data.tokenizer, cache).validation["words"]
-    windows = [window(file, index, 32) for index in range((file.num_tokens - 1) // 32)]  # all there are
+    windows = [sequence(file, index, 32) for index in range((file.num_tokens - 1) // 32)]  # all there are
     ids, labels, positions = (torch.from_numpy(np.stack(part)) for part in zip(*windows, strict=True))
     with torch.no_grad():
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
