@@ -152,7 +152,7 @@ class Progressing:
             where += f", {record['lr'] / self.cap:.0%} of the cap"
             if record["at_cap"] and smooth:
                 where += ", above the critical batch"
-        return f"rate {record['lr']:.2e} ({where})"
+        return f"lr {record['lr']:.2e} ({where})"
 
     def log(self, text: str) -> None:
         """A line above the bar."""

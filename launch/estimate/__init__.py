@@ -29,8 +29,7 @@ from rich.filesize import decimal
 
 from powertrain.launch.check import described
 from powertrain.launch.estimate.cluster import Cluster, cluster_of
-from powertrain.launch.estimate.problems import data_problems, machine_problems
-from powertrain.launch.estimate.rate import (
+from powertrain.launch.estimate.learning_rate import (
     check_followed,
     draw,
     phase_warnings,
@@ -38,6 +37,7 @@ from powertrain.launch.estimate.rate import (
     schedule_section,
     schedule_warnings,
 )
+from powertrain.launch.estimate.problems import data_problems, machine_problems
 from powertrain.launch.estimate.time import steps_of, time_section
 from powertrain.launch.parser import verb_parser
 from powertrain.train.check import batch_doubts, batch_problems, doubts, problems

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from powertrain.data.tokens import TokenWriter
 from powertrain.launch import estimate
-from powertrain.launch.estimate import rate, time
+from powertrain.launch.estimate import learning_rate, time
 from powertrain.train.check import batch_doubts, check_batch
 from powertrain.train.compose import composed
 
@@ -136,11 +136,11 @@ def test_steps_are_those_of_the_loop(ramp: str) -> None:
 
 def test_the_cap_is_released_where_the_rate_leaves_it() -> None:
     config = composed(["+experiment=powermoe_3b"])
-    release, schedule = rate.cap_release(config), config.make_schedule()
+    release, schedule = learning_rate.cap_release(config), config.make_schedule()
     assert release == pytest.approx((1024 * 4 / 0.02) ** (1 / 0.51))
     assert schedule(tokens=int(release * 0.999), batch=1024) == 0.02 > schedule(tokens=int(release * 1.01), batch=1024)
     growing = composed(["+experiment=powermoe_3b", "batch.ramp=[{from_tokens:1_000_000_000,sequences:2048}]"])
-    assert rate.cap_release(growing) == pytest.approx((2048 * 4 / 0.02) ** (1 / 0.51))
+    assert learning_rate.cap_release(growing) == pytest.approx((2048 * 4 / 0.02) ** (1 / 0.51))
 
 
 def test_goodput_is_best_at_young_and_dalys_interval() -> None:
@@ -158,7 +158,7 @@ def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
     settings = ["+experiment=quickstart", "run.tokens=800_000", "schedule.decay.tokens=50_000"]
     ramp = "batch.ramp=[{from_tokens:60_000,sequences:64}]"
     config = composed([*settings, "batch.sequences=16", ramp, "schedule.warmup_tokens=4096"])
-    schedule, release = config.make_schedule(), rate.cap_release(config)
+    schedule, release = config.make_schedule(), learning_rate.cap_release(config)
     assert release is not None
     at_cap = [
         n for n in range(4096, 740_000, 4096) if schedule(tokens=n, batch=config.beta(config.sequences_at(n))) == 0.02
@@ -173,7 +173,7 @@ def test_a_batch_that_grows_can_bring_the_cap_back() -> None:
 def pasted(settings: list[str], ranks: int) -> list[str]:
     """The settings that --ramp prints of a run."""
     out = io.StringIO()
-    rate.ramp_section(Console(file=out, width=100), composed(settings), ranks)
+    learning_rate.ramp_section(Console(file=out, width=100), composed(settings), ranks)
     (line,) = [line for line in out.getvalue().splitlines() if "batch.ramp=" in line]
     return shlex.split(line)
 
@@ -199,12 +199,12 @@ def test_the_ramp_to_paste_follows_the_critical_batch(number: int) -> None:
     settings += draw.choice([[], [f"run.tokens_seen={tokens // 3}", f"schedule.rewarmup.tokens={tokens // 50}"]])
     # A cap that lets go of the largest batch somewhere from 1/4 of the run on to beyond its end.
     given, at = composed(settings), int(draw.uniform(0.25, 1.5) * tokens)
-    power = rate.check_followed(given)
+    power = learning_rate.check_followed(given)
     cap = power.a * given.beta(most) ** power.batch_exponent * at**power.b
     settings.append(f"schedule.max_lr={cap}")
     config = composed([*settings, *pasted(settings, ranks)])  # is taken
     check_batch(config, ranks)
-    power = rate.check_followed(config)
+    power = learning_rate.check_followed(config)
     ends = config.end_tokens if power.decay is None else power.decay.start
     begun, clock, sizes = 0, config.run.tokens_seen, []
     while begun < tokens:
@@ -252,7 +252,7 @@ def test_a_ramp_says_why_it_does_not_grow_further(settings: list[str], ranks: in
     out = io.StringIO()
     base = ["+experiment=proxy_tiny", "batch.sequences=64", "schedule.warmup_tokens=0", "run.tokens=4_000_000"]
     config = composed([*base, "schedule.b=-0.5", "schedule.decay.tokens=0", *settings], checked=False)
-    rate.ramp_section(Console(file=out, width=1000), config, ranks)
+    learning_rate.ramp_section(Console(file=out, width=1000), config, ranks)
     assert said in out.getvalue()
 
 
@@ -267,7 +267,7 @@ def test_a_ramp_says_why_it_does_not_grow_further(settings: list[str], ranks: in
 )
 def test_warnings_about_a_warmup_are_about_what_of_it_lies_ahead(settings: list[str], said: list[str]) -> None:
     base = ["+experiment=proxy_tiny", "run.tokens=600_000", "schedule.warmup_tokens=300_000"]
-    found = list(rate.schedule_warnings(composed([*base, *settings], checked=False)))
+    found = list(learning_rate.schedule_warnings(composed([*base, *settings], checked=False)))
     assert len(found) == len(said) and all(map(str.__contains__, found, said))
 
 
@@ -283,7 +283,7 @@ def test_the_picture_has_the_batch_and_the_critical_batch(tmp_path: Path, monkey
     config = composed(["+experiment=proxy_tiny", "batch.ramp=[{from_tokens:100_000,sequences:16}]"])
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: kept.append(figure))
-    rate.draw(config, tmp_path / "rates.png")
+    learning_rate.draw(config, tmp_path / "rates.png")
     batch, critical = kept[0].axes[1].lines
     tokens = np.array(critical.get_xdata())
     assert (np.array(batch.get_ydata()) == np.where(tokens < 100_000, 0.125, 0.25)).all()

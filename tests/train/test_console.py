@@ -41,7 +41,7 @@ def test_a_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "\x1b" not in "".join(lines)
     # 399 steps of 2 s are left; the cap of the quickstart is 0.02.
     assert lines[0] == (
-        "step       1  4.1k tokens (0%, 13 min left)  lm_loss 4.250  rate 1.00e-02 (trunk, 50% of the cap)  "
+        "step       1  4.1k tokens (0%, 13 min left)  lm_loss 4.250  lr 1.00e-02 (trunk, 50% of the cap)  "
         "2.05k tokens/s  busiest expert 1.23 × mean"
     )
     assert lines[-2].startswith("step     400  1.64M tokens (100%, 0 s left)")
@@ -57,14 +57,14 @@ def test_a_file_gets_a_line_of_a_long_run_by_time(monkeypatch: pytest.MonkeyPatc
 def test_a_terminal_gets_a_bar_and_what_a_device_does(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = watched(True, 3, monkeypatch, mfu=0.412, at_cap=True)
     assert "MFU 41%" in shown
-    assert "rate 1.00e-02 (at the cap)" in shown
+    assert "lr 1.00e-02 (at the cap)" in shown
     assert "step 3  12.3k of 12.3k tokens" in shown
     assert "expert" not in shown  # a dense model has none
 
 
 def test_a_smooth_cap_is_not_reached_and_its_critical_batch_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = watched(False, 1, monkeypatch, ("schedule.cap=smooth",), at_cap=True)
-    assert "rate 1.00e-02 (trunk, 50% of the cap, above the critical batch)" in shown
+    assert "lr 1.00e-02 (trunk, 50% of the cap, above the critical batch)" in shown
 
 
 def test_collapsed_routing_is_said_once_and_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def schedule_section(console: Console, config: Config) -> None:
     power = schedule.power
     if power is not None and power.batch_exponent <= 0:
         power = None  # no critical batch
-    table = table_of("at", "tokens", "of the run", "sequences", *(["critical"] * (power is not None)), "rate", "phase")
+    table = table_of("at", "tokens", "of the run", "sequences", *(["critical"] * (power is not None)), "lr", "phase")
     points = key_points(config)
     for name, tokens in points:
         sequences = config.sequences_at(tokens)
