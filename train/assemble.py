@@ -18,6 +18,7 @@ from powertrain.data.order import Order, Stage
 from powertrain.data.prepare import Prepared, prepare, skipped_records
 from powertrain.data.tokenizer import load_tokenizer, rows_needed
 from powertrain.data.tokens import TokenFile
+from powertrain.schedulers import Schedule
 from powertrain.train import checkpoint, init_from, resume
 from powertrain.train.balance import Balance
 from powertrain.train.check import batch_doubts, doubts
@@ -45,6 +46,7 @@ class StoppedEarly(Exception):
 class Parts:
     """What a step needs beside the engine and the state."""
 
+    schedule: Schedule
     batches: Batches
     balance: Balance
     validation: Validation
@@ -117,7 +119,9 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             log(f"Warning: {why}")
     validation = Validation(config, prepared, tokenizer)
     data = log_data(config, prepared, validation, log)
-    return Parts(batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts, data)
+    return Parts(
+        config.make_schedule(), batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts, data
+    )
 
 
 def seed_rank(seed: int, rank: int, step: int) -> None:

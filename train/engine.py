@@ -68,6 +68,7 @@ class Engine:
     Attributes:
         kind: plain, ddp, zero1, zero2 or zero3.
         sharded: whether each rank keeps fragments of its own, or all keep everything.
+        lr_multipliers: group of parameters → what muP multiplies its learning rate by.
         first_rank_error: what `first_rank_decides` raised, which the first rank prints for all.
 
     Raises:
@@ -212,6 +213,7 @@ class Engine:
 
     def _take_module(self, module: nn.Module, rows: dict[str, mup.Row]) -> None:
         groups = optim.parameter_groups(self.model.named_parameters(), rows, self.config.optimizer)
+        self.lr_multipliers: dict[str, float] = {group["name"]: group["lr_multiplier"] for group in groups}
         self.optimizer = optim.adamw(groups, self.config.optimizer)
         if not self.sharded:
             self.module = self.accelerator.prepare_model(module)
@@ -272,10 +274,6 @@ class Engine:
         # Compiled layers round differently from those of an exported model, which these are compared with.
         with torch.compiler.set_stance("force_eager"):
             return logits_of(self.module, input_ids.to(self.device))
-
-    def learning_rates(self) -> dict[str, float]:
-        """The learning rate of each group in the last step."""
-        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks; the result is on the tensor's device. Collective."""

@@ -129,7 +129,7 @@ def _train(
                     evaluate(parts, benchmarks, engine, state, tracker, watchdog, log)
                 reason = None
                 while state.tokens < config.end_tokens:
-                    record = train_step(config, engine, parts.batches, parts.balance, state)
+                    record = train_step(config, engine, parts.schedule, parts.batches, parts.balance, state)
                     per_device = flops * record["tokens_per_second"] / engine.world_size
                     record["mfu"] = per_device / peak if peak else None
                     watchdog.alive()

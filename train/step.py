@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from powertrain.data.loader import IGNORE_INDEX, Batches
+from powertrain.schedulers import Schedule
 from powertrain.train import faults, metrics
 from powertrain.train.balance import Balance
 from powertrain.train.config import BalanceConfig, Config
@@ -39,6 +40,7 @@ def total_loss(terms: Terms, config: BalanceConfig) -> Tensor:
 def train_step(
     config: Config,
     engine: Engine,
+    schedule: Schedule,
     batches: Batches,
     balance: Balance,
     state: State,
@@ -54,8 +56,6 @@ def train_step(
     length, micro = config.data.sequence_length, config.batch.micro_sequences
     sequences = config.sequences_at(state.tokens)
     beta = config.beta(sequences)
-    schedule = config.make_schedule()
-    power = schedule.power
     lr = schedule(tokens=state.tokens, batch=beta)
 
     # ---- this rank's share of the step's sequences: a contiguous one
@@ -92,7 +92,7 @@ def train_step(
         "balance_loss": balance_loss.item(),
         "z_loss": z_loss.item(),
         "lr": lr,
-        "lr_per_group": engine.learning_rates(),
+        "lr_per_group": {group: lr * multiplier for group, multiplier in engine.lr_multipliers.items()},
         "batch": beta,
         "gamma": lr / beta,
         "at_cap": schedule.at_cap(state.tokens, beta),
@@ -100,6 +100,7 @@ def train_step(
         "grad_norm": grad_norm,
         "skipped": skipped,
     }
+    power = schedule.power
     if power is not None and power.batch_exponent > 0:  # else no batch reaches the cap by being larger
         record["critical_batch"] = power.critical_batch(state.tokens)
     if balance.num_experts:

@@ -168,10 +168,10 @@ class Stepping:
         self.state = State(samples=seen // length, tokens=seen // length * length)
 
     def step(self) -> float:
-        seconds = []
+        ours, seconds = self.ours, []
         for _ in range(STEPS):
             begin = time.perf_counter()
-            train_step(self.config, self.ours.engine, self.ours.batches, self.ours.balance, self.state)
+            train_step(self.config, ours.engine, ours.schedule, ours.batches, ours.balance, self.state)
             seconds.append(time.perf_counter() - begin)
         return statistics.median(seconds)
 

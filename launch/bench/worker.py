@@ -24,6 +24,7 @@ import torch
 from powertrain.data.loader import Batches, num_sequences, sequence
 from powertrain.data.order import Order, Stage
 from powertrain.data.tokens import TokenFile
+from powertrain.schedulers import Schedule
 from powertrain.train.balance import Balance
 from powertrain.train.compose import composed
 from powertrain.train.config import Config
@@ -107,6 +108,7 @@ class Ours:
     """What a step of ours needs, without a run folder."""
 
     engine: Engine
+    schedule: Schedule
     batches: Batches
     balance: Balance
 
@@ -121,7 +123,7 @@ def assemble(config: Config, file: TokenFile) -> Ours:
     rows = mup.table(config)
     engine.prepare(LanguageModelLoss(model), rows)
     engine.load(mup.initial_values(engine.shapes, rows, config.run.seed))
-    return Ours(engine, batches, Balance(config, engine.reduce))
+    return Ours(engine, config.make_schedule(), batches, Balance(config, engine.reduce))
 
 
 def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> list[float]:
@@ -133,7 +135,7 @@ def train_ours(config: Config, file: TokenFile, steps: int, clock: Clock) -> lis
     ours, state = assemble(config, file), State()
     waited = []
     for _ in range(steps):
-        record = train_step(config, ours.engine, ours.batches, ours.balance, state)
+        record = train_step(config, ours.engine, ours.schedule, ours.batches, ours.balance, state)
         clock(record["lm_loss"])
         waited.append(record["data_seconds"])
     return waited

@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         for line in itertools.takewhile(lambda line: line["step"] >= first, read_back(metrics)):
             lines.setdefault(line["step"], line)
         while state.step < last:
-            record = train_step(config, engine, parts.batches, parts.balance, state)
+            record = train_step(config, engine, parts.schedule, parts.batches, parts.balance, state)
             difference = _difference(
                 lines.get(state.step), record, 0.0 if same_machine else TOLERANCE[config.precision]
             )

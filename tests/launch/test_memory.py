@@ -49,7 +49,7 @@ def test_a_step_takes_what_was_estimated(more: tuple[str, ...], tmp_path: Path) 
         ours = assemble(config, TokenFile(tmp_path / "tokens"))
         for _ in range(2):  # there are moments from the first one on
             tally.peaks()
-            train_step(config, ours.engine, ours.batches, ours.balance, state)
+            train_step(config, ours.engine, ours.schedule, ours.batches, ours.balance, state)
     estimated = needed(config, "plain", 1, Passes(config, 1, gpu=False)).total()
     assert estimated == pytest.approx(tally.peak.total(), rel=0.02)
 
