@@ -205,7 +205,9 @@ class Engine:
             for name, parameter in self.model.named_parameters()
         }
         casting = self.config.precision == "bf16" and self.kind != "zero3"
-        self._take_module(optim.for_training(loss, self.config.engine.activation_checkpointing, casting), rows)
+        trained = optim.for_training(loss, self.config.engine.activation_checkpointing, casting)
+        self._drop_copies = trained.drop_copies if isinstance(trained, optim.BFloat16Weights) else lambda: None
+        self._take_module(trained, rows)
         # Computed on the CPU, as Transformers does when it loads a model; ZeRO-3 in bf16 has rounded them besides.
         rotary = self.model.model.rotary_emb
         for name, frequencies in type(rotary)(self.model.config).named_buffers():
@@ -256,6 +258,7 @@ class Engine:
             The norm of the whole gradient before clipping, and whether the step was skipped; a skipped step
             leaves weights and moments as they were.
         """
+        self._drop_copies()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         if self.sharded:
@@ -385,6 +388,7 @@ class Engine:
         Raises:
             ConfigError: `weights` or a moment does not have something (by `checkpoint.Stored.read`).
         """
+        self._drop_copies()
         fragments = self.fragments()
         for name, fragment in fragments.items():
             fragment.master.copy_(weights(name, fragment.start, fragment.stop))
