@@ -5,6 +5,7 @@ Batches are in units of 4096 tokens, learning rates (called rates) those of the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -141,9 +142,10 @@ class Trials:
         """(1 + R, rates): the mean of the noise over seeds."""
         size, tokens, _ = self.cells[cell]
         group, by_rate = self.groups.index((size, tokens)), self.losses[self.cells[cell]]
-        return np.stack(
-            [noise[:, group, [trunk for trunk, _ in by_rate[rate]]].mean(1) for rate in self.rates(cell)], axis=1
-        )
+        trunks = [[trunk for trunk, _ in by_rate[rate]] for rate in self.rates(cell)]
+        counts = np.array([len(each) for each in trunks])
+        sums = np.add.reduceat(noise[:, group, list(itertools.chain(*trunks))], np.cumsum(counts) - counts, axis=1)
+        return np.asarray(sums / counts)
 
 
 # --------------------------------------------------------------------------------------------------- the parabola
@@ -187,6 +189,13 @@ def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
     return bent, float(np.mean(moves)) if moves else 0.0
 
 
+@functools.lru_cache(1024)  # most cells have the same windows, and each is fitted several times
+def _inverse(u: tuple[float, ...], numbers: int) -> Array:
+    """(points, numbers): losses at u times this are the coefficients of the polynomial through them, the highest power
+    first."""
+    return np.asarray(np.linalg.pinv(np.vander(u, numbers)).T)
+
+
 def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
     """Fit curvature · (d² + lopsided · d³), d the distance from the minimum, to the rates near the best one."""
     finite = np.isfinite(losses[0])
@@ -205,6 +214,8 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
     padded, row = np.pad(y, ((0, 0), (1, 1)), constant_values=np.inf), np.arange(rows)
     for _ in range(3):
         short = last - first + 1 < min(4, count)
+        if not short.any():
+            break
         left = padded[row, first] <= padded[row, last + 2]  # the losses beside the window
         first, last = np.where(short & left, first - 1, first), np.where(short & ~left, last + 1, last)
 
@@ -212,11 +223,10 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
     for begin, end in sorted({(int(f), int(e)) for f, e in zip(first, last, strict=True)}):
         chosen = (first == begin) & (last == end)
         u, v, skew = x[begin : end + 1] - x[begin : end + 1].mean(), y[chosen, begin : end + 1], lopsided[chosen, None]
-        square = np.vander(u, 3)  # u², u, 1
-        invert = np.linalg.pinv(square).T
+        invert = _inverse(tuple(u.tolist()), 3)
         fitted = v @ invert
         if len(u) > 3:
-            cubic[chosen] = v @ np.linalg.pinv(np.vander(u, 4)).T[:, 0]
+            cubic[chosen] = v @ _inverse(tuple(u.tolist()), 4)[:, 0]
         bent = np.zeros_like(v)
         for _ in range(4):  # subtract the cubic part around the current minimum, then fit a parabola to the rest
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -230,7 +240,7 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
         loss[chosen] = fitted[:, 2] + fitted[:, 1] * shift / 2
         curvature[chosen] = fitted[:, 0]
         if chosen[0]:
-            residuals = v[0] - bent[0] - square @ fitted[0]
+            residuals = v[0] - bent[0] - np.vander(u, 3) @ fitted[0]
 
     inside = (curvature > 0) & (log_lr >= x[first]) & (log_lr <= x[last])
     flag = ""

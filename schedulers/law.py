@@ -266,19 +266,29 @@ class _Points:
 
     def form(self, name: str, with_parameters: bool) -> Form:
         """Fit a form to the ledger and to every replicate."""
-        estimate = self._solve(name, self.log_lr[0], self.usable[0], with_parameters, None)
         kept = self.usable[0]
+        sizes = self.log_parameters if with_parameters else None
+        estimate = forms.solve(
+            name,
+            self._log_tokens[kept],
+            self._log_batch[kept],
+            self.log_lr[0][kept],
+            sizes[kept] if sizes is not None else None,
+        )
         residuals = (self.log_lr[0] - self._law(name, estimate))[kept]
         freedom = max(1, len(residuals) - forms.NUMBERS[name] - with_parameters)
         variance = float(residuals @ residuals) / freedom
         misfit = math.sqrt(max(0.0, variance - self._by_noise))
-        rows = [
-            self._solve(name, log_lr + misfit * scatter + common, usable, with_parameters, estimate, prior_b)
-            for log_lr, usable, scatter, common, prior_b in zip(
-                self.log_lr[1:], self.usable[1:], self._scatter, self._common, self._prior_b, strict=True
-            )
-        ]
-        drawn = np.array(rows)
+        moved = self.log_lr[1:] + misfit * self._scatter + self._common
+        drawn = forms.solve_all(
+            name,
+            estimate,
+            self._log_tokens,
+            self._log_batch,
+            np.where(self.usable[1:], moved, np.nan),
+            sizes,
+            self._prior_b,
+        )
         return Form(
             name,
             math.exp(self._central_tokens),
@@ -301,19 +311,6 @@ class _Points:
     def _law(self, name: str, numbers: Array) -> Array:
         sizes = self.log_parameters if self.log_parameters is not None else 0.0
         return forms.log_lr(name, numbers, self._log_tokens, self._log_batch, sizes)
-
-    def _solve(
-        self,
-        name: str,
-        log_lr: Array,
-        usable: npt.NDArray[np.bool_],
-        with_parameters: bool,
-        start: Array | None,
-        prior_b: float = forms.PRIOR_B,
-    ) -> Array:
-        sizes = self.log_parameters[usable] if with_parameters and self.log_parameters is not None else None
-        at = self._log_tokens[usable], self._log_batch[usable]
-        return forms.solve(name, *at, log_lr[usable], sizes, start, prior_b)
 
 
 def expected_error(
