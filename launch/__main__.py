@@ -19,6 +19,7 @@ VERBS = {
     "report": "one HTML page of runs, or of a sweep",
     "decay": "branch a decay off a checkpoint of a run",
     "export": "write a checkpoint as a Hugging Face folder",
+    "merge": "merge checkpoints of a run into one model, in place of a decay",
     "evaluate": "evaluate a model: benchmarks beside random choice, bits per byte of a text",
     "bench": "this machine's speed, compared with its peak and with transformers.Trainer",
     "generate": "continue a prompt with an exported model",

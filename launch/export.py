@@ -14,11 +14,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.compose import load
+from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from powertrain.train.loss import LanguageModelLoss
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,13 +39,10 @@ def _export(options: argparse.Namespace) -> int:
     run, step, out = options.run, options.step, options.out
     config = load(run / "config.yaml")
 
-    import torch
-
     from powertrain.train import checkpoint
-    from powertrain.train.export import check_target, export, facts_of, in_working_precision
-    from powertrain.train.loss import LanguageModelLoss, logits_of
+    from powertrain.train.export import check_target, facts_of
+    from powertrain.train.loss import LanguageModelLoss
     from powertrain.train.model import granite
-    from powertrain.train.optim import BFloat16Weights
     from powertrain.train.track import read_lines
 
     checkpoints = run / "checkpoints"
@@ -48,20 +50,45 @@ def _export(options: argparse.Namespace) -> int:
     if chosen is None:
         raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
     loss = LanguageModelLoss(granite.build(config))
-    checkpoint.load_weights(chosen, loss.model)
+    checkpoint.load_weights({chosen: 1.0}, loss.model)
     state = checkpoint.load_state(chosen)
     folder = out or run / ("model" if step is None else f"model-{step}")
     if out is not None and ".." in out.parts:
         raise ConfigError(f"--out is {out}, which goes through '..'; give the plain path of the model folder.")
     check_target(folder)
-    length = min(64, config.data.sequence_length)
-    probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size
     facts = facts_of(state, (line for line in read_lines(run / "evals.jsonl") if line["step"] == state.step))
-    trained = BFloat16Weights(loss) if config.precision == "bf16" else loss
-    weights = {name: in_working_precision(config, tensor) for name, tensor in loss.model.named_parameters()}
-    difference = export(config, weights, logits_of(trained, probe), probe, run / "tokenizer", folder, facts)
+    difference = export_loaded(config, loss, run / "tokenizer", folder, facts)
     print(f"{chosen} → {folder} (logits within {difference:.1e} of the trainer's)")
     return 0
+
+
+def export_loaded(
+    config: Config,
+    loss: LanguageModelLoss,
+    tokenizer_folder: Path,
+    folder: Path,
+    facts: dict[str, Any],
+    merge: dict[str, Any] | None = None,
+) -> float:
+    """Export the float32 model in `loss`, which is on the CPU and not in an engine.
+
+    Args:
+        facts: and further ones as `train.export.export` takes them.
+
+    Returns:
+        The largest difference of a logit.
+    """
+    import torch
+
+    from powertrain.train.export import export, in_working_precision
+    from powertrain.train.loss import logits_of
+    from powertrain.train.optim import BFloat16Weights
+
+    length = min(64, config.data.sequence_length)
+    probe = torch.arange(2 * length).reshape(2, length) % config.model.vocab_size
+    trained = BFloat16Weights(loss) if config.precision == "bf16" else loss
+    weights = {name: in_working_precision(config, tensor) for name, tensor in loss.model.named_parameters()}
+    return export(config, weights, logits_of(trained, probe), probe, tokenizer_folder, folder, facts, merge)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     check_vocabulary(config, tokenizer, prepared, log)
     batches = Batches(prepared.train, order_of(config, prepared), config.data.sequence_length)
     data_fingerprint = dict(prepared.fingerprints)
-    data_fingerprint[resume.TOKENIZER] = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    data_fingerprint[resume.TOKENIZER] = resume.tokenizer_fingerprint(tokenizer)
 
     # ---- model
     torch.manual_seed(config.run.seed)

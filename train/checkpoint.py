@@ -369,16 +369,21 @@ def trained_by(checkpoint: Path) -> tuple[str, int]:
     return engine["kind"], engine["ranks"]
 
 
-def load_weights(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Load the weights of a verified checkpoint into a model, without an engine.
+def load_weights(checkpoints: Mapping[Path, float], model: torch.nn.Module) -> None:
+    """Load the weights of verified checkpoints into a model, without an engine: their sum, each times its factor.
+
+    The sum is in float32. Beside the model, one tensor of one checkpoint is in memory at a time.
 
     Raises:
         ConfigError: they belong to another model.
     """
-    stored = Stored(checkpoint, "weights", {name: tensor.shape for name, tensor in model.named_parameters()})
+    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
+    stored = [(Stored(path, "weights", shapes), factor) for path, factor in checkpoints.items()]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored.read(name, 0, parameter.numel()).view(parameter.shape))
+            parameter.fill_(-0.0)  # to which any x can be added and stays x, even -0.0
+            for each, factor in stored:
+                parameter.add_(each.read(name, 0, parameter.numel()).view(parameter.shape), alpha=factor)
 
 
 def available(checkpoints: Path) -> list[Path]:

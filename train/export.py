@@ -42,6 +42,7 @@ def export(
     tokenizer_folder: Path,
     folder: Path,
     facts: dict[str, Any],
+    merge: dict[str, Any] | None = None,
 ) -> float:
     """Write a model to `folder`, load it again with Transformers alone, compare tokens and logits. In one process.
 
@@ -53,6 +54,7 @@ def export(
         logits: (B, S, V) float32, by the trainer's forward pass, of
         probe: (B, S) token ids.
         facts: rows of the model card about the training: tokens, validation losses, …
+        merge: for merge.json, what a merged model was made from.
 
     Returns:
         The largest difference of a logit.
@@ -88,6 +90,8 @@ def export(
         GenerationConfig(**ids).save_pretrained(partial)
         save_tokenizer(tokenizer, partial, padding_side="left", model_max_length=hf_config.max_position_embeddings)
         (partial / "README.md").write_text(_model_card(config, facts, tokenizer), encoding="utf-8")
+        if merge is not None:
+            (partial / "merge.json").write_text(json.dumps(merge, indent=1) + "\n", encoding="utf-8")
         (partial / _MARK).touch()
         texts = [SAMPLE, *tokenizer.batch_decode(probe)]
         loaded = AutoTokenizer.from_pretrained(partial)(texts, verbose=False)["input_ids"]

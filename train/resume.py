@@ -8,6 +8,7 @@ steps already taken, not by their settings.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -257,6 +258,11 @@ def _check_samples_taken(then: Config, now: Config, state: State, effects: dict[
                 f"The corpus '{name}' was described otherwise when sequences of it were trained on:\n"
                 f"{_diff(effects)}\nPut it back, or add the new description under another name."
             )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """What a checkpoint records of its tokenizer, beside the fingerprints of the corpora."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def check_fingerprints(checkpoint: Path, data_fingerprint: dict[str, str], files: Mapping[str, TokenFile]) -> None:
