@@ -18,6 +18,7 @@ VERBS = {
     "fit": "fit the law of the best learning rate to a sweep, and write a schedule",
     "report": "one HTML page of runs, or of a sweep",
     "decay": "branch a decay off a checkpoint of a run",
+    "branch": "measure the critical batch of a run, by branches with larger batches",
     "export": "write a checkpoint as a Hugging Face folder",
     "merge": "merge checkpoints of a run into one model, in place of a decay",
     "evaluate": "evaluate a model: benchmarks beside random choice, bits per byte of a text",

@@ -77,7 +77,16 @@ def _train(arguments: list[str]) -> int:
 
 
 def run_training(config: Config, verb: str, arguments: list[str]) -> int:
+    """`trained`, with an exit status."""
+    trained(config, verb, arguments)
+    return 0
+
+
+def trained(config: Config, verb: str, arguments: list[str]) -> bool:
     """Train; the run's folder has in exit.json how it ended, and in run.json by which command it was started.
+
+    Returns:
+        Whether the run has finished; else it was asked to stop.
 
     Raises:
         ConfigError: a run resumes by its config.yaml, which does not hold a tracker's secret; or see `run.train`.
@@ -98,8 +107,7 @@ def run_training(config: Config, verb: str, arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, end)
-    train(config, ["powertrain", verb, *arguments])
-    return 0
+    return train(config, ["powertrain", verb, *arguments]).reason == "finished"
 
 
 def guard(verb: Callable[[], int]) -> int:

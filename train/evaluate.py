@@ -81,7 +81,7 @@ class Validation:
         faults.at("evaluate", engine.rank, state.step)
         lines, all_nats, all_targets = [], 0.0, 0
         for name, batch in self.corpora.items():
-            nats, targets = self._sum(engine, batch)
+            nats, targets = self._sums(engine, batch, self.config.batch.micro_sequences).sum(dim=0).tolist()
             lines.append(_line(state, name, nats, targets, self.bytes[name]))
             all_nats, all_targets = all_nats + nats, all_targets + targets
         if lines:
@@ -89,24 +89,30 @@ class Validation:
         engine.module.train()
         return lines
 
+    def per_sequence(self, engine: Engine) -> torch.Tensor:
+        """(N, 2) float64: nats and targets of every sequence, corpus by corpus. Collective."""
+        engine.module.eval()
+        sums = [self._sums(engine, batch, 1) for batch in self.corpora.values()]
+        engine.module.train()
+        return torch.cat([torch.zeros(0, 2, dtype=torch.float64), *sums])
+
     def _all_bytes(self) -> int | None:
         known = [size for size in self.bytes.values() if size is not None]
         return sum(known) if len(known) == len(self.bytes) else None
 
     @torch.no_grad()
-    def _sum(self, engine: Engine, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
-        sums = torch.zeros(2, dtype=torch.float64)
-        micro = self.config.batch.micro_sequences
+    def _sums(self, engine: Engine, batch: dict[str, torch.Tensor], micro: int) -> torch.Tensor:
+        """(forward passes, 2) nats and targets of `micro` sequences each, of all ranks. Collective."""
         count = len(batch["labels"])
+        sums = torch.zeros(-(-count // micro), 2, dtype=torch.float64)
         for round_starts in range(0, count, engine.world_size * micro):
             first = round_starts + engine.rank * micro
             begin = first if first < count else 0  # nothing left: sharded ranks run forward together nevertheless
             part = to_device({k: v[begin : begin + micro] for k, v in batch.items()}, engine.device)
             outputs = engine.module(**part)
             if first < count:
-                sums += torch.stack([outputs.cross_entropy.double(), outputs.targets.double()]).cpu()
-        nats, targets = engine.reduce(sums).tolist()
-        return nats, int(targets)
+                sums[first // micro] = torch.stack([outputs.cross_entropy.double(), outputs.targets.double()]).cpu()
+        return engine.reduce(sums)
 
     def unigram(self, train: dict[str, TokenFile]) -> dict[str, float | None]:
         """What token frequencies alone reach on the same targets: loss (nats) and bits a byte, add-one smoothed."""

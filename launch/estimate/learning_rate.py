@@ -161,6 +161,12 @@ def followed(config: Config, ranks: int) -> list[tuple[int, int]]:
     return phases
 
 
+def ramp_setting(phases: list[tuple[int, int]]) -> str:
+    """batch.ramp of (tokens of the run, sequences), to paste into a shell; the first is batch.sequences."""
+    parts = ",".join(f"{{from_tokens:{begin},sequences:{sequences}}}" for begin, sequences in phases[1:])
+    return f"'batch.ramp=[{parts}]'"
+
+
 def ramp_section(console: Console, config: Config, ranks: int) -> None:
     """Print the settings of a batch that follows the critical batch."""
     console.rule("a batch that follows the critical batch", align="left")
@@ -176,8 +182,7 @@ def ramp_section(console: Console, config: Config, ranks: int) -> None:
         console.print(f"None would be taken: {problem}")
         return
     power = check_followed(config)
-    parts = ",".join(f"{{from_tokens:{begin},sequences:{sequences}}}" for begin, sequences in phases[1:])
-    console.print(f"  batch.sequences={phases[0][1]} 'batch.ramp=[{parts}]'", soft_wrap=True)
+    console.print(f"  batch.sequences={phases[0][1]} {ramp_setting(phases)}", soft_wrap=True)
     above = config.trained(math.ceil(power.cap_release(config.beta(phases[0][1]))))
     most = max(sequences for begin, sequences in config.batch_phases() if begin < config.run.tokens)
     text = (
