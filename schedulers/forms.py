@@ -8,9 +8,12 @@ unused in `power`, and d is the exponent of the parameters.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import least_squares
 
 from .cells import Array
+
+Rows = npt.NDArray[np.intp]
 
 NUMBERS = {"power": 2, "hard": 3, "smooth": 3, "plane": 3}  # how many each form has; the preferred form first
 CAPPED = ("hard", "smooth")
@@ -112,12 +115,12 @@ def solve_all(
     targets = np.where(counts, values, 0.0)
     of_prior = 1 / PRIOR_B_SCALE if form in CAPPED else 0.0  # the slope of its residual
 
-    def residuals(numbers: Array, rows: Array) -> Array:
+    def residuals(numbers: Array, rows: Rows) -> Array:
         """(rows, n + 1), in units of their scales; the last is the prior's."""
         off = counts[rows] * (log_lr(form, numbers, *at) - targets[rows]) / SCALE
         return np.concatenate([off, (numbers[:, 1:2] - prior_b[rows, None]) * of_prior], axis=1)
 
-    def slopes(numbers: Array, rows: Array) -> Array:
+    def slopes(numbers: Array, rows: Rows) -> Array:
         """d residuals / d numbers, (rows, n + 1, 4)."""
         found = np.zeros((len(rows), len(log_tokens) + 1, 4))
         found[:, :-1] = _slopes(form, numbers, *at) * (counts[rows, :, None] / SCALE)
