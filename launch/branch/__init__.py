@@ -36,7 +36,7 @@ from rich.console import Console
 
 from powertrain.data.files import read_record, replace_text
 from powertrain.launch.branch.critical import MORE, MOST, Array, Critical, critical
-from powertrain.launch.estimate.rate import check_followed, followed, ramp_setting
+from powertrain.launch.estimate.learning_rate import check_followed, followed, ramp_setting
 from powertrain.launch.estimate.tables import table_of
 from powertrain.launch.parser import verb_parser
 from powertrain.schedulers import Power
@@ -346,7 +346,7 @@ def _report(console: Console, plan: Plan) -> None:
     found = critical([float(each) for each in plan.sequences], sums, half)
     power, length = plan.power(), plan.half.data.sequence_length
     table = table_of(
-        "batch", "sequences", "steps", "rate", "loss", f"against {_label(plan.multiples[0])}", "tokens needed"
+        "batch", "sequences", "steps", "lr", "loss", f"against {_label(plan.multiples[0])}", "tokens needed"
     )
     for i, (multiple, sequences) in enumerate(zip(plan.multiples, plan.sequences, strict=True)):
         against, needed = found.differences[i], found.needed[i] if found.needed else None
