@@ -35,7 +35,7 @@ import numpy as np
 from rich.console import Console
 
 from powertrain.data.files import read_record, replace_text
-from powertrain.launch.branch.critical import MORE, MOST, Array, Critical, critical
+from powertrain.launch.branch.critical import MORE, MOST, Array, Critical, Interval, best_of, critical
 from powertrain.launch.estimate.learning_rate import check_followed, followed, ramp_setting
 from powertrain.launch.estimate.tables import table_of
 from powertrain.launch.parser import verb_parser
@@ -80,19 +80,23 @@ def _branch(options: argparse.Namespace, arguments: list[str]) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     console = Console(width=None if is_main and os.isatty(1) else 100, highlight=False, markup=False, quiet=not is_main)
     console.print(plan.summary())
-    for config in [config for config in plan.configs.values() if not _has_ended(config)]:  # the same on all ranks
-        try:
-            if not trained(config, "branch", arguments):
-                return 0  # it has said so, and how to resume
-        except Diverged as error:
-            console.print(f"{config.run.name} has diverged: {error}")
-        gc.collect()  # its engine's memory
-    measured = [config for config in plan.configs.values() if not _has_diverged(config)]
-    for config in [config for config in measured if _sums(config) is None]:
-        _measure(config)
-        gc.collect()
+    configs = [plan.config(multiple) for multiple in plan.multiples]
+    sums = _losses(configs, arguments)
+    if sums is None:
+        return 0  # a run has said that it was stopped, and how to resume
+    best = best_of(sums)
+    if best is None:
+        console.print("Cannot tell the critical batch: all branches have diverged.")
+        return 0
+    halves = _losses([plan.config(plan.multiples[best], half=True)], arguments)
+    if halves is None:
+        return 0
+    if halves[0] is None:
+        console.print("Cannot tell the critical batch: the branch of half the tokens has diverged.")
+        return 0
     if is_main:
-        _report(console, plan)
+        found = critical([float(each) for each in plan.sequences], sums, best, halves[0])
+        _report(console, plan, configs[0], found, halves[0])
     return 0
 
 
@@ -104,70 +108,71 @@ class Plan:
     """The branches.
 
     Attributes:
-        run: the folder of the parent.
-        step: of the parent, where they begin.
+        options: of the command.
+        at: the checkpoint of the parent; None if all branches have begun, and no longer need it.
         start: reading of the clock there.
         base: the parent's batch there, in sequences.
         multiples: of it, ascending.
         tokens: of each branch.
-        configs: name of a branch, as in its folder's → its configuration; of each multiple, and of the smallest one at
-            half of the tokens.
     """
 
-    run: Path
-    step: int
+    options: argparse.Namespace
+    at: Origin | None
     start: int
     base: int
     multiples: list[Fraction]
     tokens: int
-    configs: dict[str, Config]
 
     @property
     def sequences(self) -> list[int]:
         """The batch of each multiple."""
         return [int(self.base * multiple) for multiple in self.multiples]
 
-    @property
-    def half(self) -> Config:
-        """The smallest batch at half of the tokens."""
-        return self.configs[_half(self.multiples[0])]
-
-    def of(self, multiple: Fraction) -> Config:
-        """The configuration of a multiple."""
-        return self.configs[_label(multiple)]
-
-    def power(self) -> Power:
-        """The law."""
-        return check_law(self.half)
-
     def summary(self) -> str:
         """What is trained."""
         labels = ", ".join(map(_label, self.multiples))
         return (
-            f"Branches of {self.run} at step {self.step:,}, {self.start:,} tokens: batches of {labels} × {self.base:,} "
-            f"sequences, {self.tokens:,} tokens each, and {_label(self.multiples[0])} once more over half of them; the "
-            f"last quarter of each is a decay to 0. In all {self.tokens * (2 * len(self.multiples) + 1) // 2:,} tokens."
+            f"Branches of {self.options.run} at step {self.options.at:,}, {self.start:,} tokens: batches of {labels} × "
+            f"{self.base:,} sequences, {self.tokens:,} tokens each, and the best of them once more over half; the last "
+            f"quarter of each is a decay to 0. In all {self.tokens * (2 * len(self.multiples) + 1) // 2:,} tokens."
         )
+
+    def config(self, multiple: Fraction, half: bool = False) -> Config:
+        """The configuration of a branch: as it was begun, or off the parent's checkpoint.
+
+        Raises:
+            ConfigError: there is no such checkpoint, it was begun otherwise, or a batch or a setting is invalid.
+        """
+        folder, overrides = _folder(self.options, multiple, half), self.options.overrides
+        sequences, tokens = int(self.base * multiple), self.tokens // (1 + half)
+        config = begun(folder, overrides)
+        if config is not None:
+            start = _starts(config)
+            was = {"at": Path(config.run.resume).name, "tokens": config.end_tokens - start}
+            was["sequences"] = config.sequences_at(start)
+            check_same(folder, was, {"at": f"step-{self.options.at:08d}", "tokens": tokens, "sequences": sequences})
+        else:
+            at = self.at or origin(self.options.run, self.options.at, "branch")
+            config = at.branch(_changes(at, folder, sequences, tokens), overrides)
+        for problem in batch_problems(config, int(os.environ.get("WORLD_SIZE") or 1), self.start):
+            raise ConfigError(f"{_label(multiple)}: {problem}")
+        return config
 
 
 def planned(options: argparse.Namespace) -> Plan:
-    """The branches that are asked for: those begun as they are, others off the parent's checkpoint.
+    """The branches that are asked for.
 
     Raises:
-        ConfigError: there is no such checkpoint on the trunk, or no law for the batch; a multiple, a batch, the length
-            or a setting is invalid; or a branch of the name was begun otherwise.
+        ConfigError: there is no such checkpoint on the trunk, or no law for the batch; a multiple, the length or a
+            setting is invalid.
     """
     multiples = _multiples([each for each in options.batch if "=" not in each])
-    run = options.run.resolve()
-    prefix = options.name or f"{run.name}-branch-{options.at}"
-    labels = {_half(multiples[0]): multiples[0], **{_label(multiple): multiple for multiple in multiples}}
-    folders = {label: run.parent / f"{prefix}-{label}" for label in labels}
-    there = {label: found for label in labels if (found := begun(folders[label], options.overrides)) is not None}
-    at = origin(options.run, options.at, "branch") if len(there) < len(labels) else None
-    if at is not None:
+    there = [begun(_folder(options, multiple), options.overrides) for multiple in multiples]
+    at, config = None, there[0]
+    if config is None or None in there:
+        at = origin(options.run, options.at, "branch")
         start, base, config = at.tokens, at.config.sequences_at(at.tokens), at.config
-    else:  # all have begun, and no longer need their parent
-        config = there[_label(multiples[0])]
+    else:
         start = _starts(config)
         base = int(config.sequences_at(start) / multiples[0])
     check_law(config)
@@ -176,26 +181,7 @@ def planned(options: argparse.Namespace) -> Plan:
             f"No corpus of {options.run} has validation documents, so branches could not be compared: give one a "
             "validation_fraction or a validation_path."
         )
-    tokens = _length(options.tokens, config, start, base, multiples)
-    configs = {}
-    for label, multiple in labels.items():
-        own, length = int(base * multiple), tokens // (2 if label.endswith("half") else 1)
-        if label in there:
-            begins = _starts(there[label])
-            was = {
-                "at": Path(there[label].run.resume).name,
-                "tokens": there[label].end_tokens - begins,
-                "sequences": there[label].sequences_at(begins),
-            }
-            check_same(folders[label], was, {"at": f"step-{options.at:08d}", "tokens": length, "sequences": own})
-            configs[label] = there[label]
-        else:
-            assert at is not None
-            configs[label] = at.branch(_changes(at, folders[label], own, length), options.overrides)
-        ranks = int(os.environ.get("WORLD_SIZE") or 1)
-        for problem in batch_problems(configs[label], ranks, start):
-            raise ConfigError(f"{label}: {problem}")
-    return Plan(options.run, options.at, start, base, multiples, tokens, configs)
+    return Plan(options, at, start, base, multiples, _length(options.tokens, config, start, base, multiples))
 
 
 def check_law(config: Config) -> Power:
@@ -229,8 +215,10 @@ def _label(multiple: Fraction) -> str:
     return f"{float(multiple):g}x"
 
 
-def _half(smallest: Fraction) -> str:
-    return f"{_label(smallest)}-half"
+def _folder(options: argparse.Namespace, multiple: Fraction, half: bool = False) -> Path:
+    run = options.run.resolve()
+    prefix = options.name or f"{run.name}-branch-{options.at}"
+    return Path(run.parent / f"{prefix}-{_label(multiple)}{'-half' if half else ''}")
 
 
 def _length(asked: int | None, config: Config, start: int, base: int, multiples: list[Fraction]) -> int:
@@ -242,7 +230,7 @@ def _length(asked: int | None, config: Config, start: int, base: int, multiples:
                 "number of them."
             )
     steps = [int(base * multiple) * config.data.sequence_length for multiple in multiples]
-    unit = math.lcm(*steps[1:], 2 * steps[0]) * DECAY
+    unit = math.lcm(*steps) * 2 * DECAY
     least = MIN_STEPS * steps[-1]
     if asked is None:
         return -(-max(least, config.trained(start) // SHARE) // unit) * unit
@@ -280,15 +268,37 @@ def _starts(config: Config) -> int:
 # ------------------------------------------------------------------------------------------------------ the branches
 
 
-def _has_diverged(config: Config) -> bool:
-    return str(read_record(config.run_folder / "exit.json").get("reason", "")).startswith("Diverged")
+def _losses(configs: list[Config], arguments: list[str]) -> list[Array | None] | None:
+    """Train and evaluate branches, as far as they are not. Collective.
+
+    Returns:
+        (N, 2) nats and targets of every validation sequence, or None for a branch that has diverged; None if one was
+        asked to stop.
+    """
+    ended = [_has_ended(config) for config in configs]  # before anything is trained: the same on all ranks
+    for i, config in enumerate(configs):
+        if ended[i] is None:
+            try:
+                if not trained(config, "branch", arguments):
+                    return None
+                ended[i] = "finished"
+            except Diverged as error:
+                print(f"{config.run.name} has diverged. {error}")
+                ended[i] = "diverged"
+            gc.collect()  # its engine's memory
+    recorded = [_recorded(config) for config in configs]
+    sums: list[Array | None] = []
+    for config, how, known in zip(configs, ended, recorded, strict=True):
+        each = None if how == "diverged" else known if known is not None else _measured(config)
+        sums.append(each if each is not None and np.isfinite(each).all() else None)
+    return sums
 
 
-def _has_ended(config: Config) -> bool:
-    """Whether the branch is trained.
+def _has_ended(config: Config) -> str | None:
+    """ "finished", "diverged", or None.
 
     Raises:
-        ConfigError: by other settings than these.
+        ConfigError: it was trained with other settings than these.
     """
     from powertrain.train import checkpoint
     from powertrain.train.resume import changes
@@ -296,21 +306,21 @@ def _has_ended(config: Config) -> bool:
     newest = checkpoint.available(config.run_folder / "checkpoints")[-1:]
     if newest:
         changes(newest[0], config, ranks=1)
-    if _has_diverged(config):
-        return True
-    ended = read_record(config.run_folder / "exit.json").get("reason") == "finished"
-    return ended and bool(newest) and checkpoint.load_state(newest[0]).tokens >= config.end_tokens
+    reason = str(read_record(config.run_folder / "exit.json").get("reason"))
+    if reason.startswith("Diverged"):
+        return "diverged"
+    over = bool(newest) and checkpoint.load_state(newest[0]).tokens >= config.end_tokens
+    return "finished" if over and reason == "finished" else None
 
 
-def _sums(config: Config) -> Array | None:
-    """(N, 2) nats and targets of every validation sequence, if they are recorded."""
+def _recorded(config: Config) -> Array | None:
     record = read_record(config.run_folder / "sequences.json")
     same = record.get("tokens") == config.end_tokens and record.get("asked") == config.evaluation.sequences
     return np.array(record["sums"], np.float64) if same else None
 
 
-def _measure(config: Config) -> None:
-    """Record the losses of a finished branch on every validation sequence. Collective.
+def _measured(config: Config) -> Array:
+    """Evaluate every validation sequence by the last checkpoint of a branch, and record it. Collective.
 
     Raises:
         ConfigError: no validation split holds a sequence.
@@ -325,85 +335,74 @@ def _measure(config: Config) -> None:
     parts = assemble(config, engine, State(), newest, lambda text: None)
     sums = parts.validation.per_sequence(engine)
     if not len(sums):
-        raise ConfigError(
-            f"No validation split is as long as a sequence: {'; '.join(parts.validation.problems.values())}."
-        )
+        problems = "; ".join(parts.validation.problems.values())
+        raise ConfigError(f"No validation split is as long as a sequence: {problems}.")
     if engine.is_main:
         record = {"tokens": config.end_tokens, "asked": config.evaluation.sequences, "sums": sums.tolist()}
         replace_text(config.run_folder / "sequences.json", json.dumps(record) + "\n")
+    return sums.numpy()
 
 
 # -------------------------------------------------------------------------------------------------------- the report
 
 
-def _report(console: Console, plan: Plan) -> None:
-    sums = [None if _has_diverged(plan.of(multiple)) else _sums(plan.of(multiple)) for multiple in plan.multiples]
-    sums = [None if each is None or not np.isfinite(each).all() else each for each in sums]
-    half = _sums(plan.half)
-    if sums[0] is None or half is None or not np.isfinite(half).all():
-        console.print("Cannot tell: the smallest batch has diverged, and others are compared with it.")
-        return
-    found = critical([float(each) for each in plan.sequences], sums, half)
-    power, length = plan.power(), plan.half.data.sequence_length
-    table = table_of(
-        "batch", "sequences", "steps", "lr", "loss", f"against {_label(plan.multiples[0])}", "tokens needed"
-    )
+def _report(console: Console, plan: Plan, config: Config, found: Critical, half: Array) -> None:
+    """Print what was found; `config` is that of any branch."""
+    power, length, best = check_law(config), config.data.sequence_length, _label(plan.multiples[found.best])
+    table = table_of("batch", "sequences", "steps", "lr", "loss", f"against {best}", "tokens needed")
     for i, (multiple, sequences) in enumerate(zip(plan.multiples, plan.sequences, strict=True)):
-        against, needed = found.differences[i], found.needed[i] if found.needed else None
+        apart, needed = found.differences[i], found.needed[i] if found.needed else None
         table.add_row(
             _label(multiple),
             f"{sequences:,}",
             f"{plan.tokens // (sequences * length):,}",
-            f"{power(tokens=plan.start, batch=plan.half.beta(sequences)):.3g}",
+            f"{power(tokens=plan.start, batch=config.beta(sequences)):.3g}",
             f"{found.losses[i]:.4f}" if math.isfinite(found.losses[i]) else "diverged",
-            ""
-            if not i or math.isinf(against.value)
-            else f"{against.value:+.4f} ({against.low:+.4f} to {against.high:+.4f})",
-            "?"
-            if needed is None
-            else "1"
-            if not i
-            else f"{_times(needed.value)} ({_times(needed.low)} to {_times(needed.high)})",
+            f"{apart.value:+.4f} ({apart.low:+.4f} to {apart.high:+.4f})" if 0 < apart.value < math.inf else "",
+            _times(needed) if needed and i != found.best else "?" if needed is None else "1",
         )
     console.print(table)
-    console.print(_verdict(plan, found, len(half), float(half.sum(axis=0)[0] / half.sum(axis=0)[1])))
-    laws = [power.critical_batch(tokens) / plan.half.beta(1) for tokens in (plan.start, plan.start + plan.tokens)]
+    console.print(_verdict(plan, found, half))
+    laws = [power.critical_batch(tokens) / config.beta(1) for tokens in (plan.start, plan.start + plan.tokens)]
     console.print(
         f"The schedule's own, where its cap binds: {laws[0]:,.1f} sequences at the start, {laws[1]:,.1f} at the end."
     )
-    if (batch := found.bound([float(each) for each in plan.sequences])) is not None:
-        console.print(ramp(plan, batch), soft_wrap=True)
+    if found.bound is not None:
+        console.print(ramp(plan, found.bound), soft_wrap=True)
 
 
-def _times(needed: float) -> str:
-    return f"{needed:.2f}" if needed < MOST else f"{MOST:g} or more"
+def _times(needed: Interval) -> str:
+    low, value, high = (f"{each:.2f}" if each < MOST else f"{MOST:g} or more" for each in vars(needed).values())
+    return value if low == high else f"{value} ({low} to {high})"
 
 
-def _verdict(plan: Plan, found: Critical, count: int, half: float) -> str:
-    smallest = _label(plan.multiples[0])
-    more = "Give more --tokens (and a --name of its own), or evaluate more sequences (evaluation.sequences=…)."
-    said = f"Losses are over {count:,} validation sequences, intervals 95% of resamples of them. "
-    if found.batch is None:
+def _verdict(plan: Plan, found: Critical, half: Array) -> str:
+    best, (nats, targets) = _label(plan.multiples[found.best]), half.sum(axis=0)
+    more = "Give more --tokens (and a --name), or evaluate more sequences (evaluation.sequences=…)."
+    said = f"Losses are over {len(half):,} validation sequences, intervals 95% of resamples of them. "
+    if found.critical is None or found.needed is None:
         return (
-            f"{said}Cannot tell the critical batch: half of the tokens bring {smallest} to a loss of {half:.4f}, and "
-            f"what the other half lowers it by is not known to within a half. {more}"
+            f"{said}Cannot tell the critical batch: half of the tokens bring {best} to a loss of {nats / targets:.4f}, "
+            f"and by how much the other half lowers it is not known to within a half. {more}"
         )
-    low, value, high = found.batch.low, found.batch.value, found.batch.high
-    defined = f"the batch that needs {MORE:g} times the tokens of {smallest}"
+    low, value, high = vars(found.critical).values()
+    which = f"critical batch, the one that needs {MORE:g} times the tokens of {best},"
     if math.isfinite(high):
-        said += f"The critical batch, {defined}, is {value:,.1f} sequences ({low:,.1f} to {high:,.1f})."
-        if high <= plan.sequences[1]:
-            said += " The run's own batch may be near or above it: branch with smaller ones, such as 0.5x."
-        return said
-    if found.bound([float(each) for each in plan.sequences]) is None:
-        return (
-            f"{said}Cannot tell the critical batch, {defined}: it may lie anywhere from {low:,.1f} sequences on. {more}"
+        said += f"The {which} is {value:,.1f} sequences ({low:,.1f} to {high:,.1f})."
+    elif found.bound is None:
+        said += f"Cannot tell the {which} which may be anywhere from {low:,.1f} sequences on. {more}"
+    elif math.isinf(low):
+        said += f"The {which} is above the largest branch, {plan.sequences[-1]:,} sequences."
+    else:
+        said += f"The {which} is {low:,.1f} sequences or more. {more}"
+    if any(each.low > 1 for each in found.needed[: found.best]):
+        said += (
+            f" Batches below {best} need more tokens, too. At its best learning rate a smaller batch does not, so the "
+            "schedule's is not the best one there: a larger schedule.a, or another batch_exponent, may be."
         )
-    if math.isinf(low):
-        return f"{said}The critical batch, {defined}, is above the largest branch, {plan.sequences[-1]:,} sequences."
-    return (
-        f"{said}The critical batch, {defined}, is {low:,.1f} sequences or more: beyond that it cannot be told. {more}"
-    )
+    elif found.best == 0 and high <= plan.sequences[1]:
+        said += f" {best} itself may be near or above it: branch with smaller ones, such as 0.5x."
+    return said
 
 
 def ramp(plan: Plan, batch: float) -> str:
@@ -414,7 +413,8 @@ def ramp(plan: Plan, batch: float) -> str:
     """
     from powertrain.train import checkpoint
 
-    config, newest = load(plan.run / "config.yaml"), checkpoint.available(plan.run / "checkpoints")
+    run = plan.options.run
+    config, newest = load(run / "config.yaml"), checkpoint.available(run / "checkpoints")
     now = config.trained(checkpoint.load_state(newest[-1]).tokens if newest else plan.start)
     power, scaled = check_followed(config), copy.deepcopy(config)
     own = {"a": power.max_lr / (config.beta(1) * batch) ** power.batch_exponent / math.pow(plan.start, power.b)}

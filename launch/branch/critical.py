@@ -4,10 +4,10 @@ Each branch ends in a decay to 0, so that losses compare: under a held learning 
 the learning rate and the batch, and that a decay removes. (arXiv 2505.23971 branches likewise, scales the learning rate
 by the root of the batch, smooths losses under a held learning rate, and allows 0.01 nats.)
 
-The smallest batch is trained twice, over all tokens and over half of them. In between its loss is taken as linear in
-the log of tokens, which turns the loss of another batch into the tokens that the smallest one takes to the same loss.
-The critical batch is the one that needs MORE times as many tokens as the smallest (a fifth more, as in arXiv
-2410.21676).
+The batch with the lowest loss is trained twice, over all tokens and over half of them. In between its loss is taken as
+linear in the log of tokens, which turns the loss of another batch into the tokens that the best one takes to the same
+loss. The critical batch is the one above the best that needs MORE times as many (a fifth more, as in arXiv 2410.21676).
+At its own best learning rate no smaller batch would need more than the best.
 
 Intervals are 95%: all is computed again for DRAWS resamples of the validation sequences, each the same for all
 branches. So they are about these sequences, and not about another order of the training data.
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 MORE = 1.2
-MOST = 2.0  # times as many tokens: no loss of the smallest batch at fewer than half of its tokens is known
+MOST = 2.0  # times as many tokens: no loss of the best batch at fewer than half of its tokens is known
 DRAWS = 2000
 
 Array = npt.NDArray[np.float64]
@@ -40,40 +40,41 @@ class Interval:
 
 @dataclass(frozen=True)
 class Critical:
-    """What the branches say. The first three have an entry for each batch.
+    """What the branches say. Three of the fields have an entry for each batch.
 
     Attributes:
+        best: which of the batches has the lowest loss.
         losses: nats a target at equal tokens; inf where a branch diverged.
-        differences: of the losses from the smallest batch's.
-        needed: tokens for the same loss, over the smallest batch's; from MOST on they are MOST. None: by how much twice
-            the tokens lower the smallest batch's loss is not known to within a half, so no loss is turned into tokens.
-        batch: the critical batch in the unit of the batches; inf above the largest.
+        differences: of the losses from the best batch's.
+        needed: tokens for the same loss, over the best batch's; from MOST on they are MOST. None: by how much twice the
+            tokens lower the best batch's loss is not known to within a half, so no loss is turned into tokens.
+        critical: the critical batch; inf above the largest. None with `needed`.
+        bound: the batch to go by: the critical one, a lower limit of it where that is all that is known, or None.
     """
 
-    losses: tuple[float, ...]
-    differences: tuple[Interval, ...]
-    needed: tuple[Interval, ...] | None
-    batch: Interval | None
-
-    def bound(self, batches: Sequence[float]) -> float | None:
-        """The batch to go by: the critical one, a lower limit of it where that is all that is known, or None."""
-        if self.batch is None:
-            return None
-        if math.isfinite(self.batch.high):
-            return self.batch.value
-        return min(self.batch.low, batches[-1]) if self.batch.low >= batches[1] else None
+    best: int
+    losses: list[float]
+    differences: list[Interval]
+    needed: list[Interval] | None
+    critical: Interval | None
+    bound: float | None
 
 
-def critical(batches: Sequence[float], sums: Sequence[Array | None], half: Array) -> Critical:
+def best_of(sums: Sequence[Array | None]) -> int | None:
+    """Which batch has the lowest loss, or None where all diverged; arguments as in `critical`."""
+    losses = {i: float(each[:, 0].sum()) for i, each in enumerate(sums) if each is not None}
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def critical(batches: Sequence[float], sums: Sequence[Array | None], best: int, half: Array) -> Critical:
     """Estimate the critical batch.
 
     Args:
         batches: two or more, ascending.
-        sums: of each batch (N, 2): nats and targets of every validation sequence; None for a branch that diverged,
-            which none of the smallest batch did.
-        half: likewise, of the smallest batch at half of the tokens.
+        sums: of each batch (N, 2): nats and targets of every validation sequence; None for a branch that diverged.
+        best: as `best_of` says.
+        half: as `sums`, of the best batch at half of the tokens.
     """
-    assert sums[0] is not None
     draws = np.random.default_rng(0).multinomial(len(half), np.full(len(half), 1 / len(half)), DRAWS)
     weights = np.concatenate([np.ones((1, len(half))), draws])  # the first is no resample
 
@@ -84,15 +85,20 @@ def critical(batches: Sequence[float], sums: Sequence[Array | None], half: Array
         return nats / targets
 
     losses = np.stack([loss(each) for each in sums], axis=1)
-    excess = losses - losses[:, :1]
-    differences = tuple(map(_interval, excess.T))
-    gain = loss(half) - losses[:, 0]  # nats, by twice the tokens
+    excess = losses - losses[:, best, None]
+    said = best, losses[0].tolist(), list(map(_interval, excess.T))
+    gain = loss(half) - losses[:, best]  # nats, by twice the tokens
     if not _interval(gain).low > gain[0] / 2 > 0:
-        return Critical(tuple(losses[0]), differences, None, None)
+        return Critical(*said, None, None, None)
     log_needed = np.minimum(excess / np.maximum(gain, 1e-12)[:, None], 1.0) * math.log(MOST)
-    needed = tuple(map(_interval, np.exp(log_needed).T))
-    found = np.array([_crossing(np.log(batches), row, math.log(MORE)) for row in log_needed])
-    return Critical(tuple(losses[0]), differences, needed, _interval(np.exp(found)))
+    above = np.log(batches[best:])
+    found = _interval(np.exp([_crossing(above, row, math.log(MORE)) for row in log_needed[:, best:]]))
+    bound = None
+    if math.isfinite(found.high):
+        bound = found.value
+    elif found.low >= batches[min(best + 1, len(batches) - 1)]:
+        bound = min(found.low, batches[-1])
+    return Critical(*said, list(map(_interval, np.exp(log_needed).T)), found, bound)
 
 
 def _crossing(x: Array, y: Array, level: float) -> float:

@@ -16,7 +16,7 @@ import pytest
 from conftest import assert_same_run, launch_command, tiny_overrides, train_here
 
 from powertrain.launch import branch
-from powertrain.launch.branch.critical import Array, Critical, critical
+from powertrain.launch.branch.critical import Array, Critical, best_of, critical
 from powertrain.schedulers import Decay, Power
 from powertrain.train import faults
 from powertrain.train.config import Config
@@ -24,11 +24,11 @@ from powertrain.train.errors import ConfigError
 from powertrain.train.track import read_lines
 
 BATCHES = [8.0, 16.0, 32.0, 64.0]
-SLOPE = 0.1  # nats by which the smallest batch's loss falls when its tokens grow by a factor of e
+SLOPE = 0.1  # nats by which the best batch's loss falls when its tokens grow by a factor of e
 
 
 def planted(needed: list[float], noise: float = 0.0, seed: int = 0, count: int = 256, slope: float = SLOPE) -> Critical:
-    """What is found where a batch needs so many times the tokens of the smallest one.
+    """What is found where each batch needs so many times the tokens of the best one, whose entry is 1.
 
     Sequences differ in length, and in their loss far more than branches do; each branch's loss on a sequence has noise.
     """
@@ -40,49 +40,62 @@ def planted(needed: list[float], noise: float = 0.0, seed: int = 0, count: int =
         return np.stack([targets * (hardness + loss + draw.normal(0, noise, count)), targets], axis=1)
 
     runs = [None if math.isinf(more) else sums(slope * math.log(more)) for more in needed]
-    return critical(BATCHES, runs, sums(slope * math.log(2)))
+    return critical(BATCHES, runs, needed.index(1.0), sums(slope * math.log(2)))
+
+
+def crossing(first: float, needed: float, then: float) -> float:
+    """By hand, in the logarithms of both: where 1.2 lies between two batches, the second twice the first."""
+    return first * 2 ** (math.log(1.2 / needed) / math.log(then / needed))
 
 
 def test_the_critical_batch_of_planted_losses_is_found() -> None:
     found = planted([1.0, 1.05, 1.1, 1.4])
-    assert found.needed is not None and found.batch is not None
+    assert found.needed is not None and found.critical is not None
     assert [each.value for each in found.needed] == pytest.approx([1.0, 1.05, 1.1, 1.4])
-    assert [each.value for each in found.differences] == pytest.approx(
-        [0.0, *(0.1 * math.log(x) for x in (1.05, 1.1, 1.4))]
-    )
-    expected = 32 * 2 ** (math.log(1.2 / 1.1) / math.log(1.4 / 1.1))  # by hand, in the logarithms of both
-    assert found.batch.value == pytest.approx(expected) and found.bound(BATCHES) == found.batch.value
-    # A larger batch may even need fewer tokens, and one that diverges, or needs more than twice as many, counts as 2.
-    found = planted([1.0, 0.8, 3.0, math.inf])
-    assert found.needed is not None and found.batch is not None
-    assert [each.value for each in found.needed] == pytest.approx([1.0, 0.8, 2.0, 2.0])
-    assert found.batch.value == pytest.approx(16 * 2 ** (math.log(1.2 / 0.8) / math.log(2.0 / 0.8)))
+    apart = [SLOPE * math.log(more) for more in (1.0, 1.05, 1.1, 1.4)]
+    assert [each.value for each in found.differences] == pytest.approx(apart)
+    assert found.critical.value == pytest.approx(crossing(32, 1.1, 1.4))
+    assert found.critical.low == pytest.approx(found.critical.high)
+    assert found.bound == found.critical.value
+    # A batch that diverges, or needs more than twice the tokens, counts as one that needs twice as many.
+    found = planted([1.0, 1.1, 3.0, math.inf])
+    assert found.needed is not None and found.critical is not None
+    assert [each.value for each in found.needed] == pytest.approx([1.0, 1.1, 2.0, 2.0])
+    assert found.critical.value == pytest.approx(crossing(16, 1.1, 2.0))
     assert found.losses[3] == math.inf
 
 
+def test_what_a_small_batch_needs_is_not_taken_for_the_critical_batch() -> None:
+    found = planted([1.9, 1.0, 1.1, 1.4])
+    assert found.needed is not None and found.critical is not None
+    assert [each.value for each in found.needed] == pytest.approx([1.9, 1.0, 1.1, 1.4])
+    assert found.critical.value == pytest.approx(crossing(32, 1.1, 1.4))
+    assert planted([1.9, 1.6, 1.3, 1.0]).bound == 64  # the largest is the best
+    sums = [np.array([[loss, 1.0]]) for loss in (3.0, 1.0, 2.0)]
+    assert best_of([None, *sums]) == 2 and best_of([None, None]) is None
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    needed = [1.0, 1.02, 1.1, 1.5]
-    truth = 32 * 2 ** (math.log(1.2 / 1.1) / math.log(1.5 / 1.1))
-    found = [planted(needed, noise=0.03, seed=seed).batch for seed in range(40)]
+    truth = crossing(32, 1.1, 1.5)
+    found = [planted([1.0, 1.02, 1.1, 1.5], noise=0.03, seed=seed).critical for seed in range(20)]
     held = [each is not None and each.low <= truth <= each.high for each in found]
-    assert sum(held) >= 36  # 38 of 40 are expected; fewer than 36 have a chance of 5%
+    assert sum(held) >= 17  # 19 of 20 are expected; fewer than 17 have a chance of 2%
     assert max(each.high / each.low for each in found if each is not None) < 2  # and they say something
 
 
 def test_batches_that_are_all_alike_are_all_below_the_critical_one() -> None:
     for seed in range(8):
         found = planted([1.0, 1.0, 1.0, 1.0], noise=0.05, seed=seed)
-        assert found.batch is not None and math.isinf(found.batch.low) and found.bound(BATCHES) == 64
+        assert found.critical is not None and math.isinf(found.critical.low) and found.bound == 64
 
 
 def test_noise_alone_tells_no_critical_batch() -> None:
     for seed in range(12):
         found = planted([1.0, 1.0, 1.0, 1.0], noise=1.0, seed=seed, slope=0.0)
-        assert found.bound(BATCHES) is None
-        assert (found.needed is None) == (found.batch is None)
+        assert found.needed is None and found.critical is None and found.bound is None
     # A gain that is seen, while no batch is told apart from one that needs a fifth more.
     found = planted([1.0, 1.0, 1.0, 1.0], noise=0.35, seed=0, count=1024, slope=0.06)
-    assert found.needed is not None and found.batch is not None and found.bound(BATCHES) is None
+    assert found.needed is not None and found.critical is not None and found.bound is None
 
 
 # ---------------------------------------------------------------------------------------------------------- the verb
@@ -110,7 +123,7 @@ def sound(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def trunk(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, to branch off in few steps."""
-    monkeypatch.setattr(branch, "MIN_STEPS", 8)
+    monkeypatch.setattr(branch, "MIN_STEPS", 16)
     monkeypatch.setattr("powertrain.train.report.runs_page", lambda folders: "not drawn")
     return Path(shutil.copytree(sound, tmp_path / "trunk"))
 
@@ -120,18 +133,20 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
 ) -> None:
     before = contents(trunk)
     arguments = (str(trunk), "--at", "6", "--batch", "1x", "2x", "checkpoint.every=1")
-    # Half of it has steps 7 to 14, then 1x has 7 to 22, and 2x 7 to 14.
-    monkeypatch.setattr(faults, "wanted", "term@step:step=16")
+    # 1x has the steps 7 to 38, 2x 7 to 22; the better of them once more half as many.
+    monkeypatch.setattr(faults, "wanted", "term@step:step=24")
     assert verb(*arguments) == 0
-    assert "Stopped by SIGTERM at step 16" in capsys.readouterr().out
+    assert "Stopped by SIGTERM at step 24" in capsys.readouterr().out
     assert not (tmp_path / "trunk-branch-6-2x").exists()
     monkeypatch.setattr(faults, "wanted", "")
     assert verb(*arguments) == 0
     told = capsys.readouterr().out
     assert contents(trunk) == before
 
-    power, length = Power(max_lr=0.01, warmup_tokens=700), 4096
-    for name, sequences, tokens in (("1x", 8, length), ("2x", 16, length), ("1x-half", 8, length // 2)):
+    power, length = Power(max_lr=0.01, warmup_tokens=700), 8192
+    losses = {name: read_lines(tmp_path / f"trunk-branch-6-{name}/evals.jsonl")[-1]["loss"] for name in ("1x", "2x")}
+    best = min(losses, key=losses.__getitem__)
+    for name, sequences, tokens in (("1x", 8, length), ("2x", 16, length), (f"{best}-half", 8 * int(best[0]), 4096)):
         folder = tmp_path / f"trunk-branch-6-{name}"
         lines, size = read_lines(folder / "metrics.jsonl"), sequences * 32
         assert [line["tokens"] for line in lines] == list(range(1536, 1536 + tokens, size))
@@ -143,8 +158,8 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
         evaluated = read_lines(folder / "evals.jsonl")[-1]
         assert sums.shape == (8, 2) and sums[:, 1].sum() == evaluated["targets"]
         assert sums[:, 0].sum() / sums[:, 1].sum() == pytest.approx(evaluated["loss"], rel=1e-6)
-        assert name == "1x-half" or f"{power(tokens=1536, batch=size / 4096):.3g}" in told
-    assert "4,096 tokens each" in told and "In all 10,240 tokens." in told
+        assert name.endswith("half") or f"{power(tokens=1536, batch=size / 4096):.3g}" in told
+    assert "8,192 tokens each" in told and "In all 20,480 tokens." in told
     critical_batch = power.critical_batch(1536) * 128
     assert f"where its cap binds: {critical_batch:,.1f} sequences at the start" in told
 
@@ -154,7 +169,7 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
     assert verb(*arguments, "evaluation.sequences=9") == 0
     assert "Losses are over 9 validation sequences" in capsys.readouterr().out
     for other, said in (
-        (("--tokens", "8192"), "holds a branch with tokens 2048, not 4096"),
+        (("--tokens", "12288"), "holds a branch with tokens 8192, not 12288"),
         (("optimizer.eps=1e-9",), "optimizer.eps"),
     ):
         assert verb(*arguments, *other) == 2
@@ -172,8 +187,8 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
         (("--batch", "0x", "1x"), "has '0x'"),
         (("--batch", "1x", "1.1x"), "no whole number"),
         (("--batch", "1x", "2.25x"), "does not split into micro-batches of 4"),
-        (("--batch", "1x", "2x", "--tokens", "16000"), "16,384 or 18,432, for example"),
-        (("--batch", "1x", "2x", "--tokens", "18000"), "16,384 or 18,432, for example"),
+        (("--batch", "1x", "2x", "--tokens", "16000"), "16,384 or 20,480, for example"),
+        (("--batch", "1x", "2x", "--tokens", "18000"), "16,384 or 20,480, for example"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_it_is_trained(
@@ -226,7 +241,7 @@ def test_the_ramp_follows_the_schedule_from_the_measured_batch(sound: Path) -> N
         run=sound, at=6, batch=["1x", "2x", "4x"], tokens=None, name=None, overrides=["evaluation.sequences=8"]
     )
     plan = branch.planned(options)
-    assert plan.tokens == 32 * 32 * 32 and plan.sequences == [8, 16, 32]
+    assert plan.tokens == 32 * 32 * 32 and plan.at is not None and plan.sequences == [8, 16, 32]
     # Measured at 1,536 tokens, it grows as tokens^0.51; the trunk has come to 3,072, where its batch is 8 still.
     now, later = 12.0 * 2**0.51, 24.0 * 2**0.51
     assert 16 < now < 32 < later
@@ -253,15 +268,14 @@ def test_killed_branches_go_on_as_if_they_had_not_been(
 
     whole = launch("whole")
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    # In a save of the first branch, in the second, before the first step of the third.
-    for fault in ("kill@rename:step=20", "kill@step:step=61", "kill@step:step=7"):
-        if fault.endswith("=7"):
-            shutil.rmtree(tmp_path / "killed-2x", ignore_errors=True)
+    # In a save of the first branch, in its decay, in the second.
+    for fault in ("kill@rename:step=20", "kill@step:step=61", "kill@step:step=31"):
         launch("killed", fault)
     done = launch("killed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert contents(trunk) == before
-    for name, last in (("1x-half", 38), ("1x", 70), ("2x", 38)):
+    (half,) = (path.name[6:] for path in tmp_path.glob("whole-*-half"))
+    for name, last in (("1x", 70), ("2x", 38), (half, 6 + 32 // int(half[0]))):
         assert_same_run(tmp_path / f"whole-{name}", tmp_path / f"killed-{name}", step=last)
         assert (tmp_path / f"whole-{name}/sequences.json").read_text() == (
             tmp_path / f"killed-{name}/sequences.json"
