@@ -55,7 +55,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_output(path: Path) -> None:
-    """Raises DataError unless a file can be written there, in place of one that is there."""
+    """Check that a file can be written there, in place of one that is there.
+
+    Raises:
+        DataError: it cannot.
+    """
     there = path.exists()
     possible = path.is_file() if there else path.parent.is_dir()
     if not possible or not os.access(path if there else path.parent, os.W_OK):

@@ -141,7 +141,11 @@ def _chosen(checkpoints: Path, last: int | None, steps: list[int] | None) -> lis
 
 
 def _check_same_model(config: Config, run: Path, chosen: list[Path]) -> None:
-    """Raises ConfigError unless each checkpoint is of the run's model and tokenizer."""
+    """Check that each checkpoint is of the run's model and tokenizer.
+
+    Raises:
+        ConfigError: one is not.
+    """
     from powertrain.data.tokenizer import load_tokenizer
     from powertrain.train.checkpoint import read_state
     from powertrain.train.model.granite import transformers_config

@@ -45,7 +45,11 @@ class Cluster:
 
 
 def cluster_of(settings: list[str]) -> Cluster:
-    """Raises ConfigError: a setting or GPU that is not known, or a value out of its range."""
+    """Check the settings of a cluster.
+
+    Raises:
+        ConfigError: a setting or GPU that is not known, or a value out of its range.
+    """
     from powertrain.train.metrics import GPUS
 
     try:

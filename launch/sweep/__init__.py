@@ -137,7 +137,11 @@ def prepare_data(
 def check_ledger(
     sweep: Sweep, configs: dict[tuple[str, str], Config], fingerprints: dict[tuple[str, str], list[str]]
 ) -> None:
-    """Raises ConfigError when what is known of a trial is not of this sweep's configuration, or of other tokens."""
+    """Check that the known trials were trained with this sweep's configuration, on its tokens.
+
+    Raises:
+        ConfigError: one was not.
+    """
     results = sweep.progress().results
     for trial in sweep.trials:
         if trial.name not in results:

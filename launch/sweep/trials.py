@@ -264,7 +264,11 @@ def _between_steps(sweep: SweepConfig, tokens: int, batch: float) -> str | None:
 
 
 def check_batches(sweep: SweepConfig, sequence_length: int) -> None:
-    """Raises ConfigError for a batch that is no whole number of sequences."""
+    """Check that batches are whole numbers of sequences.
+
+    Raises:
+        ConfigError: one is not.
+    """
     for batch in sweep.batch:
         sequences = batch * LAW_SEQUENCE_LENGTH / sequence_length
         if not sequences.is_integer():
@@ -277,7 +281,11 @@ def check_batches(sweep: SweepConfig, sequence_length: int) -> None:
 
 
 def check_trials(sweep: SweepConfig, trials: list[Trial], configs: Mapping[tuple[str, str], Config]) -> None:
-    """Raises ConfigError for a trial that could not be trained; `configs` as composed by (model, schedule)."""
+    """Check that every trial can be trained; `configs` as composed by (model, schedule).
+
+    Raises:
+        ConfigError: one cannot.
+    """
     for trial in trials:
         config = dataclasses.replace(configs[trial.model, trial.schedule])
         sequences = trial.batch * LAW_SEQUENCE_LENGTH / config.data.sequence_length

@@ -64,7 +64,11 @@ def work(given: list[str], options: argparse.Namespace) -> int:
 
 
 def check_launcher(sweep: SweepConfig) -> None:
-    """Raises ConfigError when there is no such program as the trials are to be started with."""
+    """Check that the program that starts trials exists.
+
+    Raises:
+        ConfigError: it does not.
+    """
     program = shlex.split(sweep.launcher or "")[:1]
     if program and shutil.which(program[0]) is None:
         raise ConfigError(
