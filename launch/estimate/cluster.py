@@ -45,7 +45,7 @@ class Cluster:
 
 
 def cluster_of(settings: list[str]) -> Cluster:
-    """Check the settings of a cluster.
+    """The cluster that KEY=VALUE settings describe.
 
     Raises:
         ConfigError: a setting or GPU that is not known, or a value out of its range.
