@@ -1,10 +1,11 @@
 """Write a checkpoint of a run as a Hugging Face folder, with its tokenizer and a model card, and check its logits.
 
-usage: powertrain export RUN [--step N] [--out FOLDER]
+usage: powertrain export RUN [--step N] [--average] [--out FOLDER]
 
 examples:
   powertrain export runs/quickstart
   powertrain export runs/quickstart --step 200 --out /models/quickstart-200
+  powertrain export runs/quickstart --average
 
 docs/export.md describes the folder, and its conversion for llama.cpp.
 """
@@ -31,7 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = verb_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("--step", type=int, help="the checkpoint's step; default: the newest")
-    parser.add_argument("--out", type=Path, help="where to; default: RUN/model, or RUN/model-STEP with --step")
+    parser.add_argument("--average", action="store_true", help="the running average of the weights (average.window)")
+    parser.add_argument(
+        "--out", type=Path, help="where to; default: RUN/model, RUN/model-STEP with --step; …-average with --average"
+    )
     sys.exit(guard(lambda: _export(parser.parse_args(arguments))))
 
 
@@ -43,6 +47,7 @@ def _export(options: argparse.Namespace) -> int:
     from powertrain.train.export import check_target, facts_of
     from powertrain.train.loss import LanguageModelLoss
     from powertrain.train.model import granite
+    from powertrain.train.state import AVERAGE
     from powertrain.train.track import read_lines
 
     checkpoints = run / "checkpoints"
@@ -50,13 +55,16 @@ def _export(options: argparse.Namespace) -> int:
     if chosen is None:
         raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
     loss = LanguageModelLoss(granite.build(config))
-    checkpoint.load_weights({chosen: 1.0}, loss.model)
+    window = checkpoint.average_window(chosen) if options.average else None
+    if options.average and window is None:
+        raise ConfigError(f"{chosen} has no running average: it was saved by a run without average.window.")
+    checkpoint.load_weights({chosen: 1.0}, loss.model, "weights" if window is None else AVERAGE)
     state = checkpoint.load_state(chosen)
-    folder = out or run / ("model" if step is None else f"model-{step}")
+    folder = out or run / f"model{'' if step is None else f'-{step}'}{'' if window is None else '-average'}"
     if out is not None and ".." in out.parts:
         raise ConfigError(f"--out is {out}, which goes through '..'; give the plain path of the model folder.")
     check_target(folder)
-    facts = facts_of(state, (line for line in read_lines(run / "evals.jsonl") if line["step"] == state.step))
+    facts = facts_of(state, (line for line in read_lines(run / "evals.jsonl") if line["step"] == state.step), window)
     difference = export_loaded(config, loss, run / "tokenizer", folder, facts)
     print(f"{chosen} → {folder} (logits within {difference:.1e} of the trainer's)")
     return 0

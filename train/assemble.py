@@ -20,6 +20,7 @@ from powertrain.data.tokenizer import load_tokenizer, rows_needed
 from powertrain.data.tokens import TokenFile
 from powertrain.schedulers import Schedule
 from powertrain.train import checkpoint, init_from, resume
+from powertrain.train.average import Average
 from powertrain.train.balance import Balance
 from powertrain.train.check import batch_doubts, doubts
 from powertrain.train.config import Config
@@ -31,7 +32,7 @@ from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.metrics import count_parameters
 from powertrain.train.model import granite, mup
-from powertrain.train.state import State
+from powertrain.train.state import AVERAGE, State
 
 Log = Callable[[str], None]
 
@@ -49,6 +50,7 @@ class Parts:
     schedule: Schedule
     batches: Batches
     balance: Balance
+    average: Average | None
     validation: Validation
     train_files: dict[str, TokenFile]
     tokenizer: Any
@@ -117,11 +119,42 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
             log(f"It was trained as {kind} on {ranks} rank(s); it continues as {engine.kind} on {engine.world_size}.")
         if why := resume.why_losses_differ(start_from, config, engine.world_size):
             log(f"Warning: {why}")
+    average = make_average(config, engine, start_from, log)
     validation = Validation(config, prepared, tokenizer)
     data = log_data(config, prepared, validation, log)
     return Parts(
-        config.make_schedule(), batches, balance, validation, prepared.train, tokenizer, data_fingerprint, counts, data
+        config.make_schedule(),
+        batches,
+        balance,
+        average,
+        validation,
+        prepared.train,
+        tokenizer,
+        data_fingerprint,
+        counts,
+        data,
     )
+
+
+def make_average(config: Config, engine: Engine, start_from: Path | None, log: Log) -> Average | None:
+    """The running average that the configuration asks for: that in the checkpoint, or one that begins there."""
+    window, then = config.average.window, None if start_from is None else checkpoint.average_window(start_from)
+    if start_from is not None and window != then:
+        if then is None:
+            log(f"A running average (average.window {window:g}) begins with the weights as they are here.")
+        elif window is None:
+            log(
+                "The running average ends here: average.window is null. Earlier checkpoints have it until they are "
+                "removed, and a folder model-average of the run stays as it is."
+            )
+        else:
+            log(f"The running average continues with average.window {window:g}; it was {then:g}.")
+    if window is None:
+        return None
+    read = None
+    if start_from is not None and then is not None:
+        read = checkpoint.Stored(start_from, AVERAGE, engine.shapes).read
+    return Average(engine, window, read)
 
 
 def seed_rank(seed: int, rank: int, step: int) -> None:

@@ -112,6 +112,12 @@ def problems(config: Config) -> Iterator[str]:
     for name, value in (("evaluation.every", config.evaluation.every), ("checkpoint.every", config.checkpoint.every)):
         if value < 0:
             yield f"{name} is {value}; it is a number of steps, or 0 for the end only."
+    window = config.average.window
+    if window is not None and not 0 < window <= 1:
+        yield (
+            f"average.window is {window}; it is a share of the tokens seen, above 0 and at most 1, such as 0.1. It is "
+            "null where no running average is kept."
+        )
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         yield f"optimizer.betas is {list(config.optimizer.betas)}; it holds two numbers from 0 to below 1."
     if config.run.tokens_seen < 0:

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/
         weights.safetensors                        float32 masters by Hugging Face parameter name
+        average.safetensors                        their running average, if one is kept
         exp_avg.safetensors exp_avg_sq.safetensors
         state.json                                 State, optimizer steps, expert assignments, data fingerprints
         config.yaml                                what it was trained with
@@ -38,11 +39,12 @@ from safetensors.torch import load_file, save_file
 
 from powertrain.data.files import read_record, replace_text, reset_permissions, sha256, sync
 from powertrain.train import faults
+from powertrain.train.average import Average
 from powertrain.train.balance import Balance
 from powertrain.train.engine import MOMENTS, Engine, Read
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.redact import settings_text
-from powertrain.train.state import State
+from powertrain.train.state import AVERAGE, State
 
 _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
@@ -67,12 +69,14 @@ class Saver:
         self,
         checkpoints: Path,
         engine: Engine,
+        average: Average | None,
         data_fingerprint: dict[str, str],
         check_claim: Callable[[], None],
         log: Callable[[str], None],
     ) -> None:
         self.checkpoints = checkpoints
         self.engine = engine
+        self.average = average
         self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
         self.check_claim = check_claim  # raises ConfigError when the run's folder is another one now
         self.log = log
@@ -117,6 +121,7 @@ class Saver:
                 "assignments": balance.previous.tolist(),
                 "data_fingerprint": self.data_fingerprint,
                 "engine": {"kind": self.engine.kind, "ranks": self.engine.world_size},
+                "average": None if self.average is None else self.average.window,
             }
             texts["state.json"] = json.dumps(progress)
             texts["config.yaml"] = settings_text(self.engine.config)
@@ -147,14 +152,19 @@ class Saver:
         engine = self.engine
         kept = engine.fragments() if engine.sharded or engine.is_main else {}
         tensors: dict[str, dict[str, torch.Tensor]] = {what: {} for what in ("weights", *MOMENTS)}
+        if self.average is not None:
+            tensors[AVERAGE] = {}
         taken = engine.steps_taken()
         for name, fragment in kept.items():
             shape = engine.shapes[name]
             whole = fragment.stop - fragment.start == shape.numel()
             key = name if whole else f"{name}[{fragment.start}:{fragment.stop}]"
             for what in tensors:
-                if what == "weights" or taken:
-                    values = fragment.master if what == "weights" else engine.moment(fragment, what)
+                if what not in MOMENTS or taken:
+                    if self.average is not None and what == AVERAGE:
+                        values = self.average.values[name]
+                    else:
+                        values = fragment.master if what == "weights" else engine.moment(fragment, what)
                     values = values.detach().to("cpu", copy=True)
                     tensors[what][key] = values.view(shape) if whole else values
         shard = _shard(engine.rank, engine.world_size) if engine.sharded else ""
@@ -232,7 +242,8 @@ class Saver:
         return final
 
     def _explained(self, error: Exception, step: int) -> str:
-        needed = 12 * sum(shape.numel() for shape in self.engine.shapes.values())
+        each = bytes_a_parameter(self.average is not None)
+        needed = each * sum(shape.numel() for shape in self.engine.shapes.values())
         why = error.strerror or str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return (
             f"The checkpoint of step {step} could not be written to {self.checkpoints} by rank {self.engine.rank}: "
@@ -240,8 +251,13 @@ class Saver:
         )
 
 
+def bytes_a_parameter(averaged: bool) -> int:
+    """Of a checkpoint: float32 master, two moments, and the running average if one is kept."""
+    return 16 if averaged else 12
+
+
 class Stored:
-    """`weights`, or a moment, in the files of a checkpoint, by parameter name.
+    """`weights`, a moment or the average, in the files of a checkpoint, by parameter name.
 
     Args:
         shapes: those of the model's parameters; what is stored has to have them.
@@ -339,6 +355,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         engine = saved.get("engine") or {"kind": "plain", "ranks": 1}
         texts = [*saved["data_fingerprint"].values(), engine["kind"]]
         load = torch.tensor(saved["assignments"], dtype=torch.int64)
+        if not isinstance(saved.get("average"), float | None):
+            raise ValueError
         whole = all(type(number) is int and 0 <= number < 2**63 for number in (*numbers, engine["ranks"]))
         if not whole or not all(isinstance(text, str) for text in texts) or load.dim() not in (1, 2):
             raise ValueError
@@ -347,7 +365,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint / 'state.json'} has been changed and does not tell where the run was. Restore it from a "
             "copy, or move that checkpoint away to resume from the one before."
         ) from error
-    return {**saved, "engine": engine}
+    return {**saved, "engine": engine, "average": saved.get("average")}
 
 
 def load_state(checkpoint: Path) -> State:
@@ -369,16 +387,29 @@ def trained_by(checkpoint: Path) -> tuple[str, int]:
     return engine["kind"], engine["ranks"]
 
 
-def load_weights(checkpoints: Mapping[Path, float], model: torch.nn.Module) -> None:
+def average_window(checkpoint: Path) -> float | None:
+    """The window of the running average in a checkpoint; None where it has none.
+
+    Raises:
+        ConfigError: see `read_state`.
+    """
+    window: float | None = read_state(checkpoint)["average"]
+    return window
+
+
+def load_weights(checkpoints: Mapping[Path, float], model: torch.nn.Module, what: str = "weights") -> None:
     """Load the weights of verified checkpoints into a model, without an engine: their sum, each times its factor.
 
     The sum is in float32. Beside the model, one tensor of one checkpoint is in memory at a time.
 
     Raises:
         ConfigError: they belong to another model.
+
+    Args:
+        what: "weights", or AVERAGE.
     """
     shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
-    stored = [(Stored(path, "weights", shapes), factor) for path, factor in checkpoints.items()]
+    stored = [(Stored(path, what, shapes), factor) for path, factor in checkpoints.items()]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(-0.0)  # to which any x can be added and stays x, even -0.0
@@ -479,7 +510,8 @@ def _written(checkpoint: Path) -> list[str]:
     """The tensor files that the ranks of a checkpoint's run have written."""
     kind, ranks = trained_by(checkpoint)
     shards = [_shard(rank, ranks) for rank in range(ranks)] if kind.startswith("zero") else [""]
-    tensors = [f"{what}{shard}.safetensors" for what in ("weights", *MOMENTS) for shard in shards]
+    kept = ("weights", *MOMENTS) if average_window(checkpoint) is None else ("weights", *MOMENTS, AVERAGE)
+    tensors = [f"{what}{shard}.safetensors" for what in kept for shard in shards]
     return [*tensors, *map(_rng_file, range(ranks))]
 
 

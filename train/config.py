@@ -175,6 +175,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class AverageConfig:
+    """A running average of the weights beside them, evaluated and exported too; see docs/averages.md."""
+
+    window: float | None = None  # share of the tokens seen that it is over, above 0 to 1; default: none is kept
+
+
+@dataclass
 class EngineConfig:
     """What has to run the model, and how long all ranks may wait for one."""
 
@@ -207,6 +214,7 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     precision: str = "bf16"  # bf16 | fp32

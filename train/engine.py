@@ -388,7 +388,6 @@ class Engine:
         Raises:
             ConfigError: `weights` or a moment does not have something (by `checkpoint.Stored.read`).
         """
-        self._drop_copies()
         fragments = self.fragments()
         for name, fragment in fragments.items():
             fragment.master.copy_(weights(name, fragment.start, fragment.stop))
@@ -400,6 +399,11 @@ class Engine:
             for name, fragment in fragments.items():
                 for moment, read in moments.items():
                     self.moment(fragment, moment).copy_(read(name, fragment.start, fragment.stop))
+        self.masters_changed()
+
+    def masters_changed(self) -> None:
+        """Have the forward pass use masters that were written to. Collective."""
+        self._drop_copies()
         # DeepSpeed 0.19 has no public call for masters that have changed: these are what its own loading of a
         # checkpoint calls, so that what the forward pass gathers is cast from them anew.
         if self.kind == "zero3":

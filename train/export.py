@@ -22,8 +22,8 @@ from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.metrics import parameters_of
 from powertrain.train.model import granite
-from powertrain.train.state import State
-from powertrain.train.track import is_of_corpus
+from powertrain.train.state import RAW, State
+from powertrain.train.track import is_of_corpus, weights_of
 
 _MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
 TOLERANCE = 1e-5  # largest difference of a logit, float32
@@ -191,11 +191,17 @@ def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | N
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
-def facts_of(state: State, evaluations: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Rows of the model card: tokens and steps trained, and the losses in lines of evals.jsonl."""
+def facts_of(state: State, evaluations: Iterable[dict[str, Any]], window: float | None = None) -> dict[str, str]:
+    """Rows of the model card: tokens and steps trained, and the losses in lines of evals.jsonl.
+
+    Args:
+        window: of the running average that the model is; None for the weights themselves.
+    """
     facts = {"tokens": f"{state.tokens:,}", "steps": f"{state.step:,}"}
+    if window is not None:
+        facts["weights"] = f"a running average over a window of {window:g} of the tokens seen"
     for line in sorted(evaluations, key=lambda line: line.get("corpus") == "overall"):
-        if is_of_corpus(line):  # and not of a benchmark, or edited
+        if is_of_corpus(line) and (weights_of(line) == RAW) == (window is None):  # and not of a benchmark, or edited
             facts[f"validation loss, {line['corpus']}"] = loss_text(line)
     return facts
 

@@ -17,10 +17,12 @@ import numpy as np
 from powertrain.data.files import read_record
 from powertrain.train.compose import load
 from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, setting_values
-from powertrain.train.track import read_spread
+from powertrain.train.state import RAW
+from powertrain.train.track import read_spread, weights_of
 
 POINTS = 600  # of a curve at most: more of them are averaged
 _MEASURES = ("loss", "bits_per_byte")
+_AVERAGE = " (average)"  # after the corpus that the running average was evaluated on
 _ITS_OWN = ("run.name", "run.folder")  # differ in every run
 _SHADES = {"warmup": "tab:orange", "trunk": "tab:blue", "decay": "tab:green", "rewarmup": "tab:orange"}
 _LINES = ("solid", "dashed", "dotted")  # as matplotlib and CSS name them
@@ -149,6 +151,8 @@ class Run:
         self.evaluations = [line for line in self.evaluations if "corpus" in line and number(line, "tokens") >= 0]
         if skipped_lines := evaluations - len(self.evaluations):
             self.notes.append(f"{skipped_lines:,} line(s) of evals.jsonl have no corpus or tokens and are left out.")
+        for line in self.evaluations:
+            line["corpus"] += "" if weights_of(line) == RAW else _AVERAGE
         self.overall = [line for line in self.evaluations if line["corpus"] == "overall"]
         self.record = read_record(folder / "run.json")
         self.starts = [start for start in _list(self.record, "starts") if isinstance(start, dict)]
@@ -275,7 +279,7 @@ def evaluations(runs: Sequence[Run]) -> list[str]:
             found.append((run.name, corpus, lines[-1]["step"], last))
             for metric, course in courses.items():
                 points = [(line["tokens"], number(line, metric)) for line in lines if metric in line]
-                if metric in last and corpus != "overall":
+                if metric in last and corpus not in ("overall", f"overall{_AVERAGE}"):
                     course.append((f"{corpus}, {run.name}" if len(runs) > 1 else corpus, _some(points)))
     if not found:
         return []

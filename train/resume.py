@@ -37,6 +37,7 @@ _FREE = (
     "model.experts_implementation",
     "evaluation",
     "checkpoint",
+    "average",
     "engine",
     "tracker",
     "threads",

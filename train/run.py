@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ from powertrain.train.folder import claimed, leaving_exit_json, record_start
 from powertrain.train.metrics import flops_per_token, peak_flops
 from powertrain.train.redact import check_no_secrets, settings_text
 from powertrain.train.resume import where_to_begin
-from powertrain.train.state import Beginning, State
+from powertrain.train.state import AVERAGE, RAW, Beginning, State
 from powertrain.train.step import train_step
 from powertrain.train.stop import BY_FILE, Stop
-from powertrain.train.track import Tracker
+from powertrain.train.track import Tracker, weights_of
 from powertrain.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from powertrain.train.tasks import Benchmarks  # imports lm-eval, which may not be installed
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite gradient
@@ -83,6 +86,8 @@ def _train(
     # ---- where to begin; until that is known, nothing on disk is changed
     engine.first_rank_decides(lambda: check_no_secrets(config))
     engine.first_rank_decides(lambda: check_target(folder / "model"))
+    if config.average.window is not None:
+        engine.first_rank_decides(lambda: check_target(folder / "model-average"))
     begin: Beginning = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
     engine.first_rank_decides(lambda: check_batch(config, engine.world_size, begin.tokens))
     engine.first_rank_decides(lambda: checkpoint.tidy(checkpoints, begin.checkpoint))
@@ -110,7 +115,7 @@ def _train(
             replace_text(folder / "config.yaml", settings_text(config))
             record_start(folder / "run.json", engine, command, begin, parts.counts, parts.data, log)
         tracker = Tracker(folder, config, engine, state, log)
-        saver = checkpoint.Saver(checkpoints, engine, parts.data_fingerprint, check_claim, log)
+        saver = checkpoint.Saver(checkpoints, engine, parts.average, parts.data_fingerprint, check_claim, log)
         if begin.own:
             saver.saved_step = state.step
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
@@ -119,6 +124,8 @@ def _train(
         with Watchdog(folder, engine, state) as watchdog:
             with Stop(folder, engine, check_claim) as stop:
                 recorded = engine.first_rank_decides(lambda: tracker.evaluations(state.step)) if begin.own else []
+                if parts.average is not None and AVERAGE not in map(weights_of, recorded):
+                    recorded = []  # a stop came between the two, or it begins here
                 over = state.tokens >= config.end_tokens
                 evaluated = over and recorded and not any(name.startswith("evaluation.") for name in begin.changes)
                 if evaluated:
@@ -130,6 +137,8 @@ def _train(
                 reason = None
                 while state.tokens < config.end_tokens:
                     record = train_step(config, engine, parts.schedule, parts.batches, parts.balance, state)
+                    if parts.average is not None:
+                        parts.average.update(state.tokens - record["tokens"], config.trained(state.tokens))
                     per_device = flops * record["tokens_per_second"] / engine.world_size
                     record["mfu"] = per_device / peak if peak else None
                     watchdog.alive()
@@ -159,9 +168,10 @@ def _train(
                     lines = evaluate(parts, benchmarks, engine, state, tracker, watchdog, log)
             if reason is None:
                 probe = parts.batches.batch(0, 1)["input_ids"]
-                logits = engine.logits(probe)
-                whole = engine.full_parameters()
-                weights = {name: in_working_precision(config, tensor) for name, tensor in whole if engine.is_main}
+                model = weights_and_logits(config, engine, probe)
+                if parts.average is not None:
+                    with parts.average.in_place():
+                        average_model = weights_and_logits(config, engine, probe)
         tracker.close()
         if reason is not None:
             log(
@@ -175,13 +185,16 @@ def _train(
         if not (folder / "tokenizer").is_dir():  # removed meanwhile
             replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
         facts = facts_of(state, lines)
-        difference = export(config, weights, logits, probe, folder / "tokenizer", folder / "model", facts)
+        difference = export(config, *model, probe, folder / "tokenizer", folder / "model", facts)
+        if parts.average is not None:
+            facts = facts_of(state, lines, parts.average.window)
+            export(config, *average_model, probe, folder / "tokenizer", folder / "model-average", facts)
         page = folder / "report.html"
         try:
             replace_text(page, report.runs_page([folder]))
         except Exception as error:  # whatever it is, the model matters more than its report
             log(f"Warning: {page} could not be drawn: {type(error).__name__}: {error}")
-        log_result(config, parts, lines, difference, log)
+        log_result(config, parts, [line for line in lines if weights_of(line) == RAW], difference, log)
     return Outcome("finished", state.step)
 
 
@@ -194,21 +207,33 @@ def evaluate(
     watchdog: Watchdog,
     log: Log,
 ) -> list[dict[str, Any]]:
-    """Validation losses and benchmarks, logged and tracked. Collective.
+    """Validation losses and benchmarks of the weights, and of their running average, logged and tracked. Collective.
 
     Returns:
         The lines of the losses.
     """
-    lines, scores = parts.validation.evaluate(engine, state), []
-    watchdog.alive()
-    if benchmarks is not None:
-        with watchdog.paused():  # thousands of forward passes
-            scores = benchmarks.evaluate(parts.tokenizer, state)
-    for line in (*lines, *scores):
-        tracker.evaluation(line)
-    if lines or scores:
-        log(f"step {state.step:,}: {summary(lines, scores)}")
+    lines = []
+    for weights in (RAW,) if parts.average is None else (RAW, AVERAGE):
+        with contextlib.nullcontext() if parts.average is None or weights == RAW else parts.average.in_place():
+            losses, scores = parts.validation.evaluate(engine, state), []
+            watchdog.alive()
+            if benchmarks is not None:
+                with watchdog.paused():  # thousands of forward passes
+                    scores = benchmarks.evaluate(parts.tokenizer, state)
+        losses, scores = ([{**line, "weights": weights} for line in each] for each in (losses, scores))
+        for line in (*losses, *scores):
+            tracker.evaluation(line)
+        if losses or scores:
+            log(f"step {state.step:,}{', average' if weights == AVERAGE else ''}: {summary(losses, scores)}")
+        lines += losses
     return lines
+
+
+def weights_and_logits(config: Config, engine: Engine, probe: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """What `export` takes: the weights, on the first rank alone, and the logits of `probe`. Collective."""
+    logits = engine.logits(probe)
+    whole = engine.full_parameters()
+    return {name: in_working_precision(config, tensor) for name, tensor in whole if engine.is_main}, logits
 
 
 def is_due(every: int, state: State) -> bool:
@@ -245,6 +270,8 @@ def log_result(config: Config, parts: Parts, lines: list[dict[str, Any]], differ
     log(
         f"checkpoint  {checkpoint.available(folder / 'checkpoints')[-1]}\n"
         f"model       {folder / 'model'} (logits within {difference:.1e} of the trainer's)\n"
-        f"metrics     {folder / 'metrics.jsonl'}\n"
+        + f"average     {folder / 'model-average'}\n"
+        * (parts.average is not None)
+        + f"metrics     {folder / 'metrics.jsonl'}\n"
         f"report      {folder / 'report.html'}"
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+RAW, AVERAGE = "raw", "average"  # which weights: those that are trained, or their running average
+
 
 @dataclass
 class State:

@@ -18,6 +18,7 @@ from powertrain.data.files import read_record
 from powertrain.train.config import Config, as_dict, setting_values
 from powertrain.train.folder import add_to_start
 from powertrain.train.redact import without_secrets
+from powertrain.train.state import RAW
 
 if TYPE_CHECKING:
     from powertrain.train.engine import Engine
@@ -91,17 +92,20 @@ class Tracker:
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """One evaluation of one corpus, or of all together."""
         self._append("evals.jsonl", metrics)
-        prefix = f"evaluation/{metrics['corpus']}/"
+        prefix = f"evaluation{'' if weights_of(metrics) == RAW else '_average'}/{metrics['corpus']}/"
         self._pass_on({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
 
     def evaluations(self, step: int) -> list[dict[str, Any]]:
-        """The lines of this step in evals.jsonl, `overall` last; none if one was edited. On the first rank."""
+        """The lines of this step in evals.jsonl, those of the average last, and of both `overall` last; none if one was
+        edited. On the first rank."""
         newest = itertools.takewhile(lambda line: line["step"] == step, read_back(self.folder / "evals.jsonl"))
-        by_corpus = {line.get("corpus", ""): line for line in [*newest][::-1]}  # of one evaluated again the last
-        lines = sorted(by_corpus.values(), key=lambda line: line.get("corpus") == "overall")
-        measured = [line["corpus"] for line in lines if is_of_corpus(line)]
+        each = {
+            (weights_of(line), line.get("corpus", "")): line for line in [*newest][::-1]
+        }  # evaluated again: the last
+        lines = sorted(each.values(), key=lambda line: (weights_of(line) != RAW, line.get("corpus") == "overall"))
+        ends = {weights_of(line): line["corpus"] for line in lines if is_of_corpus(line)}
         whole = all(is_of_corpus(line) or is_of_task(line) for line in lines)
-        return lines if whole and (not measured or measured[-1] == "overall") else []
+        return lines if whole and {*ends.values()} <= {"overall"} else []
 
     def close(self) -> None:
         """Flush files to disk and end the trackers."""
@@ -195,7 +199,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     A line that cannot be read is skipped: truncated by a killed process, or edited. All have a whole number `step`.
     """
-    by_step: dict[tuple[int, str], dict[str, Any]] = {}
+    by_step: dict[tuple[int, str, str], dict[str, Any]] = {}
     if path.exists():
         with open(path, "rb") as file:
             _take(file, by_step)
@@ -216,7 +220,7 @@ def read_spread(path: Path) -> tuple[list[dict[str, Any]], str]:
         The objects, and a sentence about what was skipped.
     """
     size = path.stat().st_size if path.exists() else 0
-    by_step: dict[tuple[int, str], dict[str, Any]] = {}
+    by_step: dict[tuple[int, str, str], dict[str, Any]] = {}
     unreadable = 0
     if not size:
         return [], ""
@@ -242,14 +246,14 @@ def read_spread(path: Path) -> tuple[list[dict[str, Any]], str]:
     return [by_step[key] for key in sorted(by_step)], " ".join(notes)
 
 
-def _take(lines: Iterable[bytes], by_step: dict[tuple[int, str], dict[str, Any]]) -> int:
+def _take(lines: Iterable[bytes], by_step: dict[tuple[int, str, str], dict[str, Any]]) -> int:
     """Put the objects of lines into `by_step`; returns how many lines cannot be read."""
     unreadable = 0
     for text in lines:
         if (entry := _entry(text)) is None:
             unreadable += bool(text.strip())
         else:
-            by_step[entry["step"], entry.get("corpus", "")] = entry
+            by_step[entry["step"], entry.get("corpus", ""), weights_of(entry)] = entry
     return unreadable
 
 
@@ -264,7 +268,7 @@ def _entry(text: bytes) -> dict[str, Any] | None:
         entry = json.loads(text.decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or not isinstance(entry.get("corpus", ""), str):
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name, ""), str) for name in ("corpus", "weights")):
         return None
     step = entry.get("step")
     return entry if type(step) is int and 0 <= step < 2**63 else None
@@ -293,6 +297,12 @@ def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield end, text
                 end -= len(text)
             rest = rest[:first]
+
+
+def weights_of(line: dict[str, Any]) -> str:
+    """Which weights a line of evals.jsonl is of: RAW or AVERAGE. Those of earlier versions do not say; they are RAW."""
+    weights: str = line.get("weights", RAW)
+    return weights
 
 
 def is_of_corpus(line: dict[str, Any]) -> bool:

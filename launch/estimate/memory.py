@@ -38,7 +38,7 @@ from powertrain.train.step import loss_terms, total_loss
 # prefetch_bucket_size and param_persistence_threshold.
 BUCKET, LIVE, PREFETCHED, PERSISTENT = 500_000_000, 1_000_000_000, 50_000_000, 100_000
 
-PARTS = ("masters", "moments", "gradients", "copies", "activations", "loss", "backward", "buffers")
+PARTS = ("masters", "moments", "average", "gradients", "copies", "activations", "loss", "backward", "buffers")
 
 
 # Of a GPU's memory, for CUDA's context, NCCL's buffers, and blocks that the allocator cannot use.
@@ -165,14 +165,17 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
     forward, backward = passes.of(sharded)
     reduced = min(count, bucket)  # elements that DeepSpeed reduces at a time
     later = 1 - reduced / count  # share of a backward pass that is left at the first reduction
+    averaged = 4 * (config.average.window is not None)  # bytes of a parameter; those that are offloaded are the CPU's
 
     if engine == "plain":
-        return _most(forward.whole, backward.whole) + Counter(moments=8 * count)
+        return _most(forward.whole, backward.whole) + Counter(moments=8 * count, average=averaged * count)
     if engine == "ddp":  # whose buckets are the gradients, and stay
-        return _most(forward.rest, backward.rest) + Counter(masters=4 * count, moments=8 * count, gradients=4 * count)
+        return _most(forward.rest, backward.rest) + Counter(
+            masters=4 * count, moments=8 * count, average=averaged * count, gradients=4 * count
+        )
     buffers = Counter(buffers=4 * bucket)
     if engine in ("zero1", "zero2"):
-        state = Counter(masters=4 * count + 4 * part, moments=8 * part)
+        state = Counter(masters=4 * count + 4 * part, moments=8 * part, average=averaged * part)
         reducing = Counter(gradients=4 * part * (later > 0))
         if engine == "zero1":
             first, second = (_without(peaks.whole, "masters") for peaks in (forward, backward))
@@ -191,7 +194,7 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
     working = 2 if bf16 else 4  # bytes of a weight that is computed with
     state = Counter(copies=working * part)
     if engine == "zero3":
-        state += Counter(masters=4 * part, moments=8 * part, gradients=4 * part)
+        state += Counter(masters=4 * part, moments=8 * part, average=averaged * part, gradients=4 * part)
     small = sum(shape.numel() for shape in shapes if shape.numel() <= PERSISTENT)
     gathered = Counter(copies=working * min(count, LIVE))
     fetching = gathered + Counter(buffers=working * min(count, PREFETCHED))
@@ -323,10 +326,11 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
     console.rule(
         f"memory of one {'GPU' if cluster.on_gpu else 'rank'} in {name}, batch.micro_sequences={micro}", align="left"
     )
-    table = table_of("", *PARTS, "sum", "")
+    shown = [part for part in PARTS if part != "average" or config.average.window is not None]
+    table = table_of("", *shown, "sum", "")
     for engine, parts in by_size[micro].items():
         mark = "" if parts.total() <= limit else "✗"
-        table.add_row(engine, *(sized(parts[part]) for part in PARTS), sized(parts.total()), mark)
+        table.add_row(engine, *(sized(parts[part]) for part in shown), sized(parts.total()), mark)
     console.print(table)
     attention, experts = kernels(config, cluster.on_gpu)
     console.print(
@@ -336,7 +340,8 @@ def memory_section(console: Console, config: Config, cluster: Cluster) -> str | 
         "backward: gradients in transit; buffers: DeepSpeed's."
     )
     if "zero3_offload" in by_size[micro]:
-        host = 16 * metrics.parameters_of(config)["total"] / cluster.gpus * min(cluster.gpus, cluster.gpus_per_node)
+        each = 16 + 4 * (config.average.window is not None)
+        host = each * metrics.parameters_of(config)["total"] / cluster.gpus * min(cluster.gpus, cluster.gpus_per_node)
         console.print(f"zero3_offload keeps {sized(host)} {name} more in the memory of each machine.")
     if len(by_size) > 1:
         table = table_of("sum, by batch.micro_sequences", *map(str, sorted(by_size)))

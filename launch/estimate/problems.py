@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from powertrain.data import DataError, expand
 from powertrain.launch.estimate.cluster import Cluster
-from powertrain.launch.estimate.time import CHECKPOINT_BYTES
+from powertrain.train.checkpoint import bytes_a_parameter
 from powertrain.train.config import Config
 from powertrain.train.console import human
 from powertrain.train.errors import ConfigError
@@ -132,7 +132,8 @@ def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list
         here.append(f"On this machine: {error}" if cluster.on_gpu else str(error))
     folder = config.run_folder.absolute()
     folder = next(path for path in (folder, *folder.parents) if path.exists())
-    free, needed = shutil.disk_usage(folder).free, CHECKPOINT_BYTES * count * (config.checkpoint.keep + 1)
+    size = bytes_a_parameter(config.average.window is not None) * count
+    free, needed = shutil.disk_usage(folder).free, size * (config.checkpoint.keep + 1)
     if free < needed:
         here.append(
             f"{folder} has {decimal(free)} free, and {config.checkpoint.keep} checkpoints and one being written take "

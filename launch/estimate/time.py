@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from powertrain.launch.estimate.cluster import Cluster
+from powertrain.train.checkpoint import bytes_a_parameter
 from powertrain.train.config import Config
 from powertrain.train.console import duration, human
 
 COPYING = 10e9  # bytes a second from a GPU to its machine's memory, while a save pauses training
-CHECKPOINT_BYTES = 12  # a parameter: float32 master and two moments
 
 
 def steps_of(config: Config) -> tuple[int, int]:
@@ -31,13 +31,14 @@ def time_section(
 ) -> None:
     """Print time, cost, checkpoints, and the time that failures lose."""
     console.rule("time and disk", align="left")
-    size = CHECKPOINT_BYTES * count
+    each = bytes_a_parameter(config.average.window is not None)
+    size = each * count
     steps, _ = steps_of(config)
     every = config.checkpoint.every or steps
     saves = -(-steps // every)
     most = min(config.checkpoint.keep + 1, saves)  # one of them is being written
     console.print(
-        f"checkpoints       {decimal(size)} each ({CHECKPOINT_BYTES} bytes a parameter), {saves:,} of them, every "
+        f"checkpoints       {decimal(size)} each ({each} bytes a parameter), {saves:,} of them, every "
         f"{every:,} steps: {decimal(size * saves)} written\n"
         f"on disk           {decimal(size * most)}: at most {most:,}, "
         f"of which checkpoint.keep={config.checkpoint.keep} stay\n"

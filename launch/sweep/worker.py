@@ -35,7 +35,8 @@ from powertrain.train import cli
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.folder import lock
-from powertrain.train.track import read_back
+from powertrain.train.state import RAW
+from powertrain.train.track import read_back, weights_of
 
 POLL_SECONDS = 0.5
 BAD_INPUT = 2
@@ -188,7 +189,8 @@ def result(sweep: Sweep, trial: Trial, reason: str, seconds: float) -> dict[str,
     from powertrain.train.resume import TOKENIZER
 
     folder = sweep.folder / trial.name
-    evaluated = next((line for line in read_back(folder / "evals.jsonl") if line.get("corpus") == "overall"), {})
+    lines = (line for line in read_back(folder / "evals.jsonl") if weights_of(line) == RAW)
+    evaluated = next((line for line in lines if line.get("corpus") == "overall"), {})
     loss = evaluated.get("loss") if reason == "finished" else None
     newest = max((folder / "checkpoints").glob("step-*/state.json"), default=None)
     corpora = read_record(newest).get("data_fingerprint") if newest else {}

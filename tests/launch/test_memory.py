@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -109,6 +110,13 @@ def test_the_state_is_split_over_ranks() -> None:
     for zero in ("zero1", "zero2", "zero3"):
         assert found[zero]["moments"] == pytest.approx(8 * count / ranks, rel=1e-6)
         assert found[zero]["buffers"] >= 4 * BUCKET
+    averaged = copy.deepcopy(config)
+    averaged.average.window = 0.1
+    for engine, share in (("plain", 1), ("ddp", 1), ("zero1", ranks), ("zero2", ranks), ("zero3", ranks)):
+        more = needed(averaged, engine, ranks, passes) - needed(config, engine, ranks, passes)
+        assert more == {"average": pytest.approx(4 * count / share, rel=1e-6)}
+    offloaded = [needed(each, "zero3_offload", ranks, passes) for each in (config, averaged)]
+    assert offloaded[0] == offloaded[1]  # there it is in the machine's memory
 
 
 def test_activations_are_linear_in_the_micro_batch_and_checkpointing_saves_them() -> None:

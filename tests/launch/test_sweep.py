@@ -417,6 +417,18 @@ def test_a_result_of_another_shape_is_none(words_sweep: Callable[..., list[str]]
         result(sweep, sweep.trials[0], "finished", 1.0)
 
 
+def test_the_result_of_a_trial_is_the_loss_of_its_weights_not_of_their_average(
+    words_sweep: Callable[..., list[str]],
+) -> None:
+    sweep = Sweep(words_sweep())
+    folder = sweep.folder / sweep.trials[0].name
+    train_trial(words_sweep("average.window=0.5"), sweep.trials[0])
+    lines = [line for line in read_lines(folder / "evals.jsonl") if line["corpus"] == "overall"]
+    losses = {line["weights"]: line["loss"] for line in lines}
+    told = json.loads((folder / "result.json").read_text())["loss"]
+    assert told == losses["raw"] != losses["average"]
+
+
 def train_trial(arguments: list[str], trial: Trial, *more: str) -> Sweep:
     """One trial as a worker does it, in this process."""
     from powertrain.train.compose import composed

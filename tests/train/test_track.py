@@ -146,6 +146,26 @@ def test_a_finished_evaluation_is_told_again_only_when_it_is_whole(
     assert found == [] or found[-1]["corpus"] == "overall"
 
 
+def test_the_lines_of_the_average_are_beside_those_of_the_weights(tmp_path: Path) -> None:
+    """Also beside those of an earlier version, which do not say what they are of."""
+    path = tmp_path / "evals.jsonl"
+    average = {"weights": "average", "loss": 3.25}
+    overall = {**CORPUS, "corpus": "overall"}
+    wanted = [CORPUS, TASK, overall, *({**line, **average} for line in (CORPUS, overall))]
+    for lines in (wanted, [wanted[i] for i in (3, 1, 0, 4, 2)], [{**overall, "weights": "raw", "loss": 9.0}, *wanted]):
+        path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+        found = track.Tracker.evaluations(SimpleNamespace(folder=tmp_path), 12)  # type: ignore[arg-type]
+        assert sorted(map(str, found)) == sorted(map(str, wanted))
+        assert found[2] == wanted[2] and found[-1] == wanted[-1]
+        assert len(track.read_lines(path)) == 5
+    told, averaged = (facts_of(State(step=12), wanted, window)["validation loss, words"] for window in (None, 0.1))
+    assert told.startswith("3.5000") and averaged.startswith("3.2500")
+    path.write_text("".join(json.dumps(each) + "\n" for each in wanted[:-1]))  # none of all together
+    assert not track.Tracker.evaluations(SimpleNamespace(folder=tmp_path), 12)  # type: ignore[arg-type]
+    path.write_text(json.dumps({**CORPUS, "weights": 1}) + "\n")
+    assert not track.read_lines(path)
+
+
 # ------------------------------------------------------------------------------------- the steps taken before a change
 
 
