@@ -255,6 +255,9 @@ def test_copies_are_made_once_a_step_and_follow_the_masters(small_config: Callab
     assert not torch.equal(forward(), first), "after a step"
     engine.load(lambda name, start, stop: torch.full((stop - start,), 0.5))
     assert torch.equal(forward(), torch.full_like(first, 0.5)), "after loading"
+    master.data.fill_(0.25)
+    engine.masters_changed()
+    assert torch.equal(forward(), torch.full_like(first, 0.25)), "after masters were written to"
 
 
 def test_gradients_accumulate_in_float32(
