@@ -78,7 +78,7 @@ def main():
                             record(**key, how=how, loss=last_loss(branch, steps), begin=begin)
                     between = max(1, round(steps * share / EVERY / 8)) * EVERY  # 8 to 10 checkpoints, or all there are
                     of = [str(step) for step in range(steps, begin - 1, -between)][::-1]
-                    for shape in ("uniform", "sqrt"):
+                    for shape in ("uniform", "sqrt") if share == 0.2 else ("uniform",):
                         how = f"merge {share:.0%} {shape}"
                         out = folder / f"{trunk.name}-{steps}-{begin}-merge-{shape}"
                         if (name, seed, steps, how) not in done and len(of) > 1:
