@@ -26,9 +26,17 @@ CONFIGS = Path(__file__).parent / "configs"
 ROOT = Path(__file__).parent.parent
 
 
+# These take longest, so processes begin with them, or one would end long before the other.
+FIRST = ("test_docs", "test_faults", "test_engines")
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The commands of the docs take longest and share a checkout, so a process of their own begins with them."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """A file runs in one process (the Makefile's `--dist loadgroup`), for what its tests share; test_docs.py in two."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,14 @@ from conftest import ROOT
 from powertrain.train.config import setting_names
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What these need, README.md's commands have trained or checked before. The others can run beside them.
+AFTER_README = ("evaluation", "export", "law", "mup", "quickstart", "tracking")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
-# The models are smaller than what the pages train; steps, tokens, batches and schedules are theirs, but on two ranks.
+# The models are smaller than what the pages train; steps, tokens, batches and schedules are theirs, but on two ranks
+# and in sweeps. A check that has passed in the checkout is not repeated: it depends on nothing that changes there.
 SMALLER = (
-    "model.hidden_size=32 model.intermediate_size=24 model.num_hidden_layers=2 model.num_attention_heads=2 "
+    "model.hidden_size=16 model.intermediate_size=24 model.num_hidden_layers=1 model.num_attention_heads=2 "
     "model.num_key_value_heads=null model.vocab_size=512 data.tokenizer.vocab_size=512 threads=1"
 )
 PRELUDE = f"""
@@ -33,12 +36,21 @@ set -euo pipefail
 trap 'echo "FAILED: $BASH_COMMAND"' ERR
 smaller="{SMALLER}"
 shorter="run.tokens=40_960 schedule.warmup_tokens=4_096 schedule.decay.tokens=8_192"
+larger_batches="sweep.batch=[0.25,0.5] sweep.tokens=[61_440,122_880,245_760] sweep.min_steps=30"  # fewer steps
+# Dense, so there is one Trainer and not one for each implementation of experts, which test_bench.py tries.
+one_shape="+experiment=proxy_tiny batch.sequences=2 batch.micro_sequences=2 --rounds 1 --steps 1"
+once() {{
+    grep -qxF -- "$*" passed 2>/dev/null || {{ command powertrain "$@" && echo "$*" >> passed; }}
+}}
 powertrain() {{
     case "$*" in
         *--cfg*|*--help*) command powertrain "$@" ;;
         train*) command powertrain "$@" $smaller ;;
-        *sweep=compare*) command powertrain "$@" 'sweep.tokens=[122_880]' 'sweep.batch=[0.125]' ;;  # a quarter of it
-        bench*) command powertrain "$@" $smaller batch.sequences=2 batch.micro_sequences=2 --rounds 1 ;;
+        *sweep=compare*) command powertrain "$@" 'sweep.tokens=[61_440]' 'sweep.batch=[0.125]' ;;  # an eighth of it
+        *sweep=lean*) command powertrain "$@" $larger_batches ;;
+        bench*) command powertrain "$@" $one_shape ;;
+        check\\ coordinates*) once "$@" batch.sequences=2 ;;
+        check\\ batch*|check\\ mup*|estimate*) once "$@" ;;
         *) command powertrain "$@" ;;
     esac
 }}
@@ -50,7 +62,7 @@ accelerate() {{
 }}
 pip() {{ case "$*" in *-e\\ *|*--editable*) true ;; *) command pip "$@" ;; esac; }}  # it is installed already
 make() {{ case "$1" in train) accelerate launch train.py +experiment=quickstart ;; test*) true ;; *) false ;; esac; }}
-export -f powertrain accelerate pip make
+export -f once powertrain accelerate pip make
 """
 
 
@@ -88,8 +100,12 @@ def run_page(page: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:]
 
 
+def group(page: Path) -> pytest.MarkDecorator:
+    return pytest.mark.xdist_group("README" if page.stem in ("README", *AFTER_README) else "docs")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=group(page), id=page.stem) for page in PAGES])
 def test_every_command_of_a_page_runs(page: Path, checkout: Path) -> None:
     run_page(page, checkout)
 

@@ -31,7 +31,8 @@ def test_everything_is_measured_and_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "SHAPES", {"tiny": TINY})
-    monkeypatch.setattr(bench, "EXPERTS", ("eager", "grouped_mm", "no_such_thing"))
+    experts = bench.EXPERTS
+    monkeypatch.setattr(bench, "EXPERTS", (*experts, "no_such_thing"))
     monkeypatch.setattr(bench, "PRECISIONS", ("fp32",))
     out = tmp_path / "bench.json"
     with pytest.raises(SystemExit) as ended:
@@ -40,6 +41,7 @@ def test_everything_is_measured_and_written(
     (measured,) = json.loads(out.read_text())["shapes"]
     config = composed([*TINY, *bench.RUN])
     assert measured["flops_per_token"] == metrics.flops_per_token(config, metrics.parameters_of(config))
+    assert all(measured["tried"][f"trainer/{name}/fp32"] > 0 for name in experts)
     assert "no_such_thing" in measured["tried"]["trainer/no_such_thing/fp32"]  # its error; the rest went on
     ours, theirs = measured["contenders"]
     assert ours.startswith("powertrain/") and theirs.startswith("trainer/")
@@ -53,6 +55,12 @@ def test_everything_is_measured_and_written(
     printed = capsys.readouterr().out
     assert f"{measured['speedup']['median']:.2f}" in printed and theirs in printed
     assert not list(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize("name", bench.SHAPES)
+def test_every_shape_can_be_trained(name: str) -> None:
+    shape = bench.Shape(name, [*bench.SHAPES[name], *bench.RUN], steps=1)
+    assert shape.tokens_a_step == 4096 and shape.config.model.is_moe
 
 
 def test_tokens_are_enough_and_hold_documents(tmp_path: Path) -> None:
