@@ -136,9 +136,9 @@ def _train(
                     evaluate(parts, benchmarks, engine, state, tracker, watchdog, log)
                 reason = None
                 while state.tokens < config.end_tokens:
-                    record = train_step(config, engine, parts.schedule, parts.batches, parts.balance, state)
-                    if parts.average is not None:
-                        parts.average.update(state.tokens - record["tokens"], config.trained(state.tokens))
+                    record = train_step(
+                        config, engine, parts.schedule, parts.batches, parts.balance, state, parts.average
+                    )
                     per_device = flops * record["tokens_per_second"] / engine.world_size
                     record["mfu"] = per_device / peak if peak else None
                     watchdog.alive()

@@ -12,6 +12,7 @@ from torch import Tensor
 from powertrain.data.loader import IGNORE_INDEX, Batches
 from powertrain.schedulers import Schedule
 from powertrain.train import faults, metrics
+from powertrain.train.average import Average
 from powertrain.train.balance import Balance
 from powertrain.train.config import BalanceConfig, Config
 from powertrain.train.engine import Engine
@@ -44,8 +45,9 @@ def train_step(
     batches: Batches,
     balance: Balance,
     state: State,
+    average: Average | None = None,
 ) -> dict[str, Any]:
-    """Take one optimizer step and advance `state`. Collective.
+    """Take one optimizer step, advance `state`, and update the running average if there is one. Collective.
 
     Returns:
         The step's line of metrics.jsonl.
@@ -107,6 +109,8 @@ def train_step(
         record["expert_load"] = metrics.expert_load(assignments)
         record["expert_load"]["collapsed"] = metrics.collapsed_layers(assignments, config.model.num_experts_per_tok)
     state.advance(sequences, length, skipped)
+    if average is not None:
+        average.update(batch_tokens, config.trained(state.tokens))
     seconds = time.perf_counter() - start
     record["tokens_per_second"] = batch_tokens / seconds
     record["data_seconds"] = data_seconds  # of which the first rank waited for its batch
