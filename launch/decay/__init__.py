@@ -2,12 +2,14 @@
 
 usage: powertrain decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
        accelerate launch $(which powertrain) decay RUN --at STEP --tokens N …
+       powertrain decay RUN --at STEP --tokens N --predict
 
 KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
 
 examples:
   powertrain decay runs/quickstart --at 200 --tokens 200_000
   powertrain decay runs/quickstart --at 200 --tokens 200_000 --shape linear --name quickstart-linear
+  powertrain decay runs/quickstart --at 250 --tokens 200_000 --predict    # its loss, by two decays or more; no training
   powertrain decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
 """
 
@@ -17,10 +19,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
+from powertrain.launch.decay.predict import prediction
 from powertrain.launch.parser import verb_parser
 from powertrain.schedulers.decay import SHAPES
 from powertrain.train.branch import begun, check_same, origin
-from powertrain.train.cli import leave, run_training
+from powertrain.train.cli import guard, leave, run_training
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
 
@@ -36,8 +41,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--floor", type=float, default=0.0, help="learning rate at the end, over that at the start")
     parser.add_argument("--mixture", help="weights of the corpora during the decay: NAME=WEIGHT,…; default: as before")
     parser.add_argument("--name", help="of the new run, beside its parent; default: PARENT-decay-STEP-TOKENS")
+    parser.add_argument(
+        "--predict", action="store_true", help="train nothing: what would it come to, by decays of this run and shape?"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    leave(lambda: run_training(branch(parser.parse_intermixed_args(arguments)), "decay", arguments))
+    options = parser.parse_intermixed_args(arguments)
+    if options.predict:
+        sys.exit(guard(lambda: _predict(options)))
+    leave(lambda: run_training(branch(options), "decay", arguments))
+
+
+def _predict(options: argparse.Namespace) -> int:
+    given = [name for name in ("--name", "--mixture") if getattr(options, name.strip("-"))] + options.overrides
+    if given:
+        raise ConfigError(f"--predict is about the run as it is, and trains nothing: leave {', '.join(given)} out.")
+    _check_length(options.tokens)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+    prediction(options.run, options.at, options.tokens, options.shape, options.floor, console)
+    return 0
+
+
+def _check_length(tokens: int) -> None:
+    if tokens <= 0:
+        raise ConfigError(f"--tokens is {tokens}; a decay takes at least one token.")
 
 
 def branch(options: argparse.Namespace) -> Config:
@@ -52,8 +78,7 @@ def branch(options: argparse.Namespace) -> Config:
         _check_same(there, options, own)
         return there
     at = origin(options.run, options.at, "decay")
-    if options.tokens <= 0:
-        raise ConfigError(f"--tokens is {options.tokens}; a decay takes at least one token.")
+    _check_length(options.tokens)
     decay = {"start": at.tokens, "tokens": options.tokens, "shape": options.shape, "floor": options.floor}
     changed = at.settings(own, decay, options.tokens)
     if options.mixture:

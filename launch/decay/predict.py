@@ -1,0 +1,224 @@
+"""What a decay would come to: the loss at its end, predicted from other decays of the same run.
+
+The gain of a decay is the trunk's loss at the tokens at which the decay ends, minus the loss of the decay. Over the
+decays of a trunk it is taken as linear in two logarithms: of the tokens at the decay's start, and of the decay's length
+as a share of them. The trunk's loss is taken as locally linear in the logarithm of the tokens. docs/decay.md compares
+other forms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from powertrain.data.files import read_record
+from powertrain.launch.estimate.tables import table_of
+from powertrain.train.compose import load
+from powertrain.train.config import Config
+from powertrain.train.console import human
+from powertrain.train.errors import ConfigError
+from powertrain.train.state import RAW
+from powertrain.train.track import is_of_corpus, read_lines, weights_of
+
+LEAST = 2  # decays to predict from
+NEAR, FEW = 0.3, 6  # the trunk's loss is by evaluations within this log factor of the tokens, at least so many nearest
+APART = 0.1  # of the directions in which decays differ, those with less than this share of the spread are not followed
+BEYOND = 1.25  # times the tokens of the trunk's last evaluation: its loss is not extrapolated further
+
+Points = Sequence[tuple[int, float]]  # tokens on the clock, and loss
+
+
+@dataclass(frozen=True)
+class Decayed:
+    """A decay: tokens on the clock where it starts, how long it is, and the loss at its end."""
+
+    start: int
+    tokens: int
+    loss: float = math.nan
+
+    @property
+    def end(self) -> int:
+        """Tokens where it ends."""
+        return self.start + self.tokens
+
+
+def trunk_loss(points: Points, tokens: float) -> float:
+    """The trunk's loss by its evaluations nearby; FEW of them or more are there."""
+    x = np.log([n for n, _ in points]) - math.log(tokens)
+    y = np.array([loss for _, loss in points])
+    near = np.argsort(np.abs(x), kind="stable")[: max(FEW, int((np.abs(x) <= NEAR).sum()))]
+    return float(np.polyfit(x[near], y[near], 1)[1])
+
+
+def predicted(points: Points, decays: Sequence[Decayed], wanted: Decayed) -> float:
+    """The loss at the end of `wanted`.
+
+    The slopes are the smallest that fit best: where decays do not differ in a direction, the gain does not, either.
+
+    Args:
+        points: evaluations of the trunk, FEW or more.
+        decays: of the trunk, one or more.
+    """
+    places = np.log([(decay.start, decay.tokens / decay.start) for decay in decays])
+    gains = np.array([trunk_loss(points, decay.end) - decay.loss for decay in decays])
+    centre, mean = places.mean(axis=0), gains.mean()
+    slopes = np.linalg.lstsq(places - centre, gains - mean, rcond=APART)[0]
+    gain = mean + (np.log((wanted.start, wanted.tokens / wanted.start)) - centre) @ slopes
+    return trunk_loss(points, wanted.end) - float(gain)
+
+
+def held_out(points: Points, decays: Sequence[Decayed]) -> list[float] | None:
+    """The loss of each decay as the others predict it; None where fewer than LEAST others are there."""
+    if len(decays) <= LEAST:
+        return None
+    return [predicted(points, [*decays[:i], *decays[i + 1 :]], decay) for i, decay in enumerate(decays)]
+
+
+# ----------------------------------------------------------------------------------------------------------- the runs
+
+
+def trunk_points(run: Path, config: Config) -> tuple[list[tuple[int, float]], int]:
+    """Evaluations of all corpora of a run on its trunk, and how many targets each is over.
+
+    Raises:
+        ConfigError: there are fewer than FEW of them.
+    """
+    schedule = config.make_schedule()
+    lines = [line for line in _overall(run) if schedule.phase(line["tokens"]) == "trunk"]
+    points = [(line["tokens"], line["loss"]) for line in lines if line["targets"] == lines[-1]["targets"]]
+    if len(points) < FEW:
+        raise ConfigError(
+            f"{run} has {len(points)} evaluations of its trunk, and to predict a decay takes {FEW} or more: train it "
+            "with evaluation.every=…."
+        )
+    return points, lines[-1]["targets"]
+
+
+def decays_of(
+    run: Path, config: Config, shape: str, floor: float, targets: int
+) -> tuple[dict[str, Decayed], list[str]]:
+    """The finished decays of this shape that were branched off a run, by their folder's name, and why others are left
+    out; in the order of their ends."""
+    from powertrain.train.resume import parent
+
+    found: dict[str, Decayed] = {}
+    others = []
+    for folder in sorted(path.parent for path in run.parent.glob("*/config.yaml")):
+        origin = parent(folder) if folder != run else None
+        if origin is None or origin.parent.parent.resolve() != run:
+            continue
+        branch = load(folder / "config.yaml")
+        decay = branch.make_schedule().decay
+        if decay is None:
+            continue
+        why, evaluations = "", _overall(folder)
+        if read_record(folder / "exit.json").get("reason") != "finished" or not evaluations:
+            others.append(f"{folder.name} is not finished")
+            continue
+        last = evaluations[-1]
+        if last["tokens"] < decay.start + decay.tokens:
+            why = "has no evaluation at its end"
+        elif (decay.shape, decay.floor) != (shape, floor):
+            why = f"has the shape {decay.shape}, floor {decay.floor:g}"
+        elif last["targets"] != targets:
+            why = f"was evaluated on {last['targets']:,} targets, its trunk on {targets:,}"
+        elif branch.sequences_at(decay.start) != config.sequences_at(decay.start):
+            why = "has another batch"
+        elif _mixture(branch, last["tokens"] - 1) != _mixture(config, last["tokens"] - 1):
+            why = "has another mixture"
+        if why:
+            others.append(f"{folder.name} {why}")
+        else:
+            found[folder.name] = Decayed(decay.start, decay.tokens, last["loss"])
+    return dict(sorted(found.items(), key=lambda each: each[1].end)), others
+
+
+def _overall(run: Path) -> list[dict[str, Any]]:
+    """The evaluations of all corpora together, of the weights themselves and not of their running average."""
+    lines = (line for line in read_lines(run / "evals.jsonl") if line.get("corpus") == "overall" and is_of_corpus(line))
+    whole = (line for line in lines if line["loss"] is not None and type(line.get("tokens")) is int)
+    return [line for line in whole if weights_of(line) == RAW]
+
+
+def _mixture(config: Config, tokens: int) -> dict[str, float]:
+    sequence = config.trained(tokens) // config.data.sequence_length
+    return [mixture for begin, mixture in config.stages() if begin <= sequence][-1]
+
+
+def reading_at(config: Config, step: int) -> int:
+    """The clock after `step` steps, however long the budget."""
+    tokens = 0
+    phases = config.batch_phases()
+    for (_, sequences), (end, _) in zip(phases, [*phases[1:], (math.inf, 0)], strict=True):
+        size = sequences * config.data.sequence_length
+        own = step if math.isinf(end) else min(step, max(0, -(-(int(end) - tokens) // size)))
+        tokens, step = tokens + own * size, step - own
+    return config.run.tokens_seen + tokens
+
+
+def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, console: Any) -> None:
+    """Print what a decay of `tokens` tokens from `step` would come to, and how well decays that were trained are told.
+
+    Raises:
+        ConfigError: there are fewer than LEAST decays of this shape, too few evaluations of the trunk, or none near the
+            end of the decay; or the step is not on the trunk.
+    """
+    run = run.resolve()
+    config = load(run / "config.yaml")
+    start = reading_at(config, step)
+    if (phase := config.make_schedule().phase(start)) != "trunk":
+        raise ConfigError(f"Step {step} of {run} lies in its {phase}: a decay branches off the trunk.")
+    points, targets = trunk_points(run, config)
+    decays, others = decays_of(run, config, shape, floor, targets)
+    left_out = f" Left out: {'; '.join(others)}." if others else ""
+    if len(decays) < LEAST:
+        raise ConfigError(
+            f"{run} has {len(decays)} finished decays of the shape {shape} with floor {floor:g} beside it, and to "
+            f"predict another takes {LEAST}.{left_out} Train one more, such as one that is short and early."
+        )
+    wanted, reached = Decayed(start, tokens), points[-1][0]
+    if wanted.end > BEYOND * reached:
+        raise ConfigError(
+            f"The decay would end at {wanted.end:,} tokens, and the trunk was last evaluated at {reached:,}: its loss "
+            f"is not extrapolated beyond {BEYOND:g} times that. Train the trunk further, or predict an earlier decay."
+        )
+    starts = [decay.start for decay in decays.values()]
+    if max(starts) < 1.1 * min(starts) and not min(starts) / 1.1 < start < 1.1 * max(starts):
+        raise ConfigError(
+            f"All {len(decays)} decays of {run} with this shape start near {starts[0]:,} tokens, and this one would at "
+            f"{start:,}: they do not say how the gain of a decay changes along the trunk. Train one from another step."
+            + left_out
+        )
+    told = held_out(points, list(decays.values()))
+    table = table_of("decay", "from", "tokens", "loss", *(["by the others", "error"] if told else []))
+    for i, (name, decay) in enumerate(decays.items()):
+        row = [name, f"{decay.start:,}", f"{decay.tokens:,}", f"{decay.loss:.4f}"]
+        table.add_row(*row, *([f"{told[i]:.4f}", f"{told[i] - decay.loss:+.4f}"] if told else []))
+    console.print(table)
+    if others:
+        console.print(left_out.strip())
+    loss = predicted(points, list(decays.values()), wanted)
+    text = f"A decay of {tokens:,} tokens from step {step:,} ({human(start)} tokens) on would come to {loss:.4f}."
+    if told is None:
+        text += f" With {len(decays)} decays nothing is held out, so no error can be given."
+    else:
+        errors = [abs(each - decay.loss) for each, decay in zip(told, decays.values(), strict=True)]
+        text += (
+            f" Each of the {len(decays)} decays is predicted by the others with an error of "
+            f"{sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at most."
+        )
+    for what, own, seen in (
+        ("start", start, starts),
+        ("share of the tokens before it", tokens / start, [decay.tokens / decay.start for decay in decays.values()]),
+    ):
+        beyond = max(own / max(seen), min(seen) / own)
+        if beyond > 1.01:
+            text += f" It extrapolates: its {what} is {beyond:.2g} times beyond that of any of them."
+    if wanted.end > reached:
+        text += f" The trunk's loss is extrapolated from {human(reached)} to {human(wanted.end)} tokens."
+    console.print(text)

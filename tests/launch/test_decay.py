@@ -1,0 +1,207 @@
+"""`decay --predict`: by planted losses, and by decays of a tiny run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_overrides, train_here
+
+from powertrain.launch import decay
+from powertrain.launch.decay.predict import Decayed, held_out, predicted, reading_at, trunk_loss
+from powertrain.train.compose import composed
+
+
+def curve(n: float) -> float:
+    return 3.0 + 40.0 * n**-0.4
+
+
+TRUNK = [(n, curve(n)) for n in range(10_000, 1_000_001, 10_000)]
+
+
+def planted(start: int, tokens: int, along: float = 0.03, length: float = 0.015) -> Decayed:
+    """A decay whose gain on the trunk is linear in the logs of its start and of its share of the tokens before it."""
+    gain = 0.02 + along * math.log(start / 100_000) + length * math.log(tokens / start / 0.1)
+    loss = curve(start + tokens) - gain
+    return Decayed(start, tokens, loss)
+
+
+def test_the_trunks_loss_is_that_of_its_evaluations_nearby() -> None:
+    for n in (60_000, 100_000, 512_345, 1_000_000, 1_200_000):
+        assert trunk_loss(TRUNK, n) == pytest.approx(curve(n), abs=4e-3)
+    draw = np.random.default_rng(0)
+    noisy = [(n, loss + draw.normal(0, 0.01)) for n, loss in TRUNK]
+    errors = [trunk_loss(noisy, n) - curve(n) for n in range(200_000, 900_000, 50_000)]
+    assert np.std(errors) < 0.005  # half of one evaluation's
+    line = [(n, 5 - math.log(n)) for n, _ in TRUNK]
+    assert trunk_loss(line, 2_000_000) == pytest.approx(5 - math.log(2_000_000))
+
+
+def test_a_planted_law_is_predicted() -> None:
+    decays = [planted(100_000, 10_000), planted(200_000, 40_000), planted(400_000, 40_000)]
+    for start, tokens in ((800_000, 80_000), (400_000, 100_000), (700_000, 35_000)):
+        wanted = planted(start, tokens)
+        assert predicted(TRUNK, decays, wanted) == pytest.approx(wanted.loss, abs=3e-3)
+    # Of one share, to a token, nothing is known about others: the gain is that of this share.
+    same = [planted(100_000, 10_000), planted(200_000, 20_000), planted(300_000, 30_001)]
+    for few in (same, same[:2]):
+        wanted, longer = planted(800_000, 80_000), planted(800_000, 160_000)
+        assert predicted(TRUNK, few, wanted) == pytest.approx(wanted.loss, abs=3e-3)
+        assert predicted(TRUNK, few, longer) == pytest.approx(longer.loss + 0.015 * math.log(2), abs=4e-3)
+    # Of one start neither.
+    here = [planted(100_000, 10_000), planted(100_000, 20_000)]
+    wanted, later = planted(100_000, 40_000), planted(200_000, 20_000)
+    assert predicted(TRUNK, here, wanted) == pytest.approx(wanted.loss, abs=3e-3)
+    assert predicted(TRUNK, here, later) == pytest.approx(later.loss + 0.03 * math.log(2), abs=3e-3)
+
+
+def test_an_error_is_that_of_a_decay_which_its_prediction_has_not_seen() -> None:
+    places = ((100_000, 10_000), (200_000, 40_000), (500_000, 50_000), (600_000, 120_000))
+    decays = [planted(*place) for place in places]
+    assert held_out(TRUNK, decays[:2]) is None
+    told = held_out(TRUNK, [*decays[:3], Decayed(*places[3], decays[3].loss + 0.5)])
+    assert told is not None and told[3] == pytest.approx(decays[3].loss, abs=3e-3)
+    assert abs(told[1] - decays[1].loss) > 0.1  # the odd one is among those that predict it
+
+
+def test_a_step_is_where_the_clock_is_then() -> None:
+    config = composed(
+        [
+            "+experiment=quickstart",
+            "run.tokens_seen=1000",
+            "batch.ramp=[{from_tokens: 10_000, sequences: 32}, {from_tokens: 100_000, sequences: 64}]",
+        ]
+    )
+    n, step = 1000, 0
+    while step < 40:  # as training advances
+        assert reading_at(config, step) == n
+        n, step = n + config.sequences_at(n) * 256, step + 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the verb
+
+
+def verb(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        decay.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def runs(words: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trunk with evaluations, two decays off it, and one of another shape."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = ("schedule.decay.tokens=0", "checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=1")
+    trunk = train_here(tiny_overrides(words, cache, folder, "run.name=trunk", *settings))
+    for at, tokens, shape in ((3, 512, "exponential"), (6, 512, "exponential"), (6, 1024, "linear")):
+        asked = ("--at", str(at), "--tokens", str(tokens), "--shape", shape, "--name", f"{shape}-{at}")
+        assert verb(str(trunk), *asked) == 0
+    return folder
+
+
+def predict(runs: Path, *arguments: str, at: int = 9, tokens: int = 600) -> int:
+    return verb(str(runs / "trunk"), "--predict", "--at", str(at), "--tokens", str(tokens), *arguments)
+
+
+def test_decays_of_a_run_predict_another(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(runs)
+    assert predict(runs) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert contents(runs) == before
+    trunk = [json.loads(line) for line in (runs / "trunk/evals.jsonl").read_text().splitlines()]
+    # It had come out of its warmup of 700 tokens at 768.
+    points = [(line["tokens"], line["loss"]) for line in trunk if line["corpus"] == "overall" and line["tokens"] > 700]
+    last = [json.loads((runs / f"exponential-{at}/evals.jsonl").read_text().splitlines()[-1]) for at in (3, 6)]
+    decays = [Decayed(at * 256, 512, line["loss"]) for at, line in zip((3, 6), last, strict=True)]
+    expected = predicted(points, decays, Decayed(9 * 256, 600))
+    assert f"A decay of 600 tokens from step 9 (2.3k tokens) on would come to {expected:.4f}." in told
+    assert "With 2 decays nothing is held out, so no error can be given." in told
+    assert "Left out: linear-6 has the shape linear, floor 0." in told
+    assert "its start is 1.5 times beyond that of any of them" in told  # 2,304 of 1,536 tokens
+    assert "its share of the tokens before it is 1.3 times beyond" in told  # 600 / 2304 of 512 / 1536
+
+
+def test_a_running_average_is_no_evaluation_of_the_trunk(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("*-*/run.json"):
+        path.write_text(path.read_text().replace(str(runs), str(tmp_path / "runs")))
+    for path in (tmp_path / "runs").glob("*/evals.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        both = [*lines, *({**line, "weights": "average", "loss": 9.0} for line in lines)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in both))
+    said = []
+    for folder in (runs, tmp_path / "runs"):
+        assert predict(folder) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_a_third_decay_shows_the_error(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("*-*/run.json"):
+        path.write_text(path.read_text().replace(str(runs), str(tmp_path / "runs")))
+    third = tmp_path / "runs/linear-6/config.yaml"
+    third.write_text(third.read_text().replace("shape: linear", "shape: exponential"))
+    assert predict(tmp_path / "runs") == 0
+    assert "3 decays is predicted by the others with an error of" in " ".join(capsys.readouterr().out.split())
+    # Whatever is not comparable is named.
+    batch = tmp_path / "runs/exponential-3/config.yaml"
+    batch.write_text(batch.read_text().replace("sequences: 8\n  micro", "sequences: 16\n  micro"))
+    evals = tmp_path / "runs/linear-6/evals.jsonl"
+    evals.write_text(evals.read_text().replace('"targets": ', '"targets": 9'))
+    (tmp_path / "runs/exponential-6/exit.json").unlink()
+    assert predict(tmp_path / "runs") == 2
+    said = capsys.readouterr().err
+    for reason in ("exponential-3 has another batch", "exponential-6 is not finished", "linear-6 was evaluated on 9"):
+        assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "said"),
+    [
+        (("--shape", "linear"), {}, "has 1 finished decays of the shape linear"),
+        (("--shape", "sqrt"), {}, "has 0 finished decays of the shape sqrt"),
+        (("--floor", "0.1"), {}, "with floor 0.1 beside it"),
+        ((), {"at": 1}, "lies in its warmup"),
+        ((), {"at": 14}, "the trunk was last evaluated at 3,072"),
+        ((), {"tokens": 0}, "--tokens is 0"),
+        (("--name", "mine"), {}, "leave --name out"),
+        (("optimizer.eps=1",), {}, "leave optimizer.eps=1 out"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(
+    runs: Path, arguments: tuple[str, ...], settings: dict[str, int], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(runs, *arguments, **settings) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_decays_of_one_step_say_nothing_of_another(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs, tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("*-*/run.json"):
+        path.write_text(path.read_text().replace(str(runs), str(tmp_path / "runs")))
+    shutil.rmtree(tmp_path / "runs/exponential-3")
+    other = tmp_path / "runs/linear-6/config.yaml"
+    other.write_text(other.read_text().replace("shape: linear", "shape: exponential"))
+    assert predict(tmp_path / "runs") == 2
+    assert "All 2 decays" in capsys.readouterr().err
+    assert predict(tmp_path / "runs", at=6) == 0
+
+
+def test_a_trunk_without_evaluations_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs / "trunk", tmp_path / "trunk")
+    (tmp_path / "trunk/evals.jsonl").unlink()
+    assert predict(tmp_path) == 2
+    assert "has 0 evaluations of its trunk" in capsys.readouterr().err
