@@ -28,6 +28,7 @@ from powertrain.launch.generate import model_folder
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 LONGEST_WINDOW = 4096  # tokens: the logits of a longer one would take tens of GiB
 
@@ -75,7 +76,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     texts = {path: _read(path) for path in options.text}
     loaded: dict[str, Any] = {}
     if options.tasks:
-        from powertrain.train import tasks
+        with heavy_imports():
+            from powertrain.train import tasks
 
         loaded = tasks.load(options.tasks, options.data)
         unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
@@ -85,7 +87,8 @@ def _evaluate(options: argparse.Namespace) -> int:
                 "--confirm-run-unsafe-code, inside a container, or skip these tasks."
             )
 
-    from powertrain.train.export import load
+    with heavy_imports():
+        from powertrain.train.export import load
 
     tokenizer, model = load(folder)
     report: dict[str, Any] = {

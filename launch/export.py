@@ -22,6 +22,7 @@ from powertrain.train.cli import guard
 from powertrain.train.compose import load
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 if TYPE_CHECKING:
     from powertrain.train.loss import LanguageModelLoss
@@ -43,12 +44,13 @@ def _export(options: argparse.Namespace) -> int:
     run, step, out = options.run, options.step, options.out
     config = load(run / "config.yaml")
 
-    from powertrain.train import checkpoint
-    from powertrain.train.export import check_target, facts_of
-    from powertrain.train.loss import LanguageModelLoss
-    from powertrain.train.model import granite
-    from powertrain.train.state import AVERAGE
-    from powertrain.train.track import read_lines
+    with heavy_imports():
+        from powertrain.train import checkpoint
+        from powertrain.train.export import check_target, facts_of
+        from powertrain.train.loss import LanguageModelLoss
+        from powertrain.train.model import granite
+        from powertrain.train.state import AVERAGE
+        from powertrain.train.track import read_lines
 
     checkpoints = run / "checkpoints"
     chosen = checkpoint.newest_valid(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)

@@ -16,6 +16,7 @@ from pathlib import Path
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +36,8 @@ def _generate(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise ConfigError("The prompt is empty; give at least one character to continue.")
 
-    from powertrain.train.export import generate
+    with heavy_imports():
+        from powertrain.train.export import generate
 
     print(generate(folder, options.prompt, options.max_new_tokens, options.seed))
     return 0

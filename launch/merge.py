@@ -26,6 +26,7 @@ from powertrain.train.cli import guard
 from powertrain.train.compose import load
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 if TYPE_CHECKING:
     from powertrain.train.loss import LanguageModelLoss
@@ -124,7 +125,8 @@ def _chosen(checkpoints: Path, last: int | None, steps: list[int] | None) -> lis
     Raises:
         ConfigError: there are fewer than asked for, or than two, or one is not valid.
     """
-    from powertrain.train import checkpoint
+    with heavy_imports():
+        from powertrain.train import checkpoint
 
     if steps is None:
         found = checkpoint.available(checkpoints)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import least_squares
 
 from .cells import Array
 
@@ -68,6 +67,8 @@ def solve(
     In a form with a cap, where few cells cannot separate b from the cap, b has a weak prior, PRIOR_B ± PRIOR_B_SCALE,
     and there are several starts, because the cost has more than one minimum.
     """
+    from scipy.optimize import least_squares  # here: it takes longer than all of a --help
+
     free = [0, 1, *([2] if form != "power" else []), *([3] if log_parameters is not None else [])]
     size = np.zeros_like(values) if log_parameters is None else log_parameters
     prior = SCALE / PRIOR_B_SCALE if form in CAPPED else 0.0

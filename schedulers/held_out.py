@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.interpolate import Akima1DInterpolator
 
 from . import forms
 from .cells import Array, Cell
@@ -79,6 +78,8 @@ class Worth:
 
 def regret_of(cell: Cell) -> Callable[[Array | float], Array]:
     """Nats above the cell's lowest loss, as a function of the log learning rate."""
+    from scipy.interpolate import Akima1DInterpolator  # here: it takes longer than all of a --help
+
     finite = np.isfinite(cell.losses)
     x, y = np.log(cell.rates)[finite], np.array(cell.losses)[finite]
     curve = Akima1DInterpolator(x, y)

@@ -11,6 +11,7 @@ from powertrain.schedulers import WITH_DECAY
 from powertrain.train.compose import load
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def begun(folder: Path, overrides: Sequence[str]) -> Config | None:
     Raises:
         ConfigError: a change in `overrides` is refused.
     """
-    from powertrain.train import checkpoint
+    with heavy_imports():
+        from powertrain.train import checkpoint
 
     if not checkpoint.available(folder / "checkpoints"):
         return None

@@ -21,6 +21,7 @@ from powertrain.train import streams
 from powertrain.train.compose import composed, existing_run, group_names, options
 from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed, status_of
+from powertrain.train.imports import heavy_imports
 from powertrain.train.redact import HIDDEN, settings_text, without_secrets
 
 LAST_WORDS_SECONDS = 2.0  # in which a rank can print its own error when another has found one, too
@@ -96,8 +97,9 @@ def trained(config: Config, verb: str, arguments: list[str]) -> bool:
         if value == HIDDEN:
             raise ConfigError(f"{name} is a secret, which config.yaml leaves out: give it again, as {name}=….")
     # Only now: a mistake in the configuration should not have to wait for these imports.
-    from powertrain.train.run import train
-    from powertrain.train.stop import Stop
+    with heavy_imports():
+        from powertrain.train.run import train
+        from powertrain.train.stop import Stop
 
     def end(number: int, frame: object) -> None:
         Stop.early = number  # an exception is lost when it meets Python in a destructor

@@ -29,6 +29,7 @@ from powertrain.data import expand
 from powertrain.train.check import check, check_data
 from powertrain.train.config import Config, DataConfig, ModelConfig, RunConfig, setting_names, setting_values, type_of
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 # torch 2.13 warns at every collective of DeepSpeed's that it will have another name.
 warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -83,7 +84,8 @@ def composed(overrides: list[str], checked: bool = True) -> Config:
         del settings["sweep"]
     config = typed(settings, Config)
     if config.run.init_from is not None:
-        from powertrain.train.init_from import adopt  # imports Transformers
+        with heavy_imports():
+            from powertrain.train.init_from import adopt
 
         adopt(config, _model_of_checkpoint(config), _given_model_settings(overrides))
     if checked:

@@ -1,4 +1,4 @@
-"""What a run ran on and with: cores, versions of packages, the commit."""
+"""What a run ran on and with: cores, GPUs, versions of packages, the commit."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import sys
 from pathlib import Path
 
 _PACKAGES = ("powertrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+# Dense bf16 peak in FLOP/s, and bytes of memory, by a part of the device's name, from the vendors' data sheets.
+GPUS = {
+    "H200": (989e12, 141e9),
+    "H100": (989e12, 80e9),
+    "A100": (312e12, 80e9),
+    "L40S": (362e12, 48e9),
+    "B200": (2250e12, 180e9),
+}
 
 
 def available_cores() -> int:

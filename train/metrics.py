@@ -9,16 +9,8 @@ from typing import Any
 import torch
 
 from powertrain.train.config import Config
+from powertrain.train.hardware import GPUS
 from powertrain.train.model import granite
-
-# Dense bf16 peak in FLOP/s, and bytes of memory, by a part of the device's name, from the vendors' data sheets.
-GPUS = {
-    "H200": (989e12, 141e9),
-    "H100": (989e12, 80e9),
-    "A100": (312e12, 80e9),
-    "L40S": (362e12, 48e9),
-    "B200": (2250e12, 180e9),
-}
 
 
 def count_parameters(shapes: Mapping[str, torch.Size], config: Config) -> dict[str, int]:

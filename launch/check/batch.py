@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-
-import torch
+from typing import TYPE_CHECKING
 
 from powertrain.data.loader import IGNORE_INDEX
 from powertrain.launch.check import described
 from powertrain.launch.parser import verb_parser
-from powertrain.train.balance import Balance
 from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
-from powertrain.train.loss import LanguageModelLoss
-from powertrain.train.model import granite, mup
-from powertrain.train.step import loss_terms, total_loss
+from powertrain.train.imports import heavy_imports
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: list[str]) -> int:
@@ -52,6 +51,14 @@ def _gradients(
     config: Config, scope: str, micro_sequences: int
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """(assignments, gradients of the whole loss, gradients of balance + z alone) of a fixed batch of 8 sequences."""
+    with heavy_imports():
+        import torch
+
+        from powertrain.train.balance import Balance
+        from powertrain.train.loss import LanguageModelLoss
+        from powertrain.train.model import granite, mup
+        from powertrain.train.step import loss_terms, total_loss
+
     model = granite.build(config)
     mup.initialize(model.named_parameters(), mup.table(config), config.run.seed)
     module = LanguageModelLoss(model)

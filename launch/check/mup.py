@@ -9,15 +9,18 @@ from rich.table import Table
 
 from powertrain.launch.check import described
 from powertrain.launch.parser import verb_parser
-from powertrain.train import optim
 from powertrain.train.check import batch_doubts, doubts
 from powertrain.train.compose import composed
-from powertrain.train.model import granite, mup
+from powertrain.train.imports import heavy_imports
 
 
 def main(arguments: list[str]) -> int:
     """Print the table; 1 if a measured standard deviation is not the expected one, or a multiplier is not set."""
     config = composed(described(verb_parser("check mup", __doc__).parse_known_args(arguments)[1]))
+    with heavy_imports():
+        from powertrain.train import optim
+        from powertrain.train.model import granite, mup
+
     rows = mup.table(config)
     model = granite.build(config, "meta")
     groups = optim.parameter_groups(model.named_parameters(), rows, config.optimizer)

@@ -17,6 +17,7 @@ from powertrain.launch.parser import verb_parser
 from powertrain.train.check import check
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 _EXACT = ("tokens", "samples", "batch", "lr", "lr_per_group", "phase", "skipped")
 _LOSSES = ("lm_loss", "balance_loss", "z_loss", "loss", "grad_norm")
@@ -32,9 +33,10 @@ def main(arguments: list[str]) -> int:
     config = load(options.run / "config.yaml")
     check(config)
 
-    from powertrain.data.files import read_record
-    from powertrain.train import checkpoint, resume
-    from powertrain.train.track import read_back
+    with heavy_imports():
+        from powertrain.data.files import read_record
+        from powertrain.train import checkpoint, resume
+        from powertrain.train.track import read_back
 
     found = checkpoint.available(options.run / "checkpoints")
     for path in found:

@@ -46,6 +46,7 @@ from powertrain.train.compose import composed
 from powertrain.train.config import Config
 from powertrain.train.console import human
 from powertrain.train.errors import ConfigError
+from powertrain.train.imports import heavy_imports
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,9 +90,10 @@ def _estimate(overrides: list[str], plot: Path | None, ramp: bool) -> int:
 
 def _sections(console: Console, config: Config, cluster: Cluster) -> tuple[list[str], list[str]]:
     """Print all sections, and return errors and warnings."""
-    from powertrain.launch.estimate.memory import USABLE, memory_section
-    from powertrain.train import metrics
-    from powertrain.train.model import mup
+    with heavy_imports():
+        from powertrain.launch.estimate.memory import USABLE, memory_section
+        from powertrain.train import metrics
+        from powertrain.train.model import mup
 
     counts = metrics.parameters_of(config)
     flops = metrics.flops_per_token(config, counts)

@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
+from powertrain.train.hardware import GPUS
 
 # 419 unexpected interruptions in 54 days on 16,384 H100s: arXiv 2407.21783, section 3.3.4.
 FAILURE_HOURS = 54 * 24 * 16_384 / 419
@@ -50,8 +51,6 @@ def cluster_of(settings: list[str]) -> Cluster:
     Raises:
         ConfigError: a setting or GPU that is not known, or a value out of its range.
     """
-    from powertrain.train.metrics import GPUS
-
     try:
         given = OmegaConf.from_dotlist(settings)
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Cluster), given))

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from powertrain.schedulers.cells import Array
 from powertrain.schedulers.forms import PRIOR_B, PRIOR_B_SCALE
@@ -190,6 +189,8 @@ class _Belief:
         losses: Mapping[tuple[Place, float], float],
         target: tuple[float, float] | None,
     ) -> None:
+        from scipy.optimize import least_squares  # here: it takes longer than all of a --help
+
         own: dict[Place, dict[float, float]] = {}
         for (place, rate), loss in losses.items():
             own.setdefault(place, {})[rate] = loss

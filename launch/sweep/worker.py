@@ -35,6 +35,7 @@ from powertrain.train import cli
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.folder import lock
+from powertrain.train.imports import heavy_imports
 from powertrain.train.state import RAW
 from powertrain.train.track import read_back, weights_of
 
@@ -47,7 +48,10 @@ def work(given: list[str], options: argparse.Namespace) -> int:
     sweep = Sweep(given)
     check_launcher(sweep.sweep)
     if not sweep.sweep.launcher:
-        import powertrain.train.run  # noqa: F401  # once, for the processes that are forked from this one
+        with heavy_imports():  # once, for the processes that are forked from this one
+            import matplotlib.figure  # noqa: F401  # of each trial's report
+
+            import powertrain.train.run  # noqa: F401
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     while not orphaned(options.worker):
         progress = sweep.progress()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import importlib
 import json
@@ -16,6 +17,7 @@ from conftest import ROOT, launch
 
 from powertrain.data.tokens import TokenWriter
 from powertrain.launch.__main__ import VERBS
+from powertrain.train.imports import heavy_imports
 from powertrain.train.track import read_lines
 
 
@@ -30,6 +32,65 @@ def verb(name: str, *arguments: str) -> int:
 def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert verb(name, "--help") == 0
     assert "examples:" in capsys.readouterr().out
+
+
+HEAVY = {
+    *("torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets"),
+    *("lm_eval", "wandb", "matplotlib", "scipy"),
+}
+STATUS_AND_HEAVY = """
+import importlib, json, sys
+from pathlib import Path
+
+heavy, commands, seen = *json.loads(sys.argv[1]), []
+for command in commands:
+    verb, *arguments = command.split()
+    try:
+        status = importlib.import_module(f"powertrain.launch.{verb}").main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    seen.append([command, status, sorted(sys.modules.keys() & heavy)])
+Path(sys.argv[2]).write_text(json.dumps(seen))
+"""
+
+
+def test_help_settings_and_refusals_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
+    """Users wait for these imports, for seconds. All in one process: the first to import something is at fault."""
+    done = [*(f"{name} --help" for name in VERBS), "check mup --help", "check batch --help", "check run --help"]
+    done += ["train +experiment=quickstart --cfg", "completion bash"]
+    refused = ["train +experiment=none", "train +experiment=quickstart run.tokens=-1", "prepare data=nowhere"]
+    refused += [f"{name} +experiment=none" for name in ("check mup", "check batch", "estimate", "bench")]
+    refused += ["sweep +sweep=none", "evaluate nowhere --text nowhere", "generate nowhere prompt", "check run nowhere"]
+    refused += [f"{name} nowhere" for name in ("fit", "report", "export", "path")]
+    given = json.dumps([sorted(HEAVY), done + refused])
+    subprocess.run(
+        [sys.executable, "-c", STATUS_AND_HEAVY, given, "seen"], cwd=tmp_path, capture_output=True, check=True
+    )
+    expected = [[command, 2 * (command in refused), []] for command in done + refused]
+    assert json.loads((tmp_path / "seen").read_text()) == expected
+
+
+def test_the_script_prints_its_help_without_heavy_imports() -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--help"]
+    traced = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    imported = {line.rpartition("|")[2].strip() for line in traced.splitlines()}
+    assert "powertrain.train.cli" in imported
+    assert not imported & HEAVY
+
+
+def test_garbage_is_collected_again_after_heavy_imports_whatever_they_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")  # as in a process that has not imported it yet
+    kept = []
+    with pytest.raises(ImportError), heavy_imports():
+        kept.append([kept])
+        assert not gc.isenabled()
+        raise ImportError
+    try:
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        assert not any(each is kept[0] for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
 
 
 def test_the_list_of_verbs_and_a_misspelt_one() -> None:
