@@ -25,6 +25,7 @@ import sys
 
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
+from powertrain.train.imports import heavy_imports
 
 CHECKS = ("mup", "coordinates", "batch", "run")
 # Without an experiment a check needs some budget and some batch; neither changes what it finds.
@@ -37,7 +38,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("name", choices=CHECKS, metavar="|".join(CHECKS), help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    sys.exit(guard(lambda: importlib.import_module(f"{__name__}.{options.name}").main(options.arguments)))
+    sys.exit(guard(lambda: _check(options.name, options.arguments)))
+
+
+def _check(name: str, arguments: list[str]) -> int:
+    with heavy_imports():
+        check = importlib.import_module(f"{__name__}.{name}")
+    status: int = check.main(arguments)
+    return status
 
 
 def described(overrides: list[str]) -> list[str]:
