@@ -16,8 +16,8 @@ from powertrain.train.track import read_lines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
-STEP, EVERY = 1024, 16  # tokens of a step, and steps between checkpoints
-HORIZONS = (512, 2048, 8192)  # steps
+STEP, EVERY = 1024, 8  # tokens of a step, and steps between checkpoints
+HORIZONS = (256, 1024, 4096)  # steps
 SCHEDULES = {
     "power": ("schedule=power", "schedule.a=95.3", "schedule.b=-0.516", "schedule.max_lr=0.0239"),  # ../law's
     "wsd": ("schedule=wsd", "schedule.lr=0.016"),
