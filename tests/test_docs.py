@@ -36,7 +36,7 @@ set -euo pipefail
 trap 'echo "FAILED: $BASH_COMMAND"' ERR
 smaller="{SMALLER}"
 shorter="run.tokens=40_960 schedule.warmup_tokens=4_096 schedule.decay.tokens=8_192"
-larger_batches="sweep.batch=[0.25,0.5] sweep.tokens=[61_440,122_880,245_760] sweep.min_steps=30"  # fewer steps
+larger_batches="sweep.batch=[0.25,0.5] sweep.tokens=[122_880,184_320,245_760] sweep.min_steps=50"  # fewer steps
 # Dense, so there is one Trainer and not one for each implementation of experts, which test_bench.py tries.
 one_shape="+experiment=proxy_tiny batch.sequences=2 batch.micro_sequences=2 --rounds 1 --steps 1"
 once() {{
