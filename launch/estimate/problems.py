@@ -11,7 +11,6 @@ from rich.filesize import decimal
 
 from powertrain.data import DataError, expand
 from powertrain.launch.estimate.cluster import Cluster
-from powertrain.train.checkpoint import bytes_a_parameter
 from powertrain.train.config import Config
 from powertrain.train.console import human
 from powertrain.train.errors import ConfigError
@@ -121,6 +120,8 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
 
 def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list[str], list[str]]:
     """Errors and warnings about kernels, disk, checkpoints and nodes; warnings where this is not the run's machine."""
+    from powertrain.train.checkpoint import bytes_a_parameter
+
     from powertrain.train.model import granite
 
     errors: list[str] = []

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from powertrain.launch.estimate.cluster import Cluster
-from powertrain.train.checkpoint import bytes_a_parameter
 from powertrain.train.config import Config
 from powertrain.train.console import duration, human
 
@@ -30,6 +29,8 @@ def time_section(
     console: Console, config: Config, cluster: Cluster, count: int, flops: float, engine: str | None
 ) -> None:
     """Print time, cost, checkpoints, and the time that failures lose."""
+    from powertrain.train.checkpoint import bytes_a_parameter
+
     console.rule("time and disk", align="left")
     each = bytes_a_parameter(config.average.window is not None)
     size = each * count
