@@ -121,7 +121,6 @@ def data_problems(config: Config, console: Console) -> tuple[list[str], list[str
 def machine_problems(config: Config, cluster: Cluster, count: int) -> tuple[list[str], list[str]]:
     """Errors and warnings about kernels, disk, checkpoints and nodes; warnings where this is not the run's machine."""
     from powertrain.train.checkpoint import bytes_a_parameter
-
     from powertrain.train.model import granite
 
     errors: list[str] = []
