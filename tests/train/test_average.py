@@ -242,7 +242,7 @@ def test_on_every_engine(
         export([str(averaged), "--average", "--step", "8"])
     assert not ended.value.code
     init_from = f"run.init_from={averaged / 'model-8-average'}"
-    begun = run("run.name=from-it", f"precision={precision}", init_from, "evaluation.every=100", "run.tokens=1024")
+    begun = run("run.name=from-it", f"precision={precision}", init_from, "evaluation.every=100")
     losses = {(line["step"], line["weights"], line["corpus"]): line["loss"] for line in others}
     (first,) = (line for line in read_lines(begun / "evals.jsonl") if (line["step"], line["corpus"]) == (0, "overall"))
     measured, raw = losses[8, "average", "overall"], losses[8, "raw", "overall"]
