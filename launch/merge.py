@@ -1,4 +1,4 @@
-"""Merge checkpoints of a run into one model, a mean of their weights, in place of a decay. The run is not changed.
+"""Merge checkpoints of a run into one model, the mean of their weights, without training. The run is not changed.
 
 usage: powertrain merge RUN --last K | --steps S S … [--weights SHAPE] [--evaluate] --out FOLDER
 
@@ -6,7 +6,7 @@ examples:
   powertrain merge runs/quickstart --last 5 --out runs/quickstart-merged
   powertrain merge runs/quickstart --steps 160 180 200 --weights sqrt --evaluate --out runs/quickstart-sqrt
 
-docs/averages.md says what the weights mean, and when a merge can stand in for a decay.
+The model is written as a Hugging Face folder. docs/averages.md says how --weights SHAPE acts as a decay.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ UNIFORM = "uniform"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the merged model, and its validation loss if asked for."""
+    """Write the merged model; with --evaluate, print its validation loss."""
     parser = verb_parser("merge", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a run")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--last", type=int, metavar="K", help="its K newest checkpoints")
-    which.add_argument("--steps", type=int, nargs="+", metavar="S", help="the checkpoints of these steps")
+    which.add_argument("--last", type=int, metavar="K", help="merge its K newest checkpoints")
+    which.add_argument("--steps", type=int, nargs="+", metavar="S", help="merge the checkpoints of these steps")
     parser.add_argument(
         "--weights",
         choices=(UNIFORM, *SHAPES),
         default=UNIFORM,
-        help="equal ones, or those that act as a decay of this shape from the first checkpoint on; default: uniform",
+        help="uniform (default), or the shape of a decay that the merge acts as, from its first checkpoint on",
     )
-    parser.add_argument("--evaluate", action="store_true", help="validation loss, as the run evaluates")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new one, for the model")
+    parser.add_argument("--evaluate", action="store_true", help="print the validation loss too, as the run measures it")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to; must not exist")
     sys.exit(guard(lambda: _merge(parser.parse_args(arguments))))
 
 
@@ -61,13 +61,13 @@ def merge_weights(shape: str, tokens: Sequence[int]) -> list[float]:
 
         Σ w_i θ_i = θ_1 + Σ_j f_j u_j  with  f_j = w_j + … + w_K.
 
-    So a merge is θ_1 with every later update scaled down, the later the more: what a decay does to learning rates, but
-    for the gradients, which are those of the undecayed run (WSM, arXiv 2507.17634). Read backwards it gives the
+    So a merge is θ_1 plus all later updates, each scaled down, later ones more. A decay scales learning rates so; but
+    here the gradients are those of the run without a decay (WSM, arXiv 2507.17634). Read backwards it gives the
     weights of a decay f that falls from f_1 = 1 to f_(K+1) = 0: w_i = f_i − f_(i+1).
 
     Here f_i = s(x_i), where s is a shape of `Decay` and x_i = (1 − 1/K)(n_i − n_1)/(n_K − n_1) for a checkpoint after
-    n_i tokens. The decay begins at the first checkpoint and is over one mean interval after the last one, whose update
-    so still counts. With evenly spaced checkpoints x_i = (i − 1)/K: "linear" then has w_i = 1/K, the same as
+    n_i tokens. The decay begins at the first checkpoint and ends one mean interval after the last one, so the update of
+    the last one still counts. With evenly spaced checkpoints x_i = (i − 1)/K: "linear" then has w_i = 1/K, the same as
     "uniform", the plain mean. "exponential" and "sqrt" (1 − √x) fall faster in the beginning, so they give early
     checkpoints more weight.
 
@@ -86,7 +86,7 @@ def _merge(options: argparse.Namespace) -> int:
     run, out = options.run, options.out
     config = load(run / "config.yaml")
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"--out {out} exists, and a merge replaces nothing: name a new folder.")
+        raise ConfigError(f"--out {out} exists, and a merge replaces nothing: name a folder that does not exist.")
     chosen = _chosen(run / "checkpoints", options.last, options.steps)
     _check_same_model(config, run, chosen)
 
@@ -110,7 +110,7 @@ def _merge(options: argparse.Namespace) -> int:
         "evaluations": lines,
     }
     shares = ", ".join(f"{state.step:,} ({weight:.4f})" for state, weight in zip(states, weights, strict=True))
-    merged = f"checkpoints of steps {shares}, {options.weights} weights"
+    merged = f"checkpoints of steps {shares}, --weights {options.weights}"
     facts = {**facts_of(states[-1], lines), "merged from": merged}
     difference = export_loaded(config, loss, run / "tokenizer", out, facts, record)
     print(f"{run}, {merged} → {out} (logits within {difference:.1e} of the trainer's)")
@@ -133,8 +133,8 @@ def _chosen(checkpoints: Path, last: int | None, steps: list[int] | None) -> lis
         steps = [checkpoint.step_of(path) for path in found]
         if last is None or not 2 <= last <= len(steps):
             raise ConfigError(
-                f"--last is {last}, and {checkpoints} has checkpoints of steps {steps}: a merge takes two or more of "
-                "them. checkpoint.keep is how many a run keeps."
+                f"--last is {last}, and {checkpoints} has checkpoints of steps {steps}: --last has to be 2 or more, "
+                "and no more than there are. checkpoint.keep is how many a run keeps."
             )
         steps = steps[-last:]
     if len(steps) < 2 or len({*steps}) < len(steps):
@@ -143,10 +143,10 @@ def _chosen(checkpoints: Path, last: int | None, steps: list[int] | None) -> lis
 
 
 def _check_same_model(config: Config, run: Path, chosen: list[Path]) -> None:
-    """Check that each checkpoint is of the run's model and tokenizer.
+    """Check that each checkpoint has the model and tokenizer of the run.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one has not.
     """
     from powertrain.data.tokenizer import load_tokenizer
     from powertrain.train.checkpoint import read_state
@@ -165,12 +165,12 @@ def _check_same_model(config: Config, run: Path, chosen: list[Path]) -> None:
             differing = ", ".join(f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in names)
             raise ConfigError(
                 f"{path} is of another model than {run / 'config.yaml'}: {differing}. Only checkpoints of one model "
-                "can be merged; leave that step out."
+                "can be merged: leave that step out."
             )
         if read_state(path)["data_fingerprint"].get(TOKENIZER, fingerprint) != fingerprint:
             raise ConfigError(
-                f"{path} was trained with another tokenizer than that in {run / 'tokenizer'}, so its tokens mean "
-                "something else. Leave that step out."
+                f"{path} was trained with another tokenizer than that in {run / 'tokenizer'}, so its weights do not "
+                "fit that one. Leave that step out."
             )
 
 

@@ -15,8 +15,8 @@ def newest_weight(window: float, new: int, tokens: int) -> float:
     """k in average ← average + k · (weights − average), after a step.
 
     The weights after step i, at T_i tokens, count (T_i / T)^c − (T_(i−1) / T)^c in the average at T tokens. These sum
-    to 1, are the same however the tokens are divided into steps (a batch may grow), and T is all they know of the run:
-    no horizon, and no beginning that has to be corrected. From one step to the next they all shrink by
+    to 1 and are the same however the tokens are divided into steps (a batch may grow). They depend on T alone: on no
+    horizon, and with no bias at the beginning that has to be corrected. From one step to the next they all shrink by
     (1 − new / T)^c, so k = 1 − (1 − new / T)^c. It is 1 at the first step, and about c · new / T later.
 
     c = 2 / window − 1 gives the average the mean age of a plain mean over the last `window` · T tokens, which is half
@@ -37,7 +37,7 @@ def newest_weight(window: float, new: int, tokens: int) -> float:
 class Average:
     """The average of what this rank keeps of the weights: float32, 4 bytes a parameter, where the masters are.
 
-    It begins as the weights are, which then stand for all earlier ones, unless `read` has an earlier average. With
+    It begins with the present weights, which then stand for all earlier ones, or with what `read` has. With
     k = 0.0002, a hundred thousand steps into a run with a window of 0.1, float32 holds it to about 3e-4 of a weight.
 
     Attributes:
@@ -55,14 +55,14 @@ class Average:
                 self.values[name].copy_(read(name, fragment.start, fragment.stop))
 
     def update(self, new: int, tokens: int) -> None:
-        """Count the weights after a step of `new` tokens, at `tokens` tokens of the run. A skipped step counts, too."""
+        """Add the weights after a step of `new` tokens, at `tokens` tokens of the run. A skipped step counts, too."""
         k = newest_weight(self.window, new, tokens)
         for name, fragment in self._engine.fragments().items():
             self.values[name].lerp_(fragment.master, k)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the average as its weights, which are back afterwards, bit for bit. Collective."""
+        """The model has the average as its weights inside, and its own again afterwards, bit for bit. Collective."""
         self._swap()
         yield
         self._swap()  # not after an error: the run ends, and other ranks may be gone

@@ -79,7 +79,7 @@ def origin(run: Path, step: int, verb: str) -> Origin:
     tokens = checkpoint.load_state(chosen).tokens
     if config.schedule["name"] not in WITH_DECAY:
         raise ConfigError(
-            f"{run} was trained with the schedule '{config.schedule['name']}', which has no decay to branch; "
+            f"{run} was trained with the schedule '{config.schedule['name']}', which has no decay; "
             f"{' and '.join(WITH_DECAY)} have one."
         )
     phase = config.make_schedule().phase(tokens)
@@ -93,7 +93,7 @@ def origin(run: Path, step: int, verb: str) -> Origin:
 
 
 def begun(folder: Path, overrides: Sequence[str]) -> Config | None:
-    """The configuration of the branch in `folder` if it has a checkpoint of its own: it no longer needs its parent.
+    """The configuration of the branch in `folder` if it has a checkpoint of its own and so needs no parent any more.
 
     Raises:
         ConfigError: a change in `overrides` is refused.
@@ -107,10 +107,10 @@ def begun(folder: Path, overrides: Sequence[str]) -> Config | None:
 
 
 def check_same(folder: Path, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Check that the branch in `folder` is asked for with the options that it was begun with.
+    """Check that the branch in `folder` was begun with the options that are given now.
 
     Raises:
         ConfigError: an option differs.
     """
     if differing := ", ".join(f"{name} {was[name]}, not {asked[name]}" for name in was if was[name] != asked[name]):
-        raise ConfigError(f"{folder} holds a branch with {differing}. Give the new one a --name of its own.")
+        raise ConfigError(f"{folder} holds a branch with {differing}. Give the new branch another --name.")

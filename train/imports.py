@@ -1,4 +1,4 @@
-"""Imports that take seconds: torch, Transformers, and what stands on them."""
+"""Imports that take seconds: torch, Transformers, and what imports them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Around the first import of torch: Python looks for no garbage meanwhile, and later for none in what is there.
+    """Around the first import of torch: no garbage collection meanwhile, nor later of the objects that exist by then.
 
-    Modules make hundreds of thousands of objects, which live as long as the process. Searching them takes a third of
-    the time of the imports, and goes on in the run and in every process that is forked from this one.
+    Modules make hundreds of thousands of objects, which live as long as the process. To search them for garbage takes a
+    third of the time of the imports, and would take more in the run and in every process that is forked from it.
     """
-    if "torch" in sys.modules:  # objects of a run may be there already, which are to be freed
+    if "torch" in sys.modules:  # there may be objects of a run already, which have to be collected
         yield
         return
     gc.disable()

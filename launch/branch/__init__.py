@@ -1,14 +1,15 @@
-"""Measure the critical batch of a run by branches with several batches off a checkpoint. The run is not changed.
+"""Measure the critical batch of a run, by branches with several batches off one checkpoint. The run is not changed.
 
 usage: powertrain branch RUN --at STEP --batch 1x 2x 4x … [--tokens N] [--name NAME] [KEY=VALUE …]
        accelerate launch $(which powertrain) branch RUN --at STEP --batch 1x 2x 4x …
 
-A batch is a multiple of the run's batch at that step. Each branch sees the same sequences in the same order, at the
-learning rate that the Power schedule gives for its batch, and ends in a decay to 0 over its last quarter. All are then
-evaluated on the same validation sequences: which batch needs more tokens for the same loss?
+Batches are multiples of the run's batch at that step. A branch for each of them is trained on the same sequences in the
+same order, at the learning rate that the Power schedule has for its batch, and ends in a decay to 0 over its last
+quarter. All are evaluated on the same validation sequences. The result is a table of the tokens that each batch needs
+for the same loss, the critical batch, and a batch.ramp to follow it. docs/branch.md explains them.
 
-KEY=VALUE changes settings of the parent's configuration. After a stop or a kill the same command resumes. With another
-evaluation.sequences finished branches are evaluated again, and not trained again.
+KEY=VALUE changes settings of the run's configuration for the branches. After a stop or a kill the same command resumes.
+With another evaluation.sequences finished branches are evaluated again, and nothing is trained.
 
 examples:
   powertrain branch runs/trunk --at 200 --batch 1x 2x 4x 8x
@@ -48,14 +49,14 @@ from powertrain.train.config import BatchConfig, Config
 from powertrain.train.errors import ConfigError, Diverged
 
 MIN_STEPS = 32  # of the largest batch: AdamW's second moment remembers some 20 steps
-SHARE = 20  # by default a branch takes at least a twentieth of the tokens that the run has trained
+SHARE = 20  # by default a branch has at least a twentieth of the tokens that the run has trained
 DECAY = 4  # a branch's last quarter is its decay
 
 _MULTIPLE = re.compile(r"(\d+(?:\.\d+)?)x")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the branches, evaluate them, and print what they say."""
+    """Train the branches, evaluate them, and print the critical batch."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = verb_parser("branch", __doc__)
     parser.add_argument("run", type=Path, help="the folder of the run to branch off")
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         "tokens that the run has trained",
     )
     parser.add_argument(
-        "--name", help="of the branches, beside their parent, before the batch; default: RUN-branch-STEP"
+        "--name", help="names the branches NAME-2x and so on, in folders beside the run's; default: RUN-branch-STEP"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     leave(lambda: _branch(parser.parse_intermixed_args(arguments), arguments))
@@ -92,7 +93,7 @@ def _branch(options: argparse.Namespace, arguments: list[str]) -> int:
     if halves is None:
         return 0
     if halves[0] is None:
-        console.print("Cannot tell the critical batch: the branch of half the tokens has diverged.")
+        console.print("Cannot tell the critical batch: the branch with half of the tokens has diverged.")
         return 0
     if is_main:
         found = critical([float(each) for each in plan.sequences], sums, best, halves[0])
@@ -133,8 +134,9 @@ class Plan:
         labels = ", ".join(map(_label, self.multiples))
         return (
             f"Branches of {self.options.run} at step {self.options.at:,}, {self.start:,} tokens: batches of {labels} × "
-            f"{self.base:,} sequences, {self.tokens:,} tokens each, and the best of them once more over half; the last "
-            f"quarter of each is a decay to 0. In all {self.tokens * (2 * len(self.multiples) + 1) // 2:,} tokens."
+            f"{self.base:,} sequences, {self.tokens:,} tokens each, and the best of them once more with half of the "
+            "tokens. The last quarter of each is a decay to 0. "
+            f"In all {self.tokens * (2 * len(self.multiples) + 1) // 2:,} tokens."
         )
 
     def config(self, multiple: Fraction, half: bool = False) -> Config:
@@ -194,9 +196,9 @@ def check_law(config: Config) -> Power:
     if power is None or power.batch_exponent <= 0:
         raise ConfigError(
             f"Branches take their learning rates from the schedule, and '{config.schedule['name']}' has no law for "
-            "another batch: a loss could not tell a batch that is too large from a learning rate that does not fit it. "
-            "Branch a run of schedule=power with a batch_exponent above 0; for others `powertrain sweep` and "
-            "`powertrain fit` find the critical batch (docs/law.md)."
+            "another batch: the loss could not tell a batch that is too large from a learning rate that does not fit "
+            "it. Branch off a run with schedule=power and a batch_exponent above 0. For other schedules "
+            "`powertrain sweep` and `powertrain fit` find the critical batch (docs/law.md)."
         )
     return power
 
@@ -204,10 +206,10 @@ def check_law(config: Config) -> Power:
 def _multiples(texts: list[str]) -> list[Fraction]:
     for text in texts:
         if not _MULTIPLE.fullmatch(text) or not Fraction(text[:-1]):
-            raise ConfigError(f"--batch has '{text}'; a multiple of the run's batch is written 2x or 0.5x.")
+            raise ConfigError(f"--batch has '{text}'; give multiples of the run's batch, written as 2x or 0.5x.")
     multiples = sorted({Fraction(text[:-1]) for text in texts})
     if len(multiples) < 2:
-        raise ConfigError("--batch has one multiple; to compare takes two or more, such as 1x 2x 4x 8x.")
+        raise ConfigError("--batch has one multiple; a comparison takes two or more, such as 1x 2x 4x 8x.")
     return multiples
 
 
@@ -269,7 +271,7 @@ def _starts(config: Config) -> int:
 
 
 def _losses(configs: list[Config], arguments: list[str]) -> list[Array | None] | None:
-    """Train and evaluate branches, as far as they are not. Collective.
+    """Train and evaluate those branches that are not trained or not evaluated yet. Collective.
 
     Returns:
         (N, 2) nats and targets of every validation sequence, or None for a branch that has diverged; None if one was
@@ -336,7 +338,7 @@ def _measured(config: Config) -> Array:
     sums = parts.validation.per_sequence(engine)
     if not len(sums):
         problems = "; ".join(parts.validation.problems.values())
-        raise ConfigError(f"No validation split is as long as a sequence: {problems}.")
+        raise ConfigError(f"No corpus has a validation split that a sequence fits in: {problems}.")
     if engine.is_main:
         record = {"tokens": config.end_tokens, "asked": config.evaluation.sequences, "sums": sums.tolist()}
         replace_text(config.run_folder / "sequences.json", json.dumps(record) + "\n")
@@ -365,7 +367,8 @@ def _report(console: Console, plan: Plan, config: Config, found: Critical, half:
     console.print(_verdict(plan, found, half))
     laws = [power.critical_batch(tokens) / config.beta(1) for tokens in (plan.start, plan.start + plan.tokens)]
     console.print(
-        f"The schedule's own, where its cap binds: {laws[0]:,.1f} sequences at the start, {laws[1]:,.1f} at the end."
+        f"The schedule's own critical batch, where its cap binds: {laws[0]:,.1f} sequences at the start of the "
+        f"branches, {laws[1]:,.1f} at their end."
     )
     if found.bound is not None:
         console.print(ramp(plan, found.bound), soft_wrap=True)
@@ -378,30 +381,31 @@ def _times(needed: Interval) -> str:
 
 def _verdict(plan: Plan, found: Critical, half: Array) -> str:
     best, (nats, targets) = _label(plan.multiples[found.best]), half.sum(axis=0)
-    more = "Give more --tokens (and a --name), or evaluate more sequences (evaluation.sequences=…)."
-    said = f"Losses are over {len(half):,} validation sequences, intervals 95% of resamples of them. "
+    more = "Train longer branches (--tokens, with another --name), or evaluate more sequences (evaluation.sequences=…)."
+    said = f"Losses are over {len(half):,} validation sequences; intervals are 95%, over resamples of them. "
     if found.critical is None or found.needed is None:
         return (
-            f"{said}Cannot tell the critical batch: half of the tokens bring {best} to a loss of {nats / targets:.4f}, "
-            f"and by how much the other half lowers it is not known to within a half. {more}"
+            f"{said}Cannot tell the critical batch. With half of the tokens {best} has a loss of {nats / targets:.4f}; "
+            f"how much the other half lowers it is not known to within half of that difference. {more}"
         )
     low, value, high = vars(found.critical).values()
-    which = f"critical batch, the one that needs {MORE:g} times the tokens of {best},"
+    which = f"critical batch, which needs {MORE:g} times the tokens of {best},"
     if math.isfinite(high):
         said += f"The {which} is {value:,.1f} sequences ({low:,.1f} to {high:,.1f})."
     elif found.bound is None:
-        said += f"Cannot tell the {which} which may be anywhere from {low:,.1f} sequences on. {more}"
+        said += f"The {which} is not known: it may be any from {low:,.1f} sequences on. {more}"
     elif math.isinf(low):
         said += f"The {which} is above the largest branch, {plan.sequences[-1]:,} sequences."
     else:
         said += f"The {which} is {low:,.1f} sequences or more. {more}"
     if any(each.low > 1 for each in found.needed[: found.best]):
         said += (
-            f" Batches below {best} need more tokens, too. At its best learning rate a smaller batch does not, so the "
-            "schedule's is not the best one there: a larger schedule.a, or another batch_exponent, may be."
+            f" Batches below {best} need more tokens, too. At its best learning rate a smaller batch would not, so the "
+            "schedule's learning rate is not the best one there. A larger schedule.a or another batch_exponent may fit "
+            "better."
         )
     elif found.best == 0 and high <= plan.sequences[1]:
-        said += f" {best} itself may be near or above it: branch with smaller ones, such as 0.5x."
+        said += f" {best} itself may be near or above the critical batch: try smaller ones, such as 0.5x."
     return said
 
 
@@ -427,9 +431,11 @@ def ramp(plan: Plan, batch: float) -> str:
     ahead = [(begin, size) for begin, size in ahead if size > taken[-1][1]]
     if not ahead:
         return (
-            f"By the schedule's exponent it gives no larger batch than {taken[-1][1]:,} sequences before the run's end."
+            f"A ramp that follows it has no larger batch than {taken[-1][1]:,} sequences before the end of the run, "
+            "so there is none to paste."
         )
     return (
-        "From its newest checkpoint on the run can follow it, growing as the schedule's, up to the largest branch:\n"
+        "From its newest checkpoint on the run can follow it, up to the largest branch. The batch grows as the "
+        "schedule's critical batch does:\n"
         f"  {ramp_setting([*taken, *ahead])}"
     )

@@ -1,13 +1,13 @@
 """The critical batch of a run, from the losses of branches with several batches at equal tokens.
 
-Each branch ends in a decay to 0, so that losses compare: under a held learning rate a loss has a part that depends on
-the learning rate and the batch, and that a decay removes. (arXiv 2505.23971 branches likewise, scales the learning rate
-by the root of the batch, smooths losses under a held learning rate, and allows 0.01 nats.)
+Each branch ends in a decay to 0, so that losses can be compared: before a decay, a part of the loss depends on the
+learning rate and the batch, and the decay removes it. (arXiv 2505.23971 measures with branches too, scales the learning
+rate by the root of the batch, compares smoothed losses without a decay, and allows a difference of 0.01 nats.)
 
-The batch with the lowest loss is trained twice, over all tokens and over half of them. In between its loss is taken as
-linear in the log of tokens, which turns the loss of another batch into the tokens that the best one takes to the same
-loss. The critical batch is the one above the best that needs MORE times as many (a fifth more, as in arXiv 2410.21676).
-At its own best learning rate no smaller batch would need more than the best.
+The batch with the lowest loss is trained twice, with all tokens and with half of them. Between the two its loss is
+taken as linear in the log of the tokens, which turns the loss of another batch into the tokens that the best one takes
+to the same loss. The critical batch is the one, larger than the best, that needs MORE times as many (a fifth more, as
+in arXiv 2410.21676). At its own best learning rate no smaller batch would need more tokens than the best.
 
 Intervals are 95%: all is computed again for DRAWS resamples of the validation sequences, each the same for all
 branches. So they are about these sequences, and not about another order of the training data.

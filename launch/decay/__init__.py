@@ -4,12 +4,15 @@ usage: powertrain decay RUN --at STEP --tokens N [options] [KEY=VALUE …]
        accelerate launch $(which powertrain) decay RUN --at STEP --tokens N …
        powertrain decay RUN --at STEP --tokens N --predict
 
-KEY=VALUE changes settings of the parent's configuration, such as data.corpora.books.path=… or batch.micro_sequences=2.
+The decay is a run of its own, in a folder beside the run's, and ends with a model. The same command resumes it.
+--predict trains nothing: it predicts the loss at the end from finished decays of the run. KEY=VALUE changes settings of
+the run's configuration for the decay, such as data.corpora.books.path=… or batch.micro_sequences=2. docs/decay.md has
+more.
 
 examples:
   powertrain decay runs/quickstart --at 200 --tokens 200_000
   powertrain decay runs/quickstart --at 200 --tokens 200_000 --shape linear --name quickstart-linear
-  powertrain decay runs/quickstart --at 250 --tokens 200_000 --predict    # its loss, by two decays or more; no training
+  powertrain decay runs/quickstart --at 250 --tokens 200_000 --predict    # from two decays or more
   powertrain decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
 """
 
@@ -31,18 +34,22 @@ from powertrain.train.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the branch."""
+    """Train the decay, or predict its loss."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = verb_parser("decay", __doc__)
     parser.add_argument("run", type=Path, help="the folder of the run to branch off")
     parser.add_argument("--at", type=int, required=True, help="step of one of its checkpoints")
     parser.add_argument("--tokens", type=int, required=True, help="length of the decay")
-    parser.add_argument("--shape", choices=SHAPES, default="exponential")
-    parser.add_argument("--floor", type=float, default=0.0, help="learning rate at the end, over that at the start")
-    parser.add_argument("--mixture", help="weights of the corpora during the decay: NAME=WEIGHT,…; default: as before")
-    parser.add_argument("--name", help="of the new run, beside its parent; default: PARENT-decay-STEP-TOKENS")
+    parser.add_argument("--shape", choices=SHAPES, default="exponential", help="default: exponential")
     parser.add_argument(
-        "--predict", action="store_true", help="train nothing: what would it come to, by decays of this run and shape?"
+        "--floor", type=float, default=0.0, help="learning rate at the end, as a share of that at the start; default: 0"
+    )
+    parser.add_argument("--mixture", help="weights of the corpora during the decay: NAME=WEIGHT,…; default: as before")
+    parser.add_argument(
+        "--name", help="of the new run, whose folder is beside the parent's; default: RUN-decay-STEP-TOKENS"
+    )
+    parser.add_argument(
+        "--predict", action="store_true", help="train nothing; predict the loss from finished decays of this run"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args(arguments)
@@ -54,7 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _predict(options: argparse.Namespace) -> int:
     given = [name for name in ("--name", "--mixture") if getattr(options, name.strip("-"))] + options.overrides
     if given:
-        raise ConfigError(f"--predict is about the run as it is, and trains nothing: leave {', '.join(given)} out.")
+        raise ConfigError(
+            f"--predict trains nothing and takes the settings of the run as they are: leave {', '.join(given)} out."
+        )
     _check_length(options.tokens)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
     prediction(options.run, options.at, options.tokens, options.shape, options.floor, console)
@@ -63,7 +72,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _check_length(tokens: int) -> None:
     if tokens <= 0:
-        raise ConfigError(f"--tokens is {tokens}; a decay takes at least one token.")
+        raise ConfigError(f"--tokens is {tokens}; it is the length of the decay, and has to be above 0.")
 
 
 def branch(options: argparse.Namespace) -> Config:

@@ -1,4 +1,4 @@
-"""What a decay would come to: the loss at its end, predicted from other decays of the same run.
+"""The loss at the end of a decay, predicted from other decays of the same run.
 
 The gain of a decay is the trunk's loss at the tokens at which the decay ends, minus the loss of the decay. Over the
 decays of a trunk it is taken as linear in two logarithms: of the tokens at the decay's start, and of the decay's length
@@ -26,8 +26,8 @@ from powertrain.train.state import RAW
 from powertrain.train.track import is_of_corpus, read_lines, weights_of
 
 LEAST = 2  # decays to predict from
-NEAR, FEW = 0.3, 6  # the trunk's loss is by evaluations within this log factor of the tokens, at least so many nearest
-APART = 0.1  # of the directions in which decays differ, those with less than this share of the spread are not followed
+NEAR, FEW = 0.3, 6  # the trunk's loss is fitted to its evaluations within this log factor, and to so many at least
+APART = 0.1  # a direction in which decays differ by less than this share of the largest spread gets no slope
 BEYOND = 1.25  # times the tokens of the trunk's last evaluation: its loss is not extrapolated further
 
 Points = Sequence[tuple[int, float]]  # tokens on the clock, and loss
@@ -48,7 +48,7 @@ class Decayed:
 
 
 def trunk_loss(points: Points, tokens: float) -> float:
-    """The trunk's loss by its evaluations nearby; FEW of them or more are there."""
+    """The trunk's loss from its evaluations nearby, of which there are FEW or more."""
     x = np.log([n for n, _ in points]) - math.log(tokens)
     y = np.array([loss for _, loss in points])
     near = np.argsort(np.abs(x), kind="stable")[: max(FEW, int((np.abs(x) <= NEAR).sum()))]
@@ -73,7 +73,7 @@ def predicted(points: Points, decays: Sequence[Decayed], wanted: Decayed) -> flo
 
 
 def held_out(points: Points, decays: Sequence[Decayed]) -> list[float] | None:
-    """The loss of each decay as the others predict it; None where fewer than LEAST others are there."""
+    """The loss of each decay as predicted from the others; None where there are fewer than LEAST others."""
     if len(decays) <= LEAST:
         return None
     return [predicted(points, [*decays[:i], *decays[i + 1 :]], decay) for i, decay in enumerate(decays)]
@@ -93,8 +93,8 @@ def trunk_points(run: Path, config: Config) -> tuple[list[tuple[int, float]], in
     points = [(line["tokens"], line["loss"]) for line in lines if line["targets"] == lines[-1]["targets"]]
     if len(points) < FEW:
         raise ConfigError(
-            f"{run} has {len(points)} evaluations of its trunk, and to predict a decay takes {FEW} or more: train it "
-            "with evaluation.every=…."
+            f"{run} has {len(points)} evaluations of its trunk, and a prediction takes {FEW} or more: evaluate it "
+            "more often (evaluation.every=…)."
         )
     return points, lines[-1]["targets"]
 
@@ -162,7 +162,7 @@ def reading_at(config: Config, step: int) -> int:
 
 
 def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, console: Any) -> None:
-    """Print what a decay of `tokens` tokens from `step` would come to, and how well decays that were trained are told.
+    """Print the loss that a decay of `tokens` tokens from `step` would have, and the errors of such predictions.
 
     Raises:
         ConfigError: there are fewer than LEAST decays of this shape, too few evaluations of the trunk, or none near the
@@ -178,24 +178,24 @@ def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, cons
     left_out = f" Left out: {'; '.join(others)}." if others else ""
     if len(decays) < LEAST:
         raise ConfigError(
-            f"{run} has {len(decays)} finished decays of the shape {shape} with floor {floor:g} beside it, and to "
-            f"predict another takes {LEAST}.{left_out} Train one more, such as one that is short and early."
+            f"{run} has {len(decays)} finished decays of the shape {shape} with floor {floor:g} beside it, and a "
+            f"prediction takes {LEAST} or more.{left_out} Train another one first, such as one that is short and early."
         )
     wanted, reached = Decayed(start, tokens), points[-1][0]
     if wanted.end > BEYOND * reached:
         raise ConfigError(
-            f"The decay would end at {wanted.end:,} tokens, and the trunk was last evaluated at {reached:,}: its loss "
-            f"is not extrapolated beyond {BEYOND:g} times that. Train the trunk further, or predict an earlier decay."
+            f"The decay would end at {wanted.end:,} tokens, and the trunk was last evaluated at {reached:,}. Its loss "
+            f"is not extrapolated beyond {BEYOND:g} times that: train the trunk further, or predict an earlier decay."
         )
     starts = [decay.start for decay in decays.values()]
     if max(starts) < 1.1 * min(starts) and not min(starts) / 1.1 < start < 1.1 * max(starts):
         raise ConfigError(
             f"All {len(decays)} decays of {run} with this shape start near {starts[0]:,} tokens, and this one would at "
-            f"{start:,}: they do not say how the gain of a decay changes along the trunk. Train one from another step."
+            f"{start:,}. They do not show how the gain of a decay changes along the trunk: train one from another step."
             + left_out
         )
     told = held_out(points, list(decays.values()))
-    table = table_of("decay", "from", "tokens", "loss", *(["by the others", "error"] if told else []))
+    table = table_of("decay", "from", "tokens", "loss", *(["predicted", "error"] if told else []))
     for i, (name, decay) in enumerate(decays.items()):
         row = [name, f"{decay.start:,}", f"{decay.tokens:,}", f"{decay.loss:.4f}"]
         table.add_row(*row, *([f"{told[i]:.4f}", f"{told[i] - decay.loss:+.4f}"] if told else []))
@@ -203,13 +203,13 @@ def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, cons
     if others:
         console.print(left_out.strip())
     loss = predicted(points, list(decays.values()), wanted)
-    text = f"A decay of {tokens:,} tokens from step {step:,} ({human(start)} tokens) on would come to {loss:.4f}."
+    text = f"A decay of {tokens:,} tokens from step {step:,} ({human(start)} tokens) would end at a loss of {loss:.4f}."
     if told is None:
-        text += f" With {len(decays)} decays nothing is held out, so no error can be given."
+        text += f" With only {len(decays)} decays none can be held out, so no error can be given."
     else:
         errors = [abs(each - decay.loss) for each, decay in zip(told, decays.values(), strict=True)]
         text += (
-            f" Each of the {len(decays)} decays is predicted by the others with an error of "
+            f" Predicted from the others, each of the {len(decays)} decays has an error of "
             f"{sum(errors) / len(errors):.4f} on average, {max(errors):.4f} at most."
         )
     for what, own, seen in (
@@ -218,7 +218,7 @@ def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, cons
     ):
         beyond = max(own / max(seen), min(seen) / own)
         if beyond > 1.01:
-            text += f" It extrapolates: its {what} is {beyond:.2g} times beyond that of any of them."
+            text += f" This extrapolates: its {what} is outside the range of the others, by a factor of {beyond:.2g}."
     if wanted.end > reached:
         text += f" The trunk's loss is extrapolated from {human(reached)} to {human(wanted.end)} tokens."
     console.print(text)

@@ -140,7 +140,7 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
     assert not (tmp_path / "trunk-branch-6-2x").exists()
     monkeypatch.setattr(faults, "wanted", "")
     assert verb(*arguments) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert contents(trunk) == before
 
     power, length = Power(max_lr=0.01, warmup_tokens=700), 8192
@@ -182,7 +182,7 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--batch", "1x", "1x"), "to compare takes two or more"),
+        (("--batch", "1x", "1x"), "a comparison takes two or more"),
         (("--batch", "1x", "two"), "has 'two'"),
         (("--batch", "0x", "1x"), "has '0x'"),
         (("--batch", "1x", "1.1x"), "no whole number"),

@@ -122,11 +122,12 @@ def test_decays_of_a_run_predict_another(runs: Path, capsys: pytest.CaptureFixtu
     last = [json.loads((runs / f"exponential-{at}/evals.jsonl").read_text().splitlines()[-1]) for at in (3, 6)]
     decays = [Decayed(at * 256, 512, line["loss"]) for at, line in zip((3, 6), last, strict=True)]
     expected = predicted(points, decays, Decayed(9 * 256, 600))
-    assert f"A decay of 600 tokens from step 9 (2.3k tokens) on would come to {expected:.4f}." in told
-    assert "With 2 decays nothing is held out, so no error can be given." in told
+    assert f"A decay of 600 tokens from step 9 (2.3k tokens) would end at a loss of {expected:.4f}." in told
+    assert "With only 2 decays none can be held out, so no error can be given." in told
     assert "Left out: linear-6 has the shape linear, floor 0." in told
-    assert "its start is 1.5 times beyond that of any of them" in told  # 2,304 of 1,536 tokens
-    assert "its share of the tokens before it is 1.3 times beyond" in told  # 600 / 2304 of 512 / 1536
+    assert "its start is outside the range of the others, by a factor of 1.5." in told  # 2,304 of 1,536 tokens
+    # 600 / 2304 of 512 / 1536
+    assert "its share of the tokens before it is outside the range of the others, by a factor of 1.3" in told
 
 
 def test_a_running_average_is_no_evaluation_of_the_trunk(
@@ -153,7 +154,8 @@ def test_a_third_decay_shows_the_error(runs: Path, tmp_path: Path, capsys: pytes
     third = tmp_path / "runs/linear-6/config.yaml"
     third.write_text(third.read_text().replace("shape: linear", "shape: exponential"))
     assert predict(tmp_path / "runs") == 0
-    assert "3 decays is predicted by the others with an error of" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Predicted from the others, each of the 3 decays has an error of" in told
     # Whatever is not comparable is named.
     batch = tmp_path / "runs/exponential-3/config.yaml"
     batch.write_text(batch.read_text().replace("sequences: 8\n  micro", "sequences: 16\n  micro"))

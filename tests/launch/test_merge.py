@@ -134,7 +134,7 @@ def test_the_model_is_the_mean_of_the_exports_and_says_so(
     before = {path: path.stat().st_mtime_ns for path in trunk.rglob("*")}
     out = tmp_path / "merged"
     assert verb("merge", str(trunk), "--last", "3", "--out", str(out)) == 0
-    assert "checkpoints of steps 8 (0.3333), 10 (0.3333), 12 (0.3333), uniform" in capsys.readouterr().out
+    assert "checkpoints of steps 8 (0.3333), 10 (0.3333), 12 (0.3333), --weights uniform" in capsys.readouterr().out
     assert_close(out, mean_of_exports(trunk, [8, 10, 12], [1 / 3] * 3, tmp_path))
     record = json.loads((out / "merge.json").read_text())
     assert (record["steps"], record["tokens"], record["weights"]) == ([8, 10, 12], [2048, 2560, 3072], [1 / 3] * 3)
