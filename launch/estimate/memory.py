@@ -260,8 +260,8 @@ def kernels(config: Config, gpu: bool) -> tuple[str, str]:
     attention, chosen = config.model.attn_implementation, config.model.experts_implementation
     if attention == "auto":
         attention = "flash_attention" if gpu and config.precision == "bf16" else "sdpa"
-    if chosen == "auto":
-        chosen = "grouped_mm" if gpu else experts.NAME
+    if config.model.is_moe:
+        chosen = granite.implementations(config, "cuda" if gpu else "cpu")["experts_implementation"]
     return attention, "grouped_mm" if chosen in ("eager", "sonicmoe") else chosen
 
 

@@ -1,5 +1,6 @@
 """Our kernels against the plain reference in float64: values and gradients, on inputs and routing that are shared."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,9 @@ from torch.func import functional_call
 from transformers import GraniteMoeConfig
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeExperts
 
-from powertrain.train.model import experts
+from powertrain.train.config import Config
+from powertrain.train.errors import ConfigError
+from powertrain.train.model import experts, granite
 
 # Of a whole tensor, relative to its norm; a few unit roundoffs (1e-16, 6e-8, 4e-3), which add up like a random walk.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -95,6 +98,70 @@ def test_so_do_those_of_transformers(name: str, implementation: str) -> None:
             check_experts(implementation, name, torch.float32, "cpu")
         return
     check_experts(implementation, name, torch.float32, "cpu")
+
+
+SMALL, LARGE = (32, 24, 8), (1536, 512, 40)  # hidden, intermediate, experts
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "sizes", "refused", "auto"),
+    [
+        ("cpu", (9, 0), torch.float32, SMALL, False, "sorted"),
+        ("cpu", (9, 0), torch.float32, (30, 24, 8), True, "sorted"),
+        ("cuda", (7, 5), torch.bfloat16, LARGE, False, "sorted"),
+        ("cuda", (7, 5), torch.bfloat16, (30, 23, 8), False, "sorted"),
+        ("cuda", (8, 0), torch.bfloat16, LARGE, False, "grouped_mm"),
+        ("cuda", (8, 6), torch.bfloat16, (1536, 512, 1024), False, "grouped_mm"),
+        ("cuda", (9, 0), torch.bfloat16, LARGE, False, "grouped_mm"),
+        ("cuda", (9, 0), torch.float32, LARGE, False, "sorted"),  # a loop that is not documented
+        ("cuda", (9, 0), torch.bfloat16, (32, 20, 8), True, "sorted"),
+        ("cuda", (9, 0), torch.bfloat16, (36, 24, 8), True, "sorted"),
+        ("cuda", (9, 0), torch.float32, (36, 20, 8), False, "sorted"),
+        ("cuda", (9, 0), torch.bfloat16, (1536, 512, 1023), False, "grouped_mm"),
+        ("cuda", (9, 0), torch.bfloat16, (1536, 512, 1024), True, "sorted"),
+        ("cuda", (10, 0), torch.bfloat16, (1536, 512, 1024), True, "sorted"),
+        ("cuda", (12, 0), torch.bfloat16, (1536, 512, 1024), False, "grouped_mm"),
+    ],
+)
+def test_what_a_card_takes(
+    device: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    refused: bool,
+    auto: str,
+) -> None:
+    assert (granite.grouped_mm_refusal(device, capability, dtype, sizes) is not None) == refused
+    assert granite.experts_implementation("auto", device, capability, dtype, sizes) == auto
+    assert granite.experts_implementation("grouped_mm", device, capability, dtype, sizes) == "grouped_mm"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pytorch_refuses_the_sizes_that_we_say(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its checks on a CPU, which are a GPU's too: a size is refused, forward or backward, or taken."""
+    found = {}
+    for hidden, intermediate in itertools.product((16, 18, 20), (16, 18, 20)):
+        monkeypatch.setitem(ROUTINGS, "these", (40, hidden, intermediate, 3, 2, "random"))
+        try:
+            check_experts("grouped_mm", "these", dtype, "cpu")
+            found[hidden, intermediate] = False
+        except RuntimeError as error:
+            assert "multiple of 16 bytes" in str(error)
+            found[hidden, intermediate] = True
+    assert found == {
+        (hidden, intermediate): granite.grouped_mm_refusal("cpu", (0, 0), dtype, (hidden, intermediate, 3)) is not None
+        for hidden, intermediate in found
+    }
+    assert set(found.values()) == {False, True}
+
+
+def test_grouped_products_that_would_fail_are_refused_before_training(small_config: Callable[..., Config]) -> None:
+    sizes = ("model.experts_implementation=grouped_mm", "model.intermediate_size=28")
+    granite.check_kernels(small_config(*sizes, "precision=fp32"), "cpu")
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ConfigError, match=r"takes multiples of 8, and model.intermediate_size is 28\. .* `auto`"):
+            granite.check_kernels(small_config(*sizes, "precision=bf16"), device)
+    granite.check_kernels(small_config("model.intermediate_size=28", "precision=bf16"), "cuda")  # auto
 
 
 @pytest.mark.gpu

@@ -226,13 +226,14 @@ def test_named_implementations_are_taken(small_config: Callable[..., Config]) ->
     [
         ("cpu", "bf16", (2, 3), "sdpa", "sorted"),
         ("cuda", "bf16", (), "sdpa", "grouped_mm"),
-        ("cuda", "fp32", (2, 3), "sdpa", "grouped_mm"),
+        ("cuda", "fp32", (2, 3), "sdpa", "sorted"),
         ("cuda", "bf16", (2,), "flash_attention_2", "grouped_mm"),
         (torch.device("cuda", 1), "bf16", (2, 3), "flash_attention_3", "grouped_mm"),
     ],
 )
 def test_auto_goes_by_the_device(
     monkeypatch: pytest.MonkeyPatch,
+    small_config: Callable[..., Config],
     device: torch.device | str,
     precision: str,
     installed: tuple[int, ...],
@@ -241,8 +242,8 @@ def test_auto_goes_by_the_device(
 ) -> None:
     monkeypatch.setattr(granite, "is_flash_attn_2_available", lambda: 2 in installed)
     monkeypatch.setattr(granite, "is_flash_attn_3_available", lambda: 3 in installed)
-    assert granite.attention_implementation("auto", device, precision) == attention
-    assert granite.experts_implementation("auto", device) == experts
+    chosen = granite.implementations(small_config(f"precision={precision}"), device)
+    assert chosen == {"attn_implementation": attention, "experts_implementation": experts}
     with_dropout = granite.attention_implementation("auto", device, precision, 0.1)
     assert with_dropout == attention.replace("3", "2")
 

@@ -123,7 +123,9 @@ def implementations(config: Config, device: torch.device | str) -> dict[str, str
     attention = attention_implementation(model.attn_implementation, device, config.precision, model.attention_dropout)
     chosen = {"attn_implementation": attention}
     if model.is_moe:
-        chosen["experts_implementation"] = experts_implementation(model.experts_implementation, device)
+        chosen["experts_implementation"] = experts_implementation(
+            model.experts_implementation, *_products(config, device)
+        )
     return chosen
 
 
@@ -167,6 +169,10 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
             is_sonicmoe_loadable(raise_error=True)
         except ImportError as error:
             raise ConfigError(f"model.experts_implementation is sonicmoe: {error}") from error
+    if chosen.get("experts_implementation") == "grouped_mm" and (why := grouped_mm_refusal(*_products(config, device))):
+        raise ConfigError(
+            f"model.experts_implementation is grouped_mm, {why}. Change that, or leave the choice to `auto`."
+        )
     compiler = os.environ.get("CXX", "g++")
     if config.engine.torch_compile and not _on_gpu(device) and shutil.which(compiler) is None:
         raise ConfigError(
@@ -187,11 +193,54 @@ def attention_implementation(name: str, device: torch.device | str, precision: s
     return "sdpa"
 
 
-def experts_implementation(name: str, device: torch.device | str) -> str:
-    """`auto`: grouped products on a GPU, ours on a CPU."""
+def experts_implementation(
+    name: str, device: str, capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> str:
+    """`auto`: grouped products where PyTorch documents them (bf16, a GPU of compute capability 8.0 and above) and takes
+    these sizes, else ours. Arguments as of `grouped_mm_refusal`."""
     if name != "auto":
         return name
-    return "grouped_mm" if _on_gpu(device) else experts.NAME
+    documented = device == "cuda" and dtype == torch.bfloat16 and capability >= (8, 0)
+    refused = grouped_mm_refusal(device, capability, dtype, sizes) is not None
+    return "grouped_mm" if documented and not refused else experts.NAME
+
+
+def grouped_mm_refusal(
+    device: str, capability: tuple[int, int], dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> str | None:
+    """Why PyTorch would refuse the experts' grouped products, as a relative clause, or None where it takes them.
+
+    The checks of PyTorch 2.10 to 2.13 (ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp, cuda/GroupMM.cu): rows have
+    whole multiples of 16 bytes, and the bf16 kernel of compute capabilities 9 and 10 takes fewer than 1,024 groups.
+    Elsewhere, and in float32, it is a loop over the groups that waits for the GPU; below 8.0 the loop is Transformers'
+    own, which checks nothing.
+
+    Args:
+        device: the type of the device.
+        capability: compute capability (major, minor) of the GPU; nothing elsewhere.
+        dtype: of the weights and activations.
+        sizes: hidden size, intermediate size, number of experts.
+    """
+    if device == "cuda" and capability < (8, 0):
+        return None
+    hidden, intermediate, count = sizes
+    multiple = 16 // dtype.itemsize
+    for name, size in (("model.hidden_size", hidden), ("model.intermediate_size", intermediate)):
+        if size % multiple:
+            return f"which in {str(dtype).removeprefix('torch.')} takes multiples of {multiple}, and {name} is {size}"
+    if device == "cuda" and capability[0] in (9, 10) and dtype == torch.bfloat16 and count >= 1024:
+        return f"which takes fewer than 1,024 experts on this GPU, and model.num_local_experts is {count}"
+    return None
+
+
+def _products(
+    config: Config, device: torch.device | str
+) -> tuple[str, tuple[int, int], torch.dtype, tuple[int, int, int]]:
+    """The arguments of `grouped_mm_refusal`; a GPU that is not here, as of an estimate, counts as an H100."""
+    capability = torch.cuda.get_device_capability(device) if _on_gpu(device) and torch.cuda.is_available() else (9, 0)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    sizes = (config.model.hidden_size, config.model.intermediate_size, config.model.num_local_experts)
+    return torch.device(device).type, capability, dtype, sizes
 
 
 def _on_gpu(device: torch.device | str) -> bool:
