@@ -82,7 +82,7 @@ def train_step(
         sums += torch.stack(terms).detach().double()
 
     grad_norm, skipped = engine.step(lr)
-    assignments = balance.end_step(skipped)
+    assignments = balance.end_step(skipped).cpu()
     lm_loss, balance_loss, z_loss = terms = tuple(engine.reduce(sums).cpu())
 
     record = {
