@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORKERS := 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help train test test-slow lint clean
+.PHONY: help train test test-slow gpu lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(VENV)/.installed-test  ## the default test suite
 
 test-slow: $(VENV)/.installed-test  ## the tests marked slow
 	$(PYTEST) -m "slow and not gpu"
+
+gpu: $(VENV)/.installed-test  ## what only a GPU can show, in at most 9 minutes: benchmarks/gpu.json and gpu.md
+	$(BIN)/python -m powertrain.launch.bench.gpu benchmarks
 
 lint: $(VENV)/.installed-dev  ## ruff, ruff format and mypy
 	$(BIN)/ruff check .
