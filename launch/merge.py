@@ -3,8 +3,8 @@
 usage: powertrain merge RUN --last K | --steps S S … [--weights SHAPE] [--evaluate] --out FOLDER
 
 examples:
-  powertrain merge runs/quickstart --last 5 --out runs/quickstart-merged
-  powertrain merge runs/quickstart --steps 160 180 200 --weights sqrt --evaluate --out runs/quickstart-sqrt
+  powertrain merge runs/trunk --last 4 --out runs/trunk-merged
+  powertrain merge runs/trunk --steps 60 70 80 90 --weights sqrt --evaluate --out runs/trunk-sqrt
 
 The model is written as a Hugging Face folder. docs/averages.md says how --weights SHAPE acts as a decay.
 """

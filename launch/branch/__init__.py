@@ -13,7 +13,7 @@ With another evaluation.sequences finished branches are evaluated again, and not
 
 examples:
   powertrain branch runs/trunk --at 200 --batch 1x 2x 4x 8x
-  powertrain branch runs/trunk --at 200 --batch 0.5x 1x 2x --tokens 4_000_000 --name trunk-early
+  powertrain branch runs/trunk --at 200 --batch 0.5x 1x 2x --tokens 4_194_304 --name trunk-early
   powertrain branch runs/trunk --at 200 --batch 1x 2x 4x 8x evaluation.sequences=1024
 """
 

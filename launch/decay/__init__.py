@@ -12,7 +12,7 @@ more.
 examples:
   powertrain decay runs/quickstart --at 200 --tokens 200_000
   powertrain decay runs/quickstart --at 200 --tokens 200_000 --shape linear --name quickstart-linear
-  powertrain decay runs/quickstart --at 250 --tokens 200_000 --predict    # from two decays or more
+  powertrain decay runs/base --at 100 --tokens 60_000 --predict    # from two finished decays or more
   powertrain decay runs/mine --at 5000 --tokens 10_000_000 --mixture web=0.7,books=0.3
 """
 
