@@ -150,9 +150,9 @@ class Plan:
         config = begun(folder, overrides)
         if config is not None:
             start = _starts(config)
-            was = {"at": Path(config.run.resume).name, "tokens": config.end_tokens - start}
+            was = {"checkpoint": Path(config.run.resume).name, "tokens": config.end_tokens - start}
             was["sequences"] = config.sequences_at(start)
-            check_same(folder, was, {"at": f"step-{self.options.at:08d}", "tokens": tokens, "sequences": sequences})
+            check_same(folder, was, {"checkpoint": f"step-{self.options.at:08d}", "tokens": tokens, "sequences": sequences})
         else:
             at = self.at or origin(self.options.run, self.options.at, "branch")
             config = at.branch(_changes(at, folder, sequences, tokens), overrides)

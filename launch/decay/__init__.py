@@ -105,7 +105,7 @@ def _check_same(there: Config, options: argparse.Namespace, own: Path) -> None:
     decay = there.schedule["decay"]
     was = {name: decay[name] for name in ("tokens", "shape", "floor")}
     asked = {name: getattr(options, name) for name in was}
-    was["at"], asked["at"] = Path(there.run.resume).name, f"step-{options.at:08d}"
+    was["checkpoint"], asked["checkpoint"] = Path(there.run.resume).name, f"step-{options.at:08d}"
     if options.mixture:
         was["mixture"], asked["mixture"] = there.stages()[-1][1], _weights(options.mixture)
     check_same(own, was, asked)

@@ -176,7 +176,7 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
         assert said in capsys.readouterr().err
     (tmp_path / "away").rename(tmp_path / "trunk/checkpoints")
     assert verb(str(trunk), "--at", "9", *arguments[3:], "--name", "trunk-branch-6") == 2
-    assert "at step-00000006, not step-00000009" in capsys.readouterr().err
+    assert "checkpoint step-00000006, not step-00000009" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
