@@ -152,7 +152,8 @@ class Plan:
             start = _starts(config)
             was = {"checkpoint": Path(config.run.resume).name, "tokens": config.end_tokens - start}
             was["sequences"] = config.sequences_at(start)
-            check_same(folder, was, {"checkpoint": f"step-{self.options.at:08d}", "tokens": tokens, "sequences": sequences})
+            asked = {"checkpoint": f"step-{self.options.at:08d}", "tokens": tokens, "sequences": sequences}
+            check_same(folder, was, asked)
         else:
             at = self.at or origin(self.options.run, self.options.at, "branch")
             config = at.branch(_changes(at, folder, sequences, tokens), overrides)
