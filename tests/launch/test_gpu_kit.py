@@ -88,7 +88,7 @@ def test_every_part_is_one_that_its_command_takes() -> None:
         (part.kind == "speed", *(argument for argument in part.command if "=" in argument and " " not in argument))
         for part in parts
     }
-    for large, *overrides in commands:
+    for large, *overrides in filter(lambda command: len(command) > 1, commands):
         config = composed(list(map(str, overrides)))
         check_batch(config, 1)
         if large:
