@@ -210,7 +210,7 @@ def grouped_mm_refusal(
 ) -> str | None:
     """Why PyTorch would refuse the experts' grouped products, as a relative clause, or None where it takes them.
 
-    The checks of PyTorch 2.13 (ATen/native/GroupedMMUtils.h, cuda/GroupedBlas.cpp, cuda/GroupMM.cu): rows have
+    The checks of PyTorch (ATen/native/GroupedMMUtils.h of 2.13, cuda/GroupedBlas.cpp, cuda/GroupMM.cu): rows have
     whole multiples of 16 bytes, and the bf16 kernel of compute capabilities 9 and 10 takes fewer than 1,024 groups.
     Elsewhere, and in float32, it is a loop over the groups that waits for the GPU; below 8.0 the loop is Transformers'
     own, which checks nothing.
