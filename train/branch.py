@@ -96,14 +96,17 @@ def begun(folder: Path, overrides: Sequence[str]) -> Config | None:
     """The configuration of the branch in `folder` if it has a checkpoint of its own and so needs no parent any more.
 
     Raises:
-        ConfigError: a change in `overrides` is refused.
+        ConfigError: it holds a run without a decay, which no branch is; or a change in `overrides` is refused.
     """
     with heavy_imports():
         from powertrain.train import checkpoint
 
     if not checkpoint.available(folder / "checkpoints"):
         return None
-    return load(folder / "config.yaml", place(folder), overrides)
+    config = load(folder / "config.yaml", place(folder), overrides)
+    if config.make_schedule().decay is None:
+        raise ConfigError(f"{folder} holds a run without a decay, and not this branch. Give that a --name of its own.")
+    return config
 
 
 def check_same(folder: Path, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

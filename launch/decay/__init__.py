@@ -102,8 +102,8 @@ def branch(options: argparse.Namespace) -> Config:
 
 def _check_same(there: Config, options: argparse.Namespace, own: Path) -> None:
     """Raises ConfigError unless the options are those that the branch was begun with."""
-    decay = there.schedule["decay"]
-    was = {name: decay[name] for name in ("tokens", "shape", "floor")}
+    decay = there.make_schedule().decay
+    was = {name: getattr(decay, name) for name in ("tokens", "shape", "floor")}
     asked = {name: getattr(options, name) for name in was}
     was["checkpoint"], asked["checkpoint"] = Path(there.run.resume).name, f"step-{options.at:08d}"
     if options.mixture:

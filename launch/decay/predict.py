@@ -85,11 +85,14 @@ def held_out(points: Points, decays: Sequence[Decayed]) -> list[float] | None:
 def trunk_points(run: Path, config: Config) -> tuple[list[tuple[int, float]], int]:
     """Evaluations of all corpora of a run on its trunk, and how many targets each is over.
 
+    Those before a second warmup are left out: that may have followed a decay, of which the settings no longer tell.
+
     Raises:
         ConfigError: there are fewer than FEW of them.
     """
     schedule = config.make_schedule()
-    lines = [line for line in _overall(run) if schedule.phase(line["tokens"]) == "trunk"]
+    _, begins = schedule.rewarmup or (0, 0)
+    lines = [line for line in _overall(run) if line["tokens"] >= begins and schedule.phase(line["tokens"]) == "trunk"]
     points = [(line["tokens"], line["loss"]) for line in lines if line["targets"] == lines[-1]["targets"]]
     if len(points) < FEW:
         raise ConfigError(
@@ -110,7 +113,7 @@ def decays_of(
     others = []
     for folder in sorted(path.parent for path in run.parent.glob("*/config.yaml")):
         origin = parent(folder) if folder != run else None
-        if origin is None or origin.parent.parent.resolve() != run:
+        if origin is None or not _is_of(origin, run):
             continue
         branch = load(folder / "config.yaml")
         decay = branch.make_schedule().decay
@@ -120,29 +123,47 @@ def decays_of(
         if read_record(folder / "exit.json").get("reason") != "finished" or not evaluations:
             others.append(f"{folder.name} is not finished")
             continue
-        last = evaluations[-1]
-        if last["tokens"] < decay.start + decay.tokens:
-            why = "has no evaluation at its end"
-        elif (decay.shape, decay.floor) != (shape, floor):
+        end = decay.start + decay.tokens
+        after = branch.step_after(end - 1)  # the last step of the decay; a branch may have gone on
+        last = next((line for line in evaluations if line["tokens"] == after), None)
+        if (decay.shape, decay.floor) != (shape, floor):
             why = f"has the shape {decay.shape}, floor {decay.floor:g}"
-        elif last["targets"] != targets:
-            why = f"was evaluated on {last['targets']:,} targets, its trunk on {targets:,}"
+        elif branch.rewarmup_start != config.rewarmup_start:
+            why = "has another second warmup"
         elif branch.sequences_at(decay.start) != config.sequences_at(decay.start):
             why = "has another batch"
-        elif _mixture(branch, last["tokens"] - 1) != _mixture(config, last["tokens"] - 1):
+        elif _mixture(branch, end - 1) != _mixture(config, end - 1):
             why = "has another mixture"
-        if why:
-            others.append(f"{folder.name} {why}")
+        elif last is None:
+            why = "has no evaluation at its end"
+        elif last["targets"] != targets:
+            why = f"was evaluated on {last['targets']:,} targets, its trunk on {targets:,}"
         else:
             found[folder.name] = Decayed(decay.start, decay.tokens, last["loss"])
+        if why:
+            others.append(f"{folder.name} {why}")
     return dict(sorted(found.items(), key=lambda each: each[1].end)), others
 
 
+def _is_of(origin: Path, run: Path) -> bool:
+    """Whether a checkpoint is one of `run`: by its path, or by the run's name where they were moved together."""
+    recorded = origin.parent.parent
+    return recorded.resolve() == run or (recorded.name == run.name and not recorded.exists())
+
+
 def _overall(run: Path) -> list[dict[str, Any]]:
-    """The evaluations of all corpora together, of the weights themselves and not of their running average."""
+    """The evaluations of all corpora together after a step or more, of the weights themselves and not of their running
+    average; none with a loss or tokens that no run has."""
     lines = (line for line in read_lines(run / "evals.jsonl") if line.get("corpus") == "overall" and is_of_corpus(line))
-    whole = (line for line in lines if line["loss"] is not None and type(line.get("tokens")) is int)
-    return [line for line in whole if weights_of(line) == RAW]
+    return [
+        line
+        for line in lines
+        if weights_of(line) == RAW
+        and line["loss"] is not None
+        and math.isfinite(line["loss"])
+        and type(line.get("tokens")) is int
+        and 0 < line["tokens"] < 2**63
+    ]
 
 
 def _mixture(config: Config, tokens: int) -> dict[str, float]:
@@ -170,9 +191,21 @@ def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, cons
     """
     run = run.resolve()
     config = load(run / "config.yaml")
-    start = reading_at(config, step)
-    if (phase := config.make_schedule().phase(start)) != "trunk":
+    if step < 1:
+        raise ConfigError(f"--at is {step}; it is a step of {run}, 1 or more.")
+    start, schedule = reading_at(config, step), config.make_schedule()
+    if (phase := schedule.phase(start)) != "trunk":
         raise ConfigError(f"Step {step} of {run} lies in its {phase}: a decay branches off the trunk.")
+    if schedule.rewarmup is not None and start < schedule.rewarmup[0]:
+        raise ConfigError(
+            f"Step {step} of {run} lies before its second warmup, at {schedule.rewarmup[0]:,} tokens: the trunk is "
+            "what comes after that. Give a later step."
+        )
+    if config.step_after(start) >= start + tokens:
+        raise ConfigError(
+            f"--tokens is {tokens:,}, and a step of {run} there is {config.step_after(start) - start:,} tokens: no "
+            "step begins inside such a decay, so it would change nothing. Make it longer than a step."
+        )
     points, targets = trunk_points(run, config)
     decays, others = decays_of(run, config, shape, floor, targets)
     left_out = f" Left out: {'; '.join(others)}." if others else ""

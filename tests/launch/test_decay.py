@@ -6,14 +6,16 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from conftest import tiny_overrides, train_here
+from omegaconf import OmegaConf
 
-from powertrain.launch import decay
-from powertrain.launch.decay.predict import Decayed, held_out, predicted, reading_at, trunk_loss
-from powertrain.train.compose import composed
+from powertrain.launch import branch, decay
+from powertrain.launch.decay.predict import Decayed, held_out, predicted, reading_at, trunk_loss, trunk_points
+from powertrain.train.compose import composed, load
 
 
 def curve(n: float) -> float:
@@ -85,9 +87,9 @@ def test_a_step_is_where_the_clock_is_then() -> None:
 # ---------------------------------------------------------------------------------------------------------- the verb
 
 
-def verb(*arguments: str) -> int:
+def verb(*arguments: str, of: ModuleType = decay) -> int:
     with pytest.raises(SystemExit) as ended:
-        decay.main(list(arguments))
+        of.main(list(arguments))
     return int(ended.value.code or 0)
 
 
@@ -177,6 +179,9 @@ def test_a_third_decay_shows_the_error(runs: Path, tmp_path: Path, capsys: pytes
         ((), {"at": 1}, "lies in its warmup"),
         ((), {"at": 14}, "the trunk was last evaluated at 3,072"),
         ((), {"tokens": 0}, "--tokens is 0"),
+        ((), {"tokens": 256}, "a step of"),
+        ((), {"at": 0}, "--at is 0"),
+        ((), {"at": -5}, "--at is -5"),
         (("--name", "mine"), {}, "leave --name out"),
         (("optimizer.eps=1",), {}, "leave optimizer.eps=1 out"),
     ],
@@ -207,3 +212,97 @@ def test_a_trunk_without_evaluations_is_refused(runs: Path, tmp_path: Path, caps
     (tmp_path / "trunk/evals.jsonl").unlink()
     assert predict(tmp_path) == 2
     assert "has 0 evaluations of its trunk" in capsys.readouterr().err
+
+
+def copied(runs: Path, to: Path, recorded: Path | None = None) -> Path:
+    """A copy of `runs`, whose branches name their parent in `recorded`; default: in the copy."""
+    shutil.copytree(runs, to)
+    for path in to.glob("*-*/run.json"):
+        path.write_text(path.read_text().replace(str(runs), str(recorded or to)))
+    return to
+
+
+def test_runs_that_were_moved_together_are_known(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for folder in (runs, copied(runs, tmp_path / "here", recorded=tmp_path / "gone")):
+        assert predict(folder) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    # What has the parent's name and is still somewhere else is another run.
+    assert predict(copied(runs, tmp_path / "there", recorded=runs)) == 2
+    assert "has 0 finished decays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tokens", "loss"),
+    [("1280", "NaN"), ("1280", "Infinity"), ("1280", "null"), ("-9", "1.0"), ("0", "1.0"), ("9" * 40, "1.0")],
+)
+def test_an_evaluation_that_no_run_has_is_left_out(
+    runs: Path, tmp_path: Path, tokens: str, loss: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = copied(runs, tmp_path / "runs")
+    targets = json.loads((runs / "trunk/evals.jsonl").read_text().splitlines()[-1])["targets"]
+    line = f'{{"step": 1, "tokens": {tokens}, "corpus": "overall", "loss": {loss}, "bits_per_byte": null, '
+    with open(there / "trunk/evals.jsonl", "a") as file:  # in place of that of step 1, in the warmup
+        file.write(f'{line}"targets": {targets}}}\n')
+    said = []
+    for folder in (runs, there):
+        assert predict(folder) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_the_loss_of_a_decay_is_that_at_its_end(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not that of a branch that went on, at its floor or after a second warmup."""
+    there = copied(runs, tmp_path / "runs")
+    evals = there / "exponential-6/evals.jsonl"
+    last = json.loads(evals.read_text().splitlines()[-1])
+    assert last["tokens"] == 2048
+    with open(evals, "a") as file:
+        file.write(json.dumps({**last, "step": 9, "tokens": 2304, "loss": 1.0}) + "\n")
+    said = []
+    for folder in (runs, there):
+        assert predict(folder) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    settings = there / "exponential-6/config.yaml"
+    warmed = OmegaConf.load(settings)
+    warmed.schedule.rewarmup = {"start": 1024, "tokens": 256}
+    OmegaConf.save(warmed, settings)
+    assert predict(there) == 2
+    assert "exponential-6 has another second warmup" in capsys.readouterr().err
+
+
+def test_a_trunk_that_was_warmed_up_again_begins_there(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What came before may have been a decay, of which its settings no longer tell."""
+    there = copied(runs, tmp_path / "runs")
+    settings = there / "trunk/config.yaml"
+    warmed = OmegaConf.load(settings)
+    warmed.schedule.rewarmup = {"start": 1024, "tokens": 256}
+    OmegaConf.save(warmed, settings)
+    points, _ = trunk_points(there / "trunk", load(settings))
+    assert [tokens for tokens, _ in points] == list(range(1280, 3073, 256))
+    assert predict(there, at=3) == 2
+    assert "before its second warmup, at 1,024 tokens" in capsys.readouterr().err
+    assert predict(there, at=4) == 2
+    assert "lies in its warmup" in capsys.readouterr().err
+
+
+def test_a_name_of_a_run_that_is_no_branch_is_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = copied(runs, tmp_path / "runs")
+    for name in ("other", "other-1x", "other-2x"):
+        shutil.copytree(there / "trunk", there / name)
+        settings = OmegaConf.load(there / name / "config.yaml")
+        settings.schedule = {"name": "constant", "lr": 0.01, "warmup_tokens": 700}
+        OmegaConf.save(settings, there / name / "config.yaml")
+    trunk = str(there / "trunk")
+    assert verb(trunk, "--at", "6", "--tokens", "512", "--name", "other") == 2
+    assert "other holds a run without a decay" in capsys.readouterr().err
+    assert verb(trunk, "--at", "6", "--batch", "1x", "2x", "--name", "other", of=branch) == 2
+    assert "other-1x holds a run without a decay" in capsys.readouterr().err
