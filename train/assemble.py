@@ -70,10 +70,14 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         StoppedEarly: see `prepare_data`.
     """
     # ---- data: prepared once, then memory-mapped; sequence i is a function of the seed and i
-    if start_from is not None and config.data.tokenizer.path is None:
+    named = config.data.tokenizer.path
+    gone = named is not None and Path(named).is_absolute() and not Path(named).exists()  # a branch's parent has moved
+    if start_from is not None and (named is None or gone):
         trained_with = start_from.parent.parent / "tokenizer"
         if trained_with.is_dir():
             config.data.tokenizer.path = str(trained_with)  # or another corpus would mean another tokenizer
+            if gone:
+                log(f"{named} does not exist; the tokenizer is that in {trained_with}.")
     prepared = prepare_data(config, engine, log)
     assert prepared.tokenizer_folder is not None
     tokenizer = load_tokenizer(prepared.tokenizer_folder)

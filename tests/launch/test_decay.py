@@ -230,6 +230,15 @@ def test_runs_that_were_moved_together_are_known(
         assert predict(folder) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+    # A branch names its parent's tokenizer, and has it, too.
+    branched = tmp_path / "here/exponential-3"
+    settings = branched / "config.yaml"
+    settings.write_text(settings.read_text().replace(str(runs), str(tmp_path / "gone")))
+    trunk = str(tmp_path / "here/trunk")
+    assert verb(trunk, "--at", "3", "--tokens", "512", "--name", "exponential-3") == 0
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/gone/trunk/tokenizer does not exist; the tokenizer is that in {branched}/tokenizer." in told
+    assert "The run had finished: nothing is trained or evaluated again." in told
     # What has the parent's name and is still somewhere else is another run.
     assert predict(copied(runs, tmp_path / "there", recorded=runs)) == 2
     assert "has 0 finished decays" in capsys.readouterr().err
