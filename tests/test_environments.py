@@ -26,7 +26,7 @@ from powertrain.train.compose import composed, composed_sweep, load
 from powertrain.train.config import Config, RunConfig, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.redact import settings_text
-from powertrain.train.run import train
+from powertrain.train.run import Outcome, train
 
 QUICK = "+experiment=quickstart"
 
@@ -138,7 +138,12 @@ def test_the_command_leaves_the_working_directory_out(tmp_path: Path) -> None:
 
 def test_the_recorded_command_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[list[str]] = []
-    monkeypatch.setattr("powertrain.train.run.train", lambda config, command: recorded.append(command))
+
+    def recording(config: Config, command: list[str]) -> Outcome:
+        recorded.append(command)
+        return Outcome("finished", 0)
+
+    monkeypatch.setattr("powertrain.train.run.train", recording)
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     run_training(Config(), "decay", ["runs/a", "--at", "6"])
     assert recorded == [["powertrain", "decay", "runs/a", "--at", "6"]]

@@ -206,7 +206,7 @@ def hardware() -> None:
 def tests() -> None:
     """Print what pytest says of the tests marked gpu."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     lines = [line for line in (ended.stdout.strip() or ended.stderr).splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     print(json.dumps({"status": ended.returncode, "summary": lines[-1], "failed": failed}))

@@ -36,7 +36,7 @@ import numpy as np
 from rich.console import Console
 
 from powertrain.data.files import read_record, replace_text
-from powertrain.launch.branch.critical import MORE, MOST, Array, Critical, Interval, best_of, critical
+from powertrain.launch.branch.critical import FEWEST, MORE, MOST, Array, Critical, Interval, best_of, critical
 from powertrain.launch.estimate.learning_rate import check_followed, followed, ramp_setting
 from powertrain.launch.estimate.tables import table_of
 from powertrain.launch.parser import verb_parser
@@ -159,6 +159,11 @@ class Plan:
             config = at.branch(_changes(at, folder, sequences, tokens), overrides)
         for problem in batch_problems(config, int(os.environ.get("WORLD_SIZE") or 1), self.start):
             raise ConfigError(f"{_label(multiple)}: {problem}")
+        if config.evaluation.sequences < FEWEST:
+            raise ConfigError(
+                f"evaluation.sequences is {config.evaluation.sequences}; branches are compared over {FEWEST} "
+                "validation sequences or more, better hundreds, because an interval is over resamples of them."
+            )
         return config
 
 

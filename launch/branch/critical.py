@@ -25,6 +25,7 @@ import numpy.typing as npt
 MORE = 1.2
 MOST = 2.0  # times as many tokens: no loss of the best batch at fewer than half of its tokens is known
 DRAWS = 2000
+FEWEST = 8  # validation sequences that are resampled: one alone would have an interval of no width
 
 Array = npt.NDArray[np.float64]
 
@@ -47,7 +48,8 @@ class Critical:
         losses: nats a target at equal tokens; inf where a branch diverged.
         differences: of the losses from the best batch's.
         needed: tokens for the same loss, over the best batch's; from MOST on they are MOST. None: by how much twice the
-            tokens lower the best batch's loss is not known to within a half, so no loss is turned into tokens.
+            tokens lower the best batch's loss is not known to within a half, or the sequences are fewer than FEWEST, so
+            no loss is turned into tokens.
         critical: the critical batch; inf above the largest. None with `needed`.
         bound: the batch to go by: the critical one, a lower limit of it where that is all that is known, or None.
     """
@@ -88,7 +90,7 @@ def critical(batches: Sequence[float], sums: Sequence[Array | None], best: int, 
     excess = losses - losses[:, best, None]
     said = best, losses[0].tolist(), list(map(_interval, excess.T))
     gain = loss(half) - losses[:, best]  # nats, by twice the tokens
-    if not _interval(gain).low > gain[0] / 2 > 0:
+    if len(half) < FEWEST or not _interval(gain).low > gain[0] / 2 > 0:
         return Critical(*said, None, None, None)
     log_needed = np.minimum(excess / np.maximum(gain, 1e-12)[:, None], 1.0) * math.log(MOST)
     above = np.log(batches[best:])

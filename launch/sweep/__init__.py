@@ -39,7 +39,7 @@ from powertrain.launch.sweep.worker import BAD_INPUT, POLL_SECONDS, check_launch
 from powertrain.schedulers import WITH_DECAY
 from powertrain.train.check import doubts
 from powertrain.train.cli import guard
-from powertrain.train.config import Config, setting_values
+from powertrain.train.config import Config, as_dict, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.hardware import available_cores
 
@@ -175,7 +175,7 @@ def _defaults(config: Config) -> dict[str, Any]:
         for each in dataclasses.fields(config.make_schedule())
         if each.default is not dataclasses.MISSING
     }
-    return {**dict(setting_values(Config())), **schedule}
+    return {**dict(setting_values(as_dict(Config()))), **schedule}
 
 
 def start_workers(sweep: Sweep, options: argparse.Namespace) -> list[subprocess.Popen[bytes]]:

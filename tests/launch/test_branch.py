@@ -93,6 +93,10 @@ def test_noise_alone_tells_no_critical_batch() -> None:
     for seed in range(12):
         found = planted([1.0, 1.0, 1.0, 1.0], noise=1.0, seed=seed, slope=0.0)
         assert found.needed is None and found.critical is None and found.bound is None
+    # A single sequence has no interval, however far apart its losses lie.
+    one = [np.array([[loss, 1.0]]) for loss in (3.0, 3.1, 3.2, 3.5)]
+    found = critical([8.0, 16.0, 32.0, 64.0], one, 0, np.array([[4.0, 1.0]]))
+    assert found.needed is None and found.critical is None and found.bound is None
     # A gain that is seen, while no batch is told apart from one that needs a fifth more.
     found = planted([1.0, 1.0, 1.0, 1.0], noise=0.35, seed=0, count=1024, slope=0.06)
     assert found.needed is not None and found.critical is not None and found.bound is None
@@ -171,6 +175,7 @@ def test_branches_of_a_run_from_a_stop_to_the_ramp(
     for other, said in (
         (("--tokens", "12288"), "holds a branch with tokens 8192, not 12288"),
         (("optimizer.eps=1e-9",), "optimizer.eps"),
+        (("evaluation.sequences=1",), "evaluation.sequences is 1; branches are compared over 8"),
     ):
         assert verb(*arguments, *other) == 2
         assert said in capsys.readouterr().err
