@@ -205,9 +205,7 @@ class Engine:
             for name, parameter in self.model.named_parameters()
         }
         casting = self.config.precision == "bf16" and self.kind != "zero3"
-        trained = optim.for_training(loss, self.config.engine.activation_checkpointing, casting)
-        self._drop_copies = trained.drop_copies if isinstance(trained, optim.BFloat16Weights) else lambda: None
-        self._take_module(trained, rows)
+        self._take_module(optim.for_training(loss, self.config.engine.activation_checkpointing, casting), rows)
         # Computed on the CPU, as Transformers does when it loads a model; ZeRO-3 in bf16 has rounded them besides.
         rotary = self.model.model.rotary_emb
         for name, frequencies in type(rotary)(self.model.config).named_buffers():
@@ -258,7 +256,6 @@ class Engine:
             The norm of the whole gradient before clipping, and whether the step was skipped; a skipped step
             leaves weights and moments as they were.
         """
-        self._drop_copies()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         if self.sharded:
@@ -403,7 +400,6 @@ class Engine:
 
     def masters_changed(self) -> None:
         """Have the forward pass use masters that were written to. Collective."""
-        self._drop_copies()
         # DeepSpeed 0.19 has no public call for masters that have changed: these are what its own loading of a
         # checkpoint calls, so that what the forward pass gathers is cast from them anew.
         if self.kind == "zero3":

@@ -74,9 +74,7 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
-def for_training(
-    loss: LanguageModelLoss, activation_checkpointing: bool, casting: bool
-) -> LanguageModelLoss | BFloat16Weights:
+def for_training(loss: LanguageModelLoss, activation_checkpointing: bool, casting: bool) -> nn.Module:
     """What a step runs: the loss, with activation checkpointing and on bf16 copies of the weights if asked for."""
     if activation_checkpointing:
         loss.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -107,34 +105,14 @@ def checkpoint_on_copies(function: partial[Tensor], *arguments: Any) -> Any:
 class BFloat16Weights(nn.Module):
     """Runs a module on bf16 copies of its float32 parameters.
 
-    The parameters are the masters, and their gradients arrive and accumulate in float32 under any wrapper. The copies
-    are made in the first forward pass after `drop_copies`, which has to follow every change of the parameters.
+    The copies are made in each forward pass, so the parameters are the masters, and their gradients arrive
+    and accumulate in float32 under any wrapper.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._copies: dict[str, Tensor] = {}
 
     def forward(self, **inputs: Any) -> Any:
-        parameters = dict(self.module.named_parameters())
-        if not self._copies:
-            self._copies = {name: parameter.detach().bfloat16() for name, parameter in parameters.items()}
-        weights = {name: _Copy.apply(parameter, self._copies[name]) for name, parameter in parameters.items()}
+        weights = {name: parameter.bfloat16() for name, parameter in self.module.named_parameters()}
         return functional_call(self.module, weights, kwargs=inputs)
-
-    def drop_copies(self) -> None:
-        """Free the copies."""
-        self._copies = {}
-
-
-class _Copy(torch.autograd.Function):
-    """A copy of a parameter that has been made already; its gradient is the parameter's, in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
-        return copy.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.float(), None

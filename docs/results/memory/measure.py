@@ -137,7 +137,7 @@ def rank(bucket: int, overrides: list[str]) -> None:
         tally.peaks()
         with tally:
             tally.part = "data"
-            train_step(config, ours.engine, ours.batches, ours.balance, state)
+            train_step(config, ours.engine, ours.schedule, ours.batches, ours.balance, state)
         peaks.append(tally.peak)
     peak = min(peaks[1:], key=Counter.total)
     if ours.engine.is_main:
