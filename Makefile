@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Processes that run test files beside each other, one thread each; 0 runs them all in one.
 WORKERS := 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help train test test-slow gpu lint clean
 

@@ -26,17 +26,31 @@ CONFIGS = Path(__file__).parent / "configs"
 ROOT = Path(__file__).parent.parent
 
 
+# Of docs/, the pages whose commands need what README.md's have trained or checked before.
+AFTER_README = ("evaluation", "export", "law", "mup", "quickstart", "tracking")
 # These take longest, so processes begin with them, or one would end long before the other.
 FIRST = ("test_docs", "test_faults", "test_engines")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file runs in one process (the Makefile's `--dist loadgroup`), for what its tests share; test_docs.py in two."""
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file runs in one process, for what its tests share; the pages of test_docs.py in two.
+
+    `--dist loadgroup` would say so by marks, but xdist 3.8 loses them under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            page = test.partition("test_every_command_of_a_page_runs[")[2].rstrip("]")
+            return f"{file} {page.startswith('README') or page in AFTER_README}" if page else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

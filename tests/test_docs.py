@@ -21,8 +21,6 @@ from conftest import ROOT
 from powertrain.train.config import setting_names
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# What these need, README.md's commands have trained or checked before. The others can run beside them.
-AFTER_README = ("evaluation", "export", "law", "mup", "quickstart", "tracking")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 # The models are smaller than what the pages train; steps, tokens, batches and schedules are theirs, but on two ranks
@@ -100,12 +98,8 @@ def run_page(page: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-def group(page: Path) -> pytest.MarkDecorator:
-    return pytest.mark.xdist_group("README" if page.stem in ("README", *AFTER_README) else "docs")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [pytest.param(page, marks=group(page), id=page.stem) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs(page: Path, checkout: Path) -> None:
     run_page(page, checkout)
 
