@@ -101,7 +101,11 @@ def branch(options: argparse.Namespace) -> Config:
 
 
 def _check_same(there: Config, options: argparse.Namespace, own: Path) -> None:
-    """Raises ConfigError unless the options are those that the branch was begun with."""
+    """Check that the branch was begun with these options.
+
+    Raises:
+        ConfigError: one differs.
+    """
     decay = there.make_schedule().decay
     was = {name: getattr(decay, name) for name in ("tokens", "shape", "floor")}
     asked = {name: getattr(options, name) for name in was}
