@@ -7,6 +7,7 @@ usage: powertrain fit LEDGER [options]
 examples:
   powertrain fit runs/tiny/ledger.jsonl                         # the law as text, and plots in law/ beside it
   powertrain fit runs/tiny/ledger.jsonl --name mine --out mine  # and mine/schedule/mine.yaml to train with
+  powertrain fit runs/lean/ledger.jsonl --form smooth --name mine --out mine
   powertrain train --config-dir mine +experiment=quickstart schedule=mine
 
 A ledger is a JSON object a line; hidden_size, batch (in units of 4096 tokens), lr, tokens and loss are needed, so any
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="print the best learning rate at batch=β or sequences=N, and tokens=T",
     )
     parser.add_argument("--name", help="write OUT/schedule/NAME.yaml")
+    parser.add_argument("--form", choices=FORMULAS, help="of the law; default: chosen by held-out regret")
     parser.add_argument("--parameters", type=float, help="of the model to write it for; default: the largest swept")
     parser.add_argument("--out", type=Path, help="folder for schedule/ and law/; default: the ledger's")
     sys.exit(guard(lambda: _fit(parser.parse_args(arguments))))
@@ -66,7 +68,7 @@ def _fit(options: argparse.Namespace) -> int:
     ledger = read(options.ledger)
     asked = _predict_arguments(options.predict, ledger) if options.predict else None
     try:
-        law = fit(ledger)
+        law = fit(ledger, form=options.form)
     except ValueError as error:
         raise ConfigError(f"{options.ledger}: {error}") from error
     parameters = _parameters(law, options.parameters)
@@ -157,7 +159,7 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
             "the sweep did not reach: a schedule stops there."
         )
     if law.worth is not None:
-        lines.append(_expected(law.worth, distance([c for c in law.cells if c.usable], batch, tokens)))
+        lines.append(_expected(law.worth, law.chosen.name, distance([c for c in law.cells if c.usable], batch, tokens)))
     if law.chosen.b.value < 0:
         schedule = power(law, parameters)
         release = schedule.cap_release(batch)
@@ -173,17 +175,17 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
     return "\n".join([*lines, *law.notes])
 
 
-def _expected(worth: Worth, away: float) -> str:
+def _expected(worth: Worth, form: str, away: float) -> str:
     """The held-out regret of cells that lay as far outside."""
     factor = f"a factor of {math.exp(away):,.3g} outside the sweep" if away else "inside the sweep"
-    found = worth.expected(away)
+    found = worth.expected(form, away)
     if found is not None:
-        return f"expected regret, {factor}: {found[0]:.4f} nats, at worst {found[1]:.4f} ({found[2]} held-out cells)"
+        return f"expected regret, {factor}: {found[0]:.4f} nats, at worst {found[1]:.4f} (held-out cells: {found[2]})"
     farthest = max(max(split.distances) for split in worth.splits)
-    mean, worst, count = worth.expected(farthest) or (math.nan, math.nan, 0)
+    mean, worst, count = worth.expected(form, farthest) or (math.nan, math.nan, 0)
     return (
         f"expected regret, {factor}: not known. The farthest cells held out lay a factor of {math.exp(farthest):,.3g} "
-        f"outside their fit, with {mean:.4f} nats, at worst {worst:.4f} ({count} cells)"
+        f"outside their fit, with {mean:.4f} nats, at worst {worst:.4f} (cells: {count})"
     )
 
 

@@ -64,13 +64,13 @@ class Worth:
             form for form in self.within if form != self.chosen and forms.NUMBERS[form] == forms.NUMBERS[self.chosen]
         )
 
-    def expected(self, distance: float) -> tuple[float, float, int] | None:
-        """Mean and worst regret of the chosen form over the held-out cells at least this far outside the fit, and how
-        many they are; None if there are none."""
+    def expected(self, form: str, distance: float) -> tuple[float, float, int] | None:
+        """Mean and worst regret of a form over the held-out cells at least this far outside the fit, and how many they
+        are; None if there are none."""
         found = [
             regret
             for split in self.splits
-            for regret, away in zip(split.regrets[self.chosen], split.distances, strict=True)
+            for regret, away in zip(split.regrets[form], split.distances, strict=True)
             if away >= distance - 1e-9
         ]
         return (float(np.mean(found)), float(np.max(found)), len(found)) if found else None

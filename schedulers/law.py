@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ class Law:
     forms: by name. caps_seen: those of `forms.CAPPED` whose cap the ledger determines. worth: held-out regret; None if
     there are too few cells to hold any out. noise: standard deviation of a loss, by (size, horizon). shared: the
     fraction of its variance that the horizons of a trunk share. notes: what a user must know of the law, in sentences.
-    flags: the same of the best rates that it was fitted to.
+    flags: the same of the best rates that it was fitted to. named: the form that the caller of `fit` named, if any.
     """
 
     cells: tuple[Cell, ...]
@@ -149,10 +149,13 @@ class Law:
     shared: float
     notes: tuple[str, ...]
     flags: tuple[str, ...]
+    named: str | None = None
 
     @property
     def chosen(self) -> Form:
-        """The form for a schedule: by held-out regret; without that, the paper's if its cap is seen."""
+        """The form for a schedule: as named, or by held-out regret; without either, the paper's if its cap is seen."""
+        if self.named is not None:
+            return self.forms[self.named]
         if self.worth is not None:
             return self.forms[self.worth.chosen]
         return self.forms[next(iter(self.caps_seen), "power")]
@@ -183,16 +186,20 @@ class Law:
         return out
 
 
-def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed: int = 0) -> Law:
+def fit(
+    ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed: int = 0, form: str | None = None
+) -> Law:
     """Fit all forms to the trials of a ledger that have an `lr`, and compute their held-out regret.
 
     Args:
         ledger: hidden_size, batch, lr, tokens and loss (None if it diverged) of each trial; family, parameters, seed
             and schedule are optional.
         replicates: how often the fit is repeated for the intervals, at least once.
+        form: of `forms.NUMBERS`, for the law; default: chosen by held-out regret.
 
     Raises:
-        ValueError: there is too little to fit; the message says what is missing.
+        ValueError: there is too little to fit, or `form` is not one that this ledger can choose; the message says what
+            is missing.
     """
     trials = Trials(ledger)
     draws = np.random.default_rng(seed)
@@ -222,11 +229,7 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         found = {name: points.form(name, with_parameters) for name in forms.NUMBERS}
         seen = tuple(name for name in forms.CAPPED if points.sees(found[name]))
         sizes = points.log_parameters[kept] if with_parameters and points.log_parameters is not None else None
-        return (
-            found,
-            seen,
-            worth([cells[index] for index in kept], [*(seen or ["power"]), "plane"], sizes, _typical(sigma)),
-        )
+        return found, seen, worth([cells[index] for index in kept], candidates(seen), sizes, _typical(sigma))
 
     found, caps_seen, value = fitted_forms(with_parameters=False)
     if points.log_parameters is not None and not points.form("smooth", with_parameters=True).d.contains(0.0):
@@ -234,8 +237,18 @@ def fit(ledger: Iterable[Mapping[str, Any]], replicates: int = REPLICATES, seed:
         # Unless the exponent of the parameters predicts the largest size better, it is noise.
         if other[2] is not None and value is not None and other[2].of_largest_size < value.of_largest_size:
             found, caps_seen, value = other
-    law = Law(cells, found, caps_seen, value, sigma, shared, (), tuple(_flags(cells)))
+    if form is not None and form not in candidates(caps_seen):
+        cap = f"a cap is seen (by {' and '.join(caps_seen)})" if caps_seen else "no cap is seen"
+        raise ValueError(
+            f"The form '{form}' is not one for this ledger: {cap}, so the forms are {', '.join(candidates(caps_seen))}."
+        )
+    law = Law(cells, found, caps_seen, value, sigma, shared, (), tuple(_flags(cells)), form)
     return dataclasses.replace(law, notes=tuple(_notes(law, points)))
+
+
+def candidates(caps_seen: Sequence[str]) -> list[str]:
+    """The forms that a schedule can have: those whose cap is seen, or `power` where none is; and the plane."""
+    return [*(caps_seen or ["power"]), "plane"]
 
 
 class _Points:
@@ -418,13 +431,15 @@ def _typical(noise: Mapping[Any, float]) -> float:
 
 
 def _in_nats(law: Law, value: Worth) -> list[str]:
-    noise = _typical(law.noise)
+    noise, name = _typical(law.noise), law.chosen.name
     said = (
-        f"Held out, the form '{value.chosen}' costs {value.mean[value.chosen]:.4f} nats on average, the best learning "
+        f"Held out, the form '{name}' costs {value.mean[name]:.4f} nats on average, the best learning "
         f"rate of the nearest swept cell {value.mean['nearest']:.4f}, one constant learning rate "
         f"{value.mean['constant']:.4f}; the noise of a loss is {noise:.4f}."
     )
-    if value.cannot_tell:
+    if name != value.chosen:
+        said += f" It was named; held-out regret would choose '{value.chosen}', with {value.mean[value.chosen]:.4f}."
+    elif value.cannot_tell:
         paper = "the paper's" if value.chosen == "hard" else "the one nearest to the paper's"
         said += (
             f" The ledger cannot distinguish it from {' and '.join(repr(name) for name in value.cannot_tell)}; "

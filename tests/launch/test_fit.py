@@ -67,6 +67,27 @@ def test_the_exponent_of_the_batch_goes_into_the_schedule(tmp_path: Path) -> Non
         assert schedule.a * batch**schedule.batch_exponent * TOKENS[4] ** schedule.b == pytest.approx(law, rel=0.05)
 
 
+def test_a_named_form_goes_into_the_schedule_and_the_prediction(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best learning rates have a hard cap, so held-out regret chooses `hard`."""
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
+    path = write(tmp_path / "ledger.jsonl", planted(around(-0.5, 1), -0.5, 1, cap=0.012, noise=0.0005, **grid))
+    assert law.fit(json.loads(line) for line in path.read_text().splitlines()).chosen.name == "hard"
+    call(fit.main, str(path), "--form", "smooth", "--name", "mine")
+    said = capsys.readouterr().out
+    assert re.search(r"smooth .*←", said) and "It was named; held-out regret would choose 'hard'" in said
+    schedule = composed([f"--config-dir={tmp_path}", "+experiment=quickstart", "schedule=mine"]).make_schedule()
+    assert isinstance(schedule, Power) and schedule.cap == "smooth"
+
+    tokens = 2 * TOKENS[-1]
+    call(fit.main, str(path), "--form", "smooth", "--predict", "batch=2", f"tokens={tokens}")
+    lr = float(re.findall(r"lr ([\d.e-]+),", capsys.readouterr().out)[0])
+    assert lr == pytest.approx(1 / (1 / schedule.max_lr + 1 / (2 * schedule.a * tokens**schedule.b)), rel=1e-3)
+    call(fit.main, str(path), "--form", "power", code=2)
+    assert "a cap is seen (by hard and smooth), so the forms are hard, smooth, plane" in capsys.readouterr().err
+
+
 def test_a_run_of_another_parametrisation_is_told_so(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     own = composed(tiny())
     facts = {
