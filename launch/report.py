@@ -39,12 +39,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the page and print its path."""
     parser = verb_parser("report", __doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, help="default: report.html in the first folder")
+    parser.add_argument("--out", type=Path, help="default: report.html in the folder; needed for several")
     sys.exit(guard(lambda: _report(parser.parse_args(arguments))))
 
 
 def _report(options: argparse.Namespace) -> int:
     folders, out = options.folders, options.out
+    if len(folders) > 1 and out is None:
+        raise ConfigError(
+            f"A page of several runs needs --out FILE: {folders[0] / 'report.html'} is the page of that run alone."
+        )
     out = out or folders[0] / "report.html"
     if folders[0].is_dir():  # otherwise the error below says what is wrong
         check_output(out)

@@ -95,8 +95,13 @@ def trunk_points(run: Path, config: Config) -> tuple[list[tuple[int, float]], in
     lines = [line for line in _overall(run) if line["tokens"] >= begins and schedule.phase(line["tokens"]) == "trunk"]
     points = [(line["tokens"], line["loss"]) for line in lines if line["targets"] == lines[-1]["targets"]]
     if len(points) < FEW:
+        other = (
+            f" with the number of targets of the last one, and {n} with another"
+            if (n := len(lines) - len(points))
+            else ""
+        )
         raise ConfigError(
-            f"{run} has {len(points)} evaluations of its trunk, and a prediction takes {FEW} or more: evaluate it "
+            f"{run} has {len(points)} evaluations of its trunk{other}. A prediction takes {FEW} or more: evaluate it "
             "more often (evaluation.every=…)."
         )
     return points, lines[-1]["targets"]

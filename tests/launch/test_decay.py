@@ -209,9 +209,17 @@ def test_decays_of_one_step_say_nothing_of_another(
 
 def test_a_trunk_without_evaluations_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(runs / "trunk", tmp_path / "trunk")
-    (tmp_path / "trunk/evals.jsonl").unlink()
+    evals = tmp_path / "trunk/evals.jsonl"
+    lines = [json.loads(line) for line in evals.read_text().splitlines()]
+    of_all = [line for line in lines if line["corpus"] == "overall"]
+    of_all[-1]["targets"] += 1  # as after a change of evaluation.sequences
+    evals.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert predict(tmp_path) == 2
-    assert "has 0 evaluations of its trunk" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has 1 evaluations of its trunk with the number of targets of the last one, and " in said
+    evals.unlink()
+    assert predict(tmp_path) == 2
+    assert "has 0 evaluations of its trunk. A prediction" in capsys.readouterr().err
 
 
 def copied(runs: Path, to: Path, recorded: Path | None = None) -> Path:

@@ -227,6 +227,9 @@ def test_a_page_needs_nothing_but_itself(tmp_path: Path, run: Callable[..., Path
     one = run("run.name=one")
     two = run("run.name=two", "run.seed=1")
     call(report.main, str(one))
+    page = (one / "report.html").read_bytes()
+    call(report.main, str(one), str(two), code=2)  # would replace the page of the first
+    assert (one / "report.html").read_bytes() == page
     call(report.main, str(one), str(two), "--out", str(tmp_path / "both.html"))
     for page, names in ((one / "report.html", ["one"]), (tmp_path / "both.html", ["one", "two"])):
         text = page.read_text()
