@@ -25,7 +25,6 @@ import sys
 
 from powertrain.launch.parser import verb_parser
 from powertrain.train.cli import guard
-from powertrain.train.imports import heavy_imports
 
 CHECKS = ("mup", "coordinates", "batch", "run")
 # Without an experiment a check needs some budget and some batch; neither changes what it finds.
@@ -42,9 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _check(name: str, arguments: list[str]) -> int:
-    with heavy_imports():
-        check = importlib.import_module(f"{__name__}.{name}")
-    status: int = check.main(arguments)
+    status: int = importlib.import_module(f"{__name__}.{name}").main(arguments)
     return status
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from powertrain.launch.check import coordinates
+from powertrain.launch.check import coordinates, probes
 from powertrain.train.compose import composed
 from powertrain.train.config import MODELS, Config
 from powertrain.train.errors import ConfigError
@@ -21,10 +21,10 @@ def default(family: str, *more: str) -> Config:
 @pytest.fixture
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for a broken table: it fails for each seed (docs/coordinates.md)."""
-    monkeypatch.setattr(coordinates, "SEEDS", (0,))
+    monkeypatch.setattr(probes, "SEEDS", (0,))
 
 
-def broken(role: str, **changes: Callable[[mup.Row, float], float]) -> coordinates.Rows:
+def broken(role: str, **changes: Callable[[mup.Row, float], float]) -> probes.Rows:
     """muP's table but for one row, whose fields are changed by functions of (the row, m_width)."""
 
     def rows_of(config: Config) -> dict[str, mup.Row]:
@@ -49,7 +49,7 @@ def std(exponent: float) -> Callable[[mup.Row, float], float]:
 
 @pytest.mark.parametrize("family", ["granitemoeshared", "granite"])  # the first has all that granitemoe has
 def test_the_table_passes_for_every_seed(family):
-    results = coordinates.check(default(family, "batch.sequences=2"))
+    results = probes.check(default(family, "batch.sequences=2"))
     assert [result.name for result in results if not result.passed] == []
     assert all(len(result.slopes) == 3 for result in results)
     watched = {result.row for result in results}
@@ -60,12 +60,12 @@ def test_the_table_passes_for_every_seed(family):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("more", [(), ("mup.rule=fan_in",), ("model.tie_word_embeddings=false",)], ids=str)
 def test_the_table_passes_as_the_command_runs_it(family, more):
-    assert coordinates.at_fault(coordinates.check(default(family, *more))) == []
+    assert probes.at_fault(probes.check(default(family, *more))) == []
 
 
 def test_a_router_at_the_full_rate_is_named(one_seed):
-    results = coordinates.check(default("granitemoe"), broken("router", rate_multiplier=rate(1)))
-    assert coordinates.at_fault(results) == ["router"]
+    results = probes.check(default("granitemoe"), broken("router", rate_multiplier=rate(1)))
+    assert probes.at_fault(results) == ["router"]
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_a_router_at_the_full_rate_is_named(one_seed):
 def test_a_broken_internal_row_is_named_alone(family, role, changes, one_seed):
     if (family, role) == ("granite", "router") or role not in mup.table(default(family)):
         pytest.skip("the family has no such tensor")
-    assert coordinates.at_fault(coordinates.check(default(family), broken(role, **changes))) == [role]
+    assert probes.at_fault(probes.check(default(family), broken(role, **changes))) == [role]
 
 
 @pytest.mark.slow
@@ -97,14 +97,14 @@ def test_a_broken_internal_row_is_named_alone(family, role, changes, one_seed):
 )
 def test_a_row_that_must_not_shrink_with_width_is_named_alone(family, role, changes, one_seed):
     config = default(family, "model.tie_word_embeddings=false")
-    assert coordinates.at_fault(coordinates.check(config, broken(role, **changes))) == [role]
+    assert probes.at_fault(probes.check(config, broken(role, **changes))) == [role]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_a_tied_embedding_is_named_together_with_its_head(family, one_seed):
-    results = coordinates.check(default(family), broken("embedding", rate_multiplier=rate(-1)))
-    assert coordinates.at_fault(results) == ["embedding", "head"]
+    results = probes.check(default(family), broken("embedding", rate_multiplier=rate(-1)))
+    assert probes.at_fault(results) == ["embedding", "head"]
 
 
 @pytest.mark.slow
@@ -123,21 +123,21 @@ def test_a_tied_embedding_is_named_together_with_its_head(family, one_seed):
 def test_a_wrong_forward_multiplier_is_named(family, name, value, named, monkeypatch, one_seed):
     right = mup.multipliers
     monkeypatch.setattr(mup, "multipliers", lambda config: {**right(config), name: value(config)})
-    assert coordinates.at_fault(coordinates.check(default(family))) == named
+    assert probes.at_fault(probes.check(default(family))) == named
 
 
 def test_outputs_name_rows_only_where_no_tensor_does():
-    def result(kind: str, row: str, slope: float) -> coordinates.Result:
-        return coordinates.Result(kind, row, row, [1, 2], [[1.0, 2**slope]])
+    def result(kind: str, row: str, slope: float) -> probes.Result:
+        return probes.Result(kind, row, row, [1, 2], [[1.0, 2**slope]])
 
     inside, output, tensor = result("init", "norm", 0.2), result("output", "down", 0.7), result("update", "router", 0.4)
-    assert coordinates.at_fault([inside]) == []
-    assert coordinates.at_fault([inside, output]) == ["down"]
-    assert coordinates.at_fault([inside, output, tensor]) == ["router"]
+    assert probes.at_fault([inside]) == []
+    assert probes.at_fault([inside, output]) == ["down"]
+    assert probes.at_fault([inside, output, tensor]) == ["router"]
 
 
 def test_a_tensor_that_did_not_move_fails():
-    assert not coordinates.Result("update", "router", "router", [1, 2], [[0.0, 0.0]]).passed
+    assert not probes.Result("update", "router", "router", [1, 2], [[0.0, 0.0]]).passed
 
 
 def test_the_command_says_which_row_and_draws(tmp_path, capsys):

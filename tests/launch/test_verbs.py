@@ -17,6 +17,7 @@ from conftest import ROOT, launch
 
 from powertrain.data.tokens import TokenWriter
 from powertrain.launch.__main__ import VERBS
+from powertrain.launch.check import CHECKS
 from powertrain.train.imports import heavy_imports
 from powertrain.train.track import read_lines
 
@@ -56,10 +57,12 @@ Path(sys.argv[2]).write_text(json.dumps(seen))
 
 def test_help_settings_and_refusals_do_not_wait_for_heavy_imports(tmp_path: Path) -> None:
     """Users wait for these imports, for seconds. All in one process: the first to import something is at fault."""
-    done = [*(f"{name} --help" for name in VERBS), "check mup --help", "check batch --help", "check run --help"]
+    done = [*(f"{name} --help" for name in VERBS), *(f"check {name} --help" for name in CHECKS)]
     done += ["train +experiment=quickstart --cfg", "completion bash"]
     refused = ["train +experiment=none", "train +experiment=quickstart run.tokens=-1", "prepare data=nowhere"]
-    refused += [f"{name} +experiment=none" for name in ("check mup", "check batch", "estimate", "bench")]
+    refused += [
+        f"{name} +experiment=none" for name in ("check mup", "check batch", "check coordinates", "estimate", "bench")
+    ]
     refused += ["sweep +sweep=none", "evaluate nowhere --text nowhere", "generate nowhere prompt", "check run nowhere"]
     refused += [f"{name} nowhere" for name in ("fit", "report", "export", "path")]
     given = json.dumps([sorted(HEAVY), done + refused])
