@@ -1,6 +1,6 @@
 """Nats above the least loss of each cell (batch, horizon): schedules tuned in every cell, tuned in one, or by the law.
 
-    python docs/results/compare/table.py
+    python docs/results/compare/table.py        # seed 0, and then the means of what has three seeds
 
 A setting that the sweep pruned in a cell (its learning rate lay more than two above the best one) has no loss there. It
 is counted with the loss of the highest learning rate that was trained, less than its own would be, and marked with ≥.
@@ -16,19 +16,33 @@ import numpy as np
 Cell = tuple[float, int]
 
 
-def losses(path: Path) -> dict[float, dict[Cell, float]]:
-    """Mean loss over seeds by learning rate (WSD, cosine) or a (Power), and by cell."""
-    seen: dict[float, dict[Cell, list[float]]] = {}
+def losses(path: Path, seeds: tuple[int, ...]) -> dict[float, dict[Cell, float]]:
+    """Mean loss over these seeds, by learning rate (WSD, cosine) or a (Power) and by cell, where each of them is done."""
+    seen: dict[float, dict[Cell, dict[int, float]]] = {}
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if line["status"] == "finished":
+        if line["status"] == "finished" and line["seed"] in seeds:
             setting = seen.setdefault(line["lr"] if line["schedule"] != "power" else line["a"], {})
-            setting.setdefault((line["batch"], line["tokens"]), []).append(line["loss"])
-    return {setting: {cell: float(np.mean(each)) for cell, each in by.items()} for setting, by in sorted(seen.items())}
+            setting.setdefault((line["batch"], line["tokens"]), {})[line["seed"]] = line["loss"]
+    means = {
+        setting: {cell: float(np.mean(list(of.values()))) for cell, of in by.items() if len(of) == len(seeds)}
+        for setting, by in sorted(seen.items())
+    }
+    return {setting: by for setting, by in means.items() if by}
 
 
 def main() -> None:
     """Print the tables."""
-    ledgers = {path.stem: losses(path) for path in sorted((Path(__file__).parent / "ledgers").glob("*.jsonl"))}
+    for seeds in ((0,), (0, 1, 2)):
+        print(f"\nseed {', '.join(map(str, seeds))}")
+        table(seeds)
+
+
+def table(seeds: tuple[int, ...]) -> None:
+    """One table: every schedule that is done in all cells."""
+    paths = sorted((Path(__file__).parent / "ledgers").glob("*.jsonl"))
+    ledgers = {path.stem: found for path in paths if (found := losses(path, seeds))}
+    if not ledgers:
+        return
     every = [by for settings in ledgers.values() for by in settings.values()]
     cells = sorted({cell for by in every for cell in by}, key=lambda cell: (cell[1], cell[0]))
     least = {cell: min(by[cell] for by in every if cell in by) for cell in cells}
@@ -55,8 +69,11 @@ def main() -> None:
         for setting in sorted(chosen):
             by = {}
             for cell in cells:
-                highest = max(other for other in settings if cell in settings[other] and other <= setting)
-                by[cell] = settings[highest][cell]
+                if lower := [other for other in settings if cell in settings[other] and other <= setting]:
+                    by[cell] = settings[max(lower)][cell]
+            if len(by) < len(cells):
+                print(f"{name}, {setting:g}: not trained in every cell")
+                continue
             row(f"{name}, {setting:g} in every cell", by, {cell: cell in settings[setting] for cell in cells})
 
 
