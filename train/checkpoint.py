@@ -80,6 +80,7 @@ class Saver:
         self.data_fingerprint = data_fingerprint  # so that a resume can tell whether the tokens are the same
         self.check_claim = check_claim  # raises ConfigError when the run's folder is another one now
         self.log = log
+        self.settings = settings_text(engine.config)  # once: it takes longer than a step of a tiny model
         self.saved_step: int | None = None  # of the last one begun
         self._thread: threading.Thread | None = None
         self._error: str | None = None  # why this rank could not write it
@@ -124,7 +125,7 @@ class Saver:
                 "average": None if self.average is None else self.average.window,
             }
             texts["state.json"] = json.dumps(progress)
-            texts["config.yaml"] = settings_text(self.engine.config)
+            texts["config.yaml"] = self.settings
         paused = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._write, args=(partial, state.step, tensors, texts, paused), daemon=True

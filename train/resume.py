@@ -29,6 +29,7 @@ _FREE = (
     "run.folder",
     "run.tokens",
     "run.resume",
+    "run.export",
     "batch.micro_sequences",
     "data.cache_dir",
     "data.workers",

@@ -85,8 +85,9 @@ def _train(
 
     # ---- where to begin; until that is known, nothing on disk is changed
     engine.first_rank_decides(lambda: check_no_secrets(config))
-    engine.first_rank_decides(lambda: check_target(folder / "model"))
-    if config.average.window is not None:
+    if config.run.export:
+        engine.first_rank_decides(lambda: check_target(folder / "model"))
+    if config.run.export and config.average.window is not None:
         engine.first_rank_decides(lambda: check_target(folder / "model-average"))
     begin: Beginning = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
     engine.first_rank_decides(lambda: check_batch(config, engine.world_size, begin.tokens))
@@ -166,7 +167,7 @@ def _train(
                 lines = [line for line in recorded if "bits_per_byte" in line]
                 if reason is None and not evaluated:
                     lines = evaluate(parts, benchmarks, engine, state, tracker, watchdog, log)
-            if reason is None:
+            if reason is None and config.run.export:
                 probe = parts.batches.batch(0, 1)["input_ids"]
                 model = weights_and_logits(config, engine, probe)
                 if parts.average is not None:
@@ -180,6 +181,12 @@ def _train(
             return Outcome(reason, state.step)
 
     # ---- final artifacts
+    if not config.run.export:
+        log(
+            "run.export is false, so the run ends without its model and report. `powertrain export` and `powertrain "
+            f"report` write them from {folder}."
+        )
+        return Outcome("finished", state.step)
     engine.first_rank_decides(check_claim)
     if engine.is_main:
         if not (folder / "tokenizer").is_dir():  # removed meanwhile

@@ -338,6 +338,7 @@ def overrides(sweep: SweepConfig, trial: Trial, settings: DictConfig) -> list[st
         f"checkpoint.every={every}",
         f"checkpoint.keep={kept}",
         "evaluation.every=0",
+        "run.export=false",  # half of what a short trial takes besides its steps; two verbs write both later
     ]
 
 

@@ -49,8 +49,6 @@ def work(given: list[str], options: argparse.Namespace) -> int:
     check_launcher(sweep.sweep)
     if not sweep.sweep.launcher:
         with heavy_imports():  # once, for the processes that are forked from this one
-            import matplotlib.figure  # noqa: F401  # of each trial's report
-
             import powertrain.train.run  # noqa: F401
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     while not orphaned(options.worker):
