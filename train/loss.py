@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from powertrain.data.loader import IGNORE_INDEX
+from powertrain.train.model.forward import adopt, hidden_states
 from powertrain.train.model.granite import CausalLM, moe_blocks
 
 _CHUNK_LOGITS = 1 << 25  # logits that exist at one time: 128 MiB in float32
@@ -108,6 +109,7 @@ class LanguageModelLoss(nn.Module):
         super().__init__()
         self.model = model
         self._routed: list[tuple[Tensor, Tensor]] | None = None
+        adopt(model)
         for block in moe_blocks(model):
             block.router.register_forward_hook(self._record)
 
@@ -130,15 +132,14 @@ class LanguageModelLoss(nn.Module):
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if "flash" in str(self.model.config._attn_implementation):
             inputs = documents_in_a_row(input_ids, position_ids)
-        # With a cache, Transformers does not look for document boundaries.
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.model.model, **inputs)
         routed, self._routed = self._routed, None
         logits_scaling = float(self.model.config.logits_scaling or 1.0)
         if labels is None:
             logits: Tensor = hidden.reshape(*input_ids.shape, -1) @ self.model.lm_head.weight.T / logits_scaling
             return logits
         cross_entropy = linear_cross_entropy(
-            hidden.flatten(0, 1),
+            hidden,
             self.model.lm_head.weight,
             labels.flatten(),
             logits_scaling,
