@@ -49,6 +49,9 @@ class Balance:
         Args:
             batch_tokens: tokens in the global batch.
         """
+        if not self.num_experts:
+            zero = outputs.cross_entropy.new_zeros(())
+            return zero, zero
         frequency = self._frequency(outputs.assignments)
         balance = self.num_experts * (frequency * outputs.probabilities).sum() / batch_tokens
         return balance, outputs.z.sum() / batch_tokens

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import math
 import os
 import platform
 import re
@@ -200,6 +201,7 @@ class Engine:
         if self.config.engine.torch_compile:
             for layer in self.model.model.layers:
                 layer.compile()
+        self._parameters = list(self.model.parameters())
         self.shapes = {
             name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in self.model.named_parameters()
@@ -214,7 +216,8 @@ class Engine:
     def _take_module(self, module: nn.Module, rows: dict[str, mup.Row]) -> None:
         groups = optim.parameter_groups(self.model.named_parameters(), rows, self.config.optimizer)
         self.lr_multipliers: dict[str, float] = {group["name"]: group["lr_multiplier"] for group in groups}
-        self.optimizer = optim.adamw(groups, self.config.optimizer)
+        # ZeRO's partitions, and with them the order of its sums, go by the groups.
+        self.optimizer = optim.adamw(groups if self.sharded else optim.merged(groups), self.config.optimizer)
         if not self.sharded:
             self.module = self.accelerator.prepare_model(module)
             return
@@ -261,8 +264,8 @@ class Engine:
         if self.sharded:
             self.module.step()
             return float(self.module.get_global_grad_norm()), not self.module.was_step_applied()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm).item()
-        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.max_grad_norm).item()
+        skipped = not math.isfinite(norm)
         if not skipped:
             self.optimizer.step()
         # DDP's gradients are views of its buckets; set to None, the next ones would be allocated beside them.

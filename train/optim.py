@@ -48,6 +48,15 @@ def parameter_groups(
     return groups
 
 
+def merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with one group for all that have the same multiplier and decay: AdamW makes a call for each group."""
+    alike: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in groups:
+        own = {key: group[key] for key in ("lr_multiplier", "weight_decay")}
+        alike.setdefault((*own.values(),), {**own, "params": []})["params"] += group["params"]
+    return list(alike.values())
+
+
 def mup_groups(
     model: CausalLM, mup: MupConfig | None = None, optimizer: OptimizerConfig | None = None
 ) -> list[dict[str, Any]]:

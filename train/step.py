@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from powertrain.train.engine import Engine
 from powertrain.train.loss import Outputs
 from powertrain.train.state import State
 
-Terms = tuple[Tensor, Tensor, Tensor]
+Term = TypeVar("Term", Tensor, float)
+Terms = tuple[Term, Term, Term]
 
 
-def loss_terms(outputs: Outputs, balance: Balance, targets: Tensor, batch_tokens: int) -> Terms:
+def loss_terms(outputs: Outputs, balance: Balance, targets: Tensor, batch_tokens: int) -> Terms[Tensor]:
     """A micro-batch's share of (cross-entropy, balance, z); shares add up to the terms of the global batch.
 
     Args:
@@ -32,7 +33,7 @@ def loss_terms(outputs: Outputs, balance: Balance, targets: Tensor, batch_tokens
     return outputs.cross_entropy / targets, *balance.losses(outputs, batch_tokens)
 
 
-def total_loss(terms: Terms, config: BalanceConfig) -> Tensor:
+def total_loss(terms: Terms[Term], config: BalanceConfig) -> Term:
     """What is minimised: cross-entropy + c · balance + c_z · z. The last two are 0 for a dense model."""
     lm_loss, balance_loss, z_loss = terms
     return lm_loss + config.router_aux_loss_coef * balance_loss + config.router_z_loss_coef * z_loss
@@ -83,16 +84,16 @@ def train_step(
 
     grad_norm, skipped = engine.step(lr)
     assignments = balance.end_step(skipped).cpu()
-    lm_loss, balance_loss, z_loss = terms = tuple(engine.reduce(sums).cpu())
+    lm_loss, balance_loss, z_loss = engine.reduce(sums).tolist()
 
     record = {
         "step": step,
         "tokens": state.tokens,  # n, before this step: the schedule's argument
         "samples": state.samples,  # the step trains on sequences [samples, samples + its batch)
-        "loss": total_loss(terms, config.balance).item(),
-        "lm_loss": lm_loss.item(),
-        "balance_loss": balance_loss.item(),
-        "z_loss": z_loss.item(),
+        "loss": total_loss((lm_loss, balance_loss, z_loss), config.balance),
+        "lm_loss": lm_loss,
+        "balance_loss": balance_loss,
+        "z_loss": z_loss,
         "lr": lr,
         "lr_per_group": {group: lr * multiplier for group, multiplier in engine.lr_multipliers.items()},
         "batch": beta,

@@ -53,11 +53,11 @@ class Stop:
             self.check_claim()
         except ConfigError:
             wanted[2] = 1
-        seen = self.engine.reduce(wanted)
-        if seen[2]:
+        by_signal, by_file, moved = self.engine.reduce(wanted).tolist()
+        if moved:
             self.engine.first_rank_decides(self.check_claim)
-        if seen[1]:
+        if by_file:
             return BY_FILE
-        if seen[0]:
+        if by_signal:
             return "a signal" if not self._signal else signal.Signals(self._signal).name
         return None

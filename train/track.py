@@ -87,13 +87,13 @@ class Tracker:
     def step(self, metrics: dict[str, Any]) -> None:
         """One optimizer step. A step taken again after a resume is written again; the last line counts."""
         self._append("metrics.jsonl", metrics)
-        self._pass_on({k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
+        self._pass_on("", metrics)
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
         """One evaluation of one corpus, or of all together."""
         self._append("evals.jsonl", metrics)
         prefix = f"evaluation{'' if weights_of(metrics) == RAW else '_average'}/{metrics['corpus']}/"
-        self._pass_on({prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}, metrics["step"])
+        self._pass_on(prefix, metrics)
 
     def evaluations(self, step: int) -> list[dict[str, Any]]:
         """The lines of this step in evals.jsonl, those of the average last, and of both `overall` last; none if one was
@@ -145,9 +145,11 @@ class Tracker:
             written = self._files[name].write(self._unwritten[name])  # perhaps a part of them
             self._unwritten[name] = self._unwritten[name][written:]
 
-    def _pass_on(self, numbers: dict[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.put((numbers, step))
+    def _pass_on(self, prefix: str, metrics: dict[str, Any]) -> None:
+        if self._trackers:
+            numbers = {prefix + k: v for k, v in _numbers(metrics).items() if k != "step"}
+            for tracker in self._trackers:
+                tracker.put((numbers, metrics["step"]))
 
     def _has_ended(self, tracker: str, why: str) -> None:
         why = without_secrets(why)
