@@ -79,7 +79,28 @@ class Progressing:
         end, done = self.config.run.tokens, self.config.trained(state.tokens)
         speed = record["tokens_per_second"]
         self.smooth = 0.9 * self.smooth + 0.1 * speed if self.smooth else speed
-        left = duration(max(0, end - done) / self.smooth)
+        share, now = min(1.0, done / end), time.monotonic()
+        if self.console.is_terminal:
+            tokens = f"{human(state.tokens)} of {human(self.config.end_tokens)} tokens"
+            self.progress.update(
+                self.task,
+                completed=share * end,
+                description=f"{self.config.run.name}  step {state.step:,}  {tokens}",
+                left=duration(max(0, end - done) / self.smooth),
+            )
+            self.facts.plain = "  ".join(self._facts(record))
+        elif now - self.logged >= LINE_SECONDS or done - self.logged_tokens >= LINE_SHARE * end or done >= end:
+            self.logged, self.logged_tokens = now, done
+            left = duration(max(0, end - done) / self.smooth)
+            tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
+            self.log("  ".join([f"step {state.step:>7,}", tokens, *self._facts(record)]))
+        if state.step == 1 and self.config.run.init_from is None and record["lm_loss"] is not None:
+            self._explain_first(record["lm_loss"])
+        if "expert_load" in record:
+            self._watch_routing(record["expert_load"], state)
+
+    def _facts(self, record: dict[str, Any]) -> list[str]:
+        """A step's metrics, as they are shown."""
         facts = [
             "skipped" if record["lm_loss"] is None else f"lm_loss {record['lm_loss']:.3f}",
             self._learning_rate(record),
@@ -89,26 +110,7 @@ class Progressing:
             facts.append(f"MFU {record['mfu']:.0%}")
         if "expert_load" in record:
             facts.append(f"busiest expert {record['expert_load']['max_over_mean']:.2f} × mean")
-        share = min(1.0, done / end)
-        if self.console.is_terminal:
-            tokens = f"{human(state.tokens)} of {human(self.config.end_tokens)} tokens"
-            self.progress.update(
-                self.task,
-                completed=share * end,
-                description=f"{self.config.run.name}  step {state.step:,}  {tokens}",
-                left=left,
-            )
-            self.facts.plain = "  ".join(facts)
-        else:
-            now = time.monotonic()
-            if now - self.logged >= LINE_SECONDS or done - self.logged_tokens >= LINE_SHARE * end or done >= end:
-                self.logged, self.logged_tokens = now, done
-                tokens = f"{human(state.tokens)} tokens ({share:.0%}, {left} left)"
-                self.log("  ".join([f"step {state.step:>7,}", tokens, *facts]))
-        if state.step == 1 and self.config.run.init_from is None and record["lm_loss"] is not None:
-            self._explain_first(record["lm_loss"])
-        if "expert_load" in record:
-            self._watch_routing(record["expert_load"], state)
+        return facts
 
     def _explain_first(self, loss: float) -> None:
         """Log why the loss begins above that of a uniform guess, which looks like a mistake and is none."""

@@ -20,7 +20,7 @@ from powertrain.train.errors import ConfigError, Diverged, RunFailed
 from powertrain.train.export import check_target, export, facts_of, generate, in_units, in_working_precision, loss_text
 from powertrain.train.folder import claimed, leaving_exit_json, record_start
 from powertrain.train.metrics import flops_per_token, peak_flops
-from powertrain.train.redact import check_no_secrets, settings_text
+from powertrain.train.redact import check_no_secrets
 from powertrain.train.resume import where_to_begin
 from powertrain.train.state import AVERAGE, RAW, Beginning, State
 from powertrain.train.step import train_step
@@ -108,15 +108,15 @@ def _train(
             log(f"\nStopped by {BY_FILE} while the corpora were prepared. The same command continues from there.")
             return Outcome(BY_FILE, state.step)
         engine.first_rank_decides(check_claim)  # hours may have gone by
+        saver = checkpoint.Saver(checkpoints, engine, parts.average, parts.data_fingerprint, check_claim, log)
         if engine.is_main:
             # Only now: a start that is refused leaves no trace in the run's records.
             if begin.checkpoint is None or not (folder / "tokenizer").exists():
                 replace_folder(folder / "tokenizer", lambda to: save_tokenizer(parts.tokenizer, to))
             (folder / "exit.json").unlink(missing_ok=True)
-            replace_text(folder / "config.yaml", settings_text(config))
+            replace_text(folder / "config.yaml", saver.settings)
             record_start(folder / "run.json", engine, command, begin, parts.counts, parts.data, log)
         tracker = Tracker(folder, config, engine, state, log)
-        saver = checkpoint.Saver(checkpoints, engine, parts.average, parts.data_fingerprint, check_claim, log)
         if begin.own:
             saver.saved_step = state.step
         flops, peak = flops_per_token(config, parts.counts), peak_flops(engine.device)
