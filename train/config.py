@@ -44,9 +44,7 @@ class RunConfig:
     tokens_seen: int = 0  # where the clock of the schedule starts: tokens that the initial weights were trained on
     init_from: str | None = None  # a Hugging Face model of a family of ours (folder or hub name), or a run's folder
     resume: str = "auto"  # auto: from the newest valid checkpoint; never: refuse if there is one; or a path
-    export: bool = (
-        True  # at the end, the model as a Hugging Face folder, and report.html; a sweep's trials have neither
-    )
+    export: bool = True  # at its end, write the model as a Hugging Face folder, and report.html; sweeps do not
 
     def __post_init__(self) -> None:
         self.folder, self.resume = expand(self.folder), expand(self.resume)

@@ -84,7 +84,7 @@ def train_step(
 
     grad_norm, skipped = engine.step(lr)
     assignments = balance.end_step(skipped).cpu()
-    lm_loss, balance_loss, z_loss = engine.reduce(sums).tolist()
+    lm_loss, balance_loss, z_loss = engine.reduce(sums).cpu().tolist()
 
     record = {
         "step": step,

@@ -11,7 +11,8 @@ examples:
   powertrain sweep --config-dir mine +sweep=mine    # mine/sweep/mine.yaml
 
 After a stop or a kill the same command resumes: a trial in the ledger is not run again, one that had begun resumes from
-its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run.
+its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run
+without a model and report (`powertrain export` and `powertrain report` write them).
 """
 
 from __future__ import annotations

@@ -31,6 +31,19 @@ def test_a_run_leaves_everything_and_learns(run: Callable[..., Path]) -> None:
     assert json.loads((folder / "run.json").read_text())["starts"][0]["versions"]["torch"] == torch.__version__
 
 
+def test_a_run_without_export_ends_with_its_checkpoint(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a sweep's trials do. The same command with it writes what is missing, and trains nothing again."""
+    folder = run("run.export=false")
+    assert "ends without its model and report" in capsys.readouterr().out
+    assert not (folder / "model").exists() and not (folder / "report.html").exists()
+    assert (folder / "checkpoints" / "step-00000012" / "manifest.json").is_file()
+    records = [(folder / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")]
+    assert run() == folder and (folder / "model" / "config.json").is_file() and (folder / "report.html").is_file()
+    assert records == [(folder / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")]
+
+
 def test_fault_14_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(run: Callable[..., Path]) -> None:
     folder = run("schedule.max_lr=0.5", "schedule.warmup_tokens=300")
     power = Power(max_lr=0.5, warmup_tokens=300, decay=Decay(start=3072 - 768, tokens=768))
