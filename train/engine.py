@@ -171,11 +171,13 @@ class Engine:
             train_micro_batch_size_per_gpu=1,
             gradient_accumulation_steps=1,  # ours: see `forward`
             gradient_clipping=self.config.optimizer.max_grad_norm,
-            # Stages 1 and 2 have whole parameters on every rank, and cast as the plain engine does.
-            bf16={"enabled": self.config.precision == "bf16" and self.kind == "zero3"},
+            # ZeRO 1 would keep the gradients in bf16 until the step besides.
+            bf16={"enabled": self.config.precision == "bf16", "immediate_grad_update": True},
             fp16={"enabled": False},
             data_types={"grad_accum_dtype": "fp32"},
             communication_data_type="fp32",
+            # ZeRO 2 would divide in bf16, which rounds if the number of ranks is no power of two. ZeRO 3 knows no sum.
+            gradient_allreduce_op="mean" if self.kind == "zero3" else "sum",
             zero_force_ds_cpu_optimizer=False,  # torch's AdamW, which has a fast CPU kernel, wherever the state is
             steps_per_print=None,
         )
@@ -206,9 +208,9 @@ class Engine:
             name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in self.model.named_parameters()
         }
-        casting = self.config.precision == "bf16" and self.kind != "zero3"
+        casting = self.config.precision == "bf16" and not self.sharded
         self._take_module(optim.for_training(loss, self.config.engine.activation_checkpointing, casting), rows)
-        # Computed on the CPU, as Transformers does when it loads a model; ZeRO-3 in bf16 has rounded them besides.
+        # Computed on the CPU, as Transformers does when it loads a model; ZeRO in bf16 has rounded them besides.
         rotary = self.model.model.rotary_emb
         for name, frequencies in type(rotary)(self.model.config).named_buffers():
             setattr(rotary, name, frequencies.to(self.device))
@@ -246,7 +248,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the loss. After the last one it is the global sum."""
-        loss = loss * self.world_size  # DDP and ZeRO take the mean over ranks; ours are shares of a sum
+        if self.kind in ("ddp", "zero3"):
+            loss = loss * self.world_size  # they take the mean over ranks; ours are shares of a sum
         if self.sharded:
             self.module.backward(loss)
         else:
@@ -357,7 +360,7 @@ class Engine:
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None
-            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            (flat,) = self.optimizer.param_groups[mapping.param_group_index]["params"]  # DeepSpeed has put it there
             start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
             stop = start + mapping.lp_fragment_address.numel
         else:
@@ -417,7 +420,7 @@ class Engine:
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 master) of every parameter, one at a time, on its device. Collective: iterate to the end."""
         for name, parameter in self.model.named_parameters():
-            if self.kind == "zero3":
+            if self.sharded:
                 from deepspeed.utils import safe_get_full_fp32_param
 
                 yield name, safe_get_full_fp32_param(parameter).view(self.shapes[name])

@@ -112,7 +112,7 @@ def checkpoint_on_copies(function: partial[Tensor], *arguments: Any) -> Any:
 
 
 class BFloat16Weights(nn.Module):
-    """Runs a module on bf16 copies of its float32 parameters.
+    """Runs a module on bf16 copies of its float32 parameters, where no engine keeps bf16 weights.
 
     The copies are made in each forward pass, so the parameters are the masters, and their gradients arrive
     and accumulate in float32 under any wrapper.

@@ -131,7 +131,11 @@ class Tally(TorchDispatchMode):
         loss.model.model.register_forward_hook(begins("loss"))
         module.register_forward_hook(begins("backward"))
         for parameter in loss.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: self.move(p.grad, "gradients"))
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # ZeRO 1 in bf16 has added it to a sum of its own
+            self.move(parameter.grad, "gradients")
 
 
 class Passes:
@@ -157,12 +161,12 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
         passes: of the same configuration on as many ranks.
         bucket: DeepSpeed's reduce_bucket_size; others are for tests.
     """
-    sharded, bf16 = engine.startswith("zero3"), config.precision == "bf16"
+    bf16 = config.precision == "bf16"
     accumulating = config.batch.sequences > ranks * config.batch.micro_sequences
     shapes = [parameter.shape for parameter in granite.build(config, "meta").parameters()]
     count = sum(shape.numel() for shape in shapes)
     part = -(-count // ranks)  # of what ZeRO shards
-    forward, backward = passes.of(sharded)
+    forward, backward = passes.of(engine.startswith("zero"))
     reduced = min(count, bucket)  # elements that DeepSpeed reduces at a time
     later = 1 - reduced / count  # share of a backward pass that is left at the first reduction
     averaged = 4 * (config.average.window is not None)  # bytes of a parameter; those that are offloaded are the CPU's
@@ -174,23 +178,27 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
             masters=4 * count, moments=8 * count, average=averaged * count, gradients=4 * count
         )
     buffers = Counter(buffers=4 * bucket)
+    if engine == "zero1" and bf16:
+        state = Counter(copies=2 * count, masters=4 * part, moments=8 * part, average=averaged * part)
+        state += Counter(gradients=4 * count)
+        largest = Counter(backward=4 * max(shape.numel() for shape in shapes))  # on its way to the sum
+        return state + _most(forward.rest, backward.rest + largest, Counter(buffers=4 * count))
     if engine in ("zero1", "zero2"):
-        state = Counter(masters=4 * count + 4 * part, moments=8 * part, average=averaged * part)
-        reducing = Counter(gradients=4 * part * (later > 0))
+        state = Counter(masters=4 * part, moments=8 * part, average=averaged * part)
+        state += Counter(copies=2 * count) if bf16 else Counter(masters=4 * count)
+        buffers = Counter(buffers=(2 if bf16 else 4) * bucket)
         if engine == "zero1":
             first, second = (_without(peaks.whole, "masters") for peaks in (forward, backward))
-            reducing += Counter(gradients=4 * count)
+            reducing = Counter(gradients=4 * part * (later > 0) + 4 * count)
         else:
-            state += Counter(gradients=4 * part * accumulating)
             first, second = forward.rest, backward.rest
-            waiting = Counter(backward=2 * count) if bf16 else backward.rest  # gradients of the copies come last
-            reducing += Counter(buffers=4 * reduced) + _times(waiting, later)
-        # They are allocated with the first gradient; that of a copy comes only after all layers.
-        if accumulating:
+            reducing = Counter(buffers=(6 if bf16 else 4) * reduced) + _times(backward.rest, later)
+            # In bf16 each micro-batch's are added to the sum as they come.
+            reducing += Counter(gradients=4 * part * (not accumulating if bf16 else later > 0))
+            state += Counter(gradients=4 * part * accumulating)
+        if accumulating:  # they are allocated with the first gradient
             first += buffers
-        if accumulating or not bf16:
-            second += buffers
-        return state + _most(first, second, reducing + buffers)
+        return state + _most(first, second + buffers, reducing + buffers)
     working = 2 if bf16 else 4  # bytes of a weight that is computed with
     state = Counter(copies=working * part)
     if engine == "zero3":
@@ -221,7 +229,7 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
     Args:
         gpu: count the kernels that a run takes on a GPU, or those of a CPU; see `kernels`.
         accumulating: gradients of an earlier micro-batch exist.
-        sharded: as ZeRO 3 runs it, on working weights without masters.
+        sharded: as ZeRO runs it, on working weights without masters.
     """
     config = copy.deepcopy(config)
     attention, expert_kernel = kernels(config, gpu)

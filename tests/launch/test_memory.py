@@ -96,7 +96,7 @@ def test_a_tally_counts_storages_once_and_while_they_live() -> None:
 
 
 def test_the_state_is_split_over_ranks() -> None:
-    """18 bytes a parameter in bf16; ZeRO 1 and 2 keep whole float32 weights, 3 nothing whole but what passes."""
+    """18 bytes a parameter in bf16; ZeRO 1 keeps bf16 weights and gradients whole, 2 the weights, 3 only what passes."""
     config = composed(["+experiment=powermoe_3b", "model.num_hidden_layers=2"])
     ranks = 64
     passes = Passes(config, ranks, gpu=True)
@@ -104,11 +104,14 @@ def test_the_state_is_split_over_ranks() -> None:
     count = found["plain"]["masters"] // 4
     assert found["plain"]["moments"] == found["plain"]["gradients"] * 2 == 8 * count
     assert found["plain"]["copies"] == pytest.approx(2 * count, rel=0.01)
-    assert found["zero1"]["masters"] == pytest.approx(4 * count * (1 + 1 / ranks), rel=1e-6)
+    for zero in ("zero1", "zero2"):
+        assert found[zero]["copies"] == 2 * count
     assert found["zero1"]["gradients"] == 4 * count
-    assert found["zero3"]["masters"] == pytest.approx(4 * count / ranks, rel=1e-6)
+    assert found["zero2"]["gradients"] == pytest.approx(4 * count / ranks, rel=1e-6)
     for zero in ("zero1", "zero2", "zero3"):
+        assert found[zero]["masters"] == pytest.approx(4 * count / ranks, rel=1e-6)
         assert found[zero]["moments"] == pytest.approx(8 * count / ranks, rel=1e-6)
+    for zero in ("zero2", "zero3"):
         assert found[zero]["buffers"] >= 4 * BUCKET
     averaged = copy.deepcopy(config)
     averaged.average.window = 0.1
@@ -117,6 +120,15 @@ def test_the_state_is_split_over_ranks() -> None:
         assert more == {"average": pytest.approx(4 * count / share, rel=1e-6)}
     offloaded = [needed(each, "zero3_offload", ranks, passes) for each in (config, averaged)]
     assert offloaded[0] == offloaded[1]  # there it is in the machine's memory
+
+
+def test_zero_1_and_2_keep_whole_float32_weights_in_fp32() -> None:
+    config, ranks = composed([*SHAPE, "precision=fp32"]), 4
+    passes = Passes(config, ranks, gpu=False)
+    count = needed(config, "plain", ranks, passes)["masters"] // 4
+    for zero in ("zero1", "zero2"):
+        parts = needed(config, zero, ranks, passes)
+        assert parts["masters"] == pytest.approx(4 * count * (1 + 1 / ranks), rel=1e-6) and not parts["copies"]
 
 
 def test_activations_are_linear_in_the_micro_batch_and_checkpointing_saves_them() -> None:

@@ -216,7 +216,7 @@ def test_a_window_that_is_no_share_is_refused(tiny: Callable[..., list[str]], wi
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "precision"),
-    [("ddp", "bf16"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "bf16"), ("zero3_offload", "fp32")],
+    [("ddp", "bf16"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"), ("zero3_offload", "fp32")],
 )
 def test_on_every_engine(
     tiny: Callable[..., list[str]], run: Callable[..., Path], tmp_path: Path, engine: str, precision: str

@@ -140,6 +140,19 @@ def test_bf16_follows_one_process(alone_bf16: Path, tiny: Overrides, tmp_path: P
 BF16 = 1e-4  # of a loss: some ten times what was seen over these 20 steps
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_gradients_in_bf16_are_summed_in_float32(tiny: Overrides, tmp_path: Path, engine: str) -> None:
+    """Over micro-batches, and over ranks, even if their number is no power of two. (ZeRO 3 then rounds once more.)"""
+    settings = (*SETTINGS, "precision=bf16", "batch.sequences=6", "batch.ramp=[]", "run.tokens=1920")
+    folders = [train_here(tiny("run.name=alone", *settings)), tmp_path / "shared"]
+    done = launch(tiny("run.name=shared", *settings), ranks=3, engine=engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, size in shapes_of(folders[0]).items():
+        gradient, other = (checkpoint(folder, 1, "exp_avg").read(name, 0, size) for folder in folders)
+        assert (gradient - other).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
 def test_a_lock_that_a_killed_build_left_is_pointed_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
