@@ -96,7 +96,7 @@ def test_a_tally_counts_storages_once_and_while_they_live() -> None:
 
 
 def test_the_state_is_split_over_ranks() -> None:
-    """18 bytes a parameter in bf16; ZeRO 1 keeps bf16 weights and gradients whole, 2 the weights, 3 only what passes."""
+    """18 bytes a parameter in bf16; ZeRO 1 keeps bf16 weights and gradients whole, 2 the weights, 3 what passes."""
     config = composed(["+experiment=powermoe_3b", "model.num_hidden_layers=2"])
     ranks = 64
     passes = Passes(config, ranks, gpu=True)

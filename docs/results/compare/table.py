@@ -17,7 +17,7 @@ Cell = tuple[float, int]
 
 
 def losses(path: Path, seeds: tuple[int, ...]) -> dict[float, dict[Cell, float]]:
-    """Mean loss over these seeds, by learning rate (WSD, cosine) or a (Power) and by cell, where each of them is done."""
+    """Mean loss by learning rate (WSD, cosine) or a (Power) and by cell, where each of these seeds is done."""
     seen: dict[float, dict[Cell, dict[int, float]]] = {}
     for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         if line["status"] == "finished" and line["seed"] in seeds:
