@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -83,8 +84,9 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **kwargs:
     name = model.config._attn_implementation
     size = tuple(input_ids.shape)
     embedded = model.embed_tokens(input_ids)
-    # Not on a GPU, which would have to wait.
-    whole = position_ids.device.type == "cpu" and not (position_ids[:, 1:] == 0).any()
+    # Not on a GPU, which would have to wait; nor of an estimate's tensors, which have no values.
+    known = position_ids.device.type == "cpu" and not isinstance(position_ids, FakeTensor)
+    whole = known and not (position_ids[:, 1:] == 0).any()
     mask = None
     if not (whole and name == "sdpa"):  # which is then causal by itself
         mask = create_causal_mask(
