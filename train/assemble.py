@@ -31,7 +31,7 @@ from powertrain.train.evaluate import Validation
 from powertrain.train.hardware import available_cores
 from powertrain.train.loss import LanguageModelLoss
 from powertrain.train.metrics import count_parameters
-from powertrain.train.model import granite, mup
+from powertrain.train.model import blockwise, granite, mup
 from powertrain.train.state import AVERAGE, State
 
 Log = Callable[[str], None]
@@ -106,6 +106,9 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
         )
     for doubt in (*doubts(config), *batch_doubts(config)):
         log(f"Warning: {doubt}")
+    why = blockwise.refusal(engine.device, config.model.attention_dropout)
+    if why and config.model.attn_implementation == "auto" and engine.device.type == "cpu":
+        log(f"Attention is SDPA, not {blockwise.NAME}: {why}.")
     counts = count_parameters(engine.shapes, config)
     log(
         f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the embedding, "

@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 # The unit of the law: a batch of 1 is 4096 tokens, whatever the sequence length (arXiv 2408.13359).
 LAW_SEQUENCE_LENGTH = 4096
 
-ATTENTION = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+ATTENTION = ("auto", "eager", "sdpa", "blockwise", "flex_attention", "flash_attention_2", "flash_attention_3")
 MOE = ("granitemoe", "granitemoeshared")  # Transformers' model types of mixtures of experts
 MODELS = (*MOE, "granite")
 EXPERTS = ("auto", "eager", "sorted", "grouped_mm", "batched_mm", "sonicmoe")

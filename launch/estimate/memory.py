@@ -31,7 +31,7 @@ from powertrain.train import metrics, optim
 from powertrain.train.balance import Balance
 from powertrain.train.config import Config
 from powertrain.train.loss import LanguageModelLoss
-from powertrain.train.model import experts, granite
+from powertrain.train.model import blockwise, experts, granite
 from powertrain.train.step import loss_terms, total_loss
 
 # DeepSpeed's defaults, which a run keeps, in elements: reduce_bucket_size, and of stage 3 max_live_parameters,
@@ -233,7 +233,8 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
     """
     config = copy.deepcopy(config)
     attention, expert_kernel = kernels(config, gpu)
-    config.model.attn_implementation = _UNMASKED if attention.startswith(("flash", "flex")) else attention
+    unmasked = attention.startswith(("flash", "flex")) or attention == blockwise.NAME
+    config.model.attn_implementation = _UNMASKED if unmasked else attention
     config.model.experts_implementation = expert_kernel
     tally = Tally()
     with FakeTensorMode(), _shapes_alone(gpu):
@@ -265,19 +266,19 @@ def counted(config: Config, gpu: bool, accumulating: bool, sharded: bool = False
 def kernels(config: Config, gpu: bool) -> tuple[str, str]:
     """Attention and experts as they are counted. `auto` on a GPU in bf16 is counted as FlashAttention, which needs
     its package there; experts that read values of tensors are counted as grouped_mm."""
-    attention, chosen = config.model.attn_implementation, config.model.experts_implementation
-    if attention == "auto":
-        attention = "flash_attention" if gpu and config.precision == "bf16" else "sdpa"
-    if config.model.is_moe:
-        chosen = granite.implementations(config, "cuda" if gpu else "cpu")["experts_implementation"]
-    return attention, "grouped_mm" if chosen in ("eager", "sonicmoe") else chosen
+    chosen = granite.implementations(config, "cuda" if gpu else "cpu")
+    attention = chosen["attn_implementation"]
+    if config.model.attn_implementation == "auto" and gpu and config.precision == "bf16":
+        attention = "flash_attention"
+    expert_kernel = chosen.get("experts_implementation", config.model.experts_implementation)
+    return attention, "grouped_mm" if expert_kernel in ("eager", "sonicmoe") else expert_kernel
 
 
 _UNMASKED = "unmasked"
 
 
 def _unmasked(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-    """What Flash- and FlexAttention keep: inputs, output and log-sum-exps. No mask, and no keys repeated by head."""
+    """What Flash-, FlexAttention and ours keep: inputs, output, log-sum-exps. No mask, and no keys repeated by head."""
     out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2), None
 

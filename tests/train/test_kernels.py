@@ -1,7 +1,11 @@
 """Our kernels against the plain reference in float64: values and gradients, on inputs and routing that are shared."""
 
 import itertools
+import json
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +16,9 @@ from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeExperts
 
 from powertrain.train.config import Config
 from powertrain.train.errors import ConfigError
-from powertrain.train.model import experts, granite
+from powertrain.train.loss import LanguageModelLoss
+from powertrain.train.model import blockwise, experts, granite
+from powertrain.train.track import read_lines
 
 # Of a whole tensor, relative to its norm; a few unit roundoffs (1e-16, 6e-8, 4e-3), which add up like a random walk.
 BOUNDS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -211,3 +217,134 @@ def test_sorted_experts_do_not_depend_on_threads() -> None:
         )
         torch.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+# name → (sequences, length, heads, key/value heads, head size, factor on the scores)
+ATTENTIONS = {
+    "whole blocks": (2, 192, 2, 2, 16, 1),
+    "a remainder": (2, 150, 3, 3, 8, 1),
+    "shorter than a block": (3, 17, 2, 2, 4, 1),
+    "shared keys": (2, 130, 6, 2, 24, 1),
+    "one key head": (1, 65, 4, 1, 64, 1),
+    "a single token": (2, 1, 2, 2, 8, 1),
+    "odd head size": (1, 70, 1, 1, 13, 1),
+    "large scores": (2, 200, 2, 2, 16, 8),
+}
+
+
+def documents(sequences: int, length: int) -> Tensor:
+    """Positions of tokens in documents of random lengths, from one token to several blocks."""
+    rows = []
+    for _ in range(sequences):
+        row: list[int] = []
+        while len(row) < length:
+            row += range(int(torch.randint(1, 8, ())) ** int(torch.randint(1, 4, ())))
+        rows.append(row[:length])
+    return torch.tensor(rows)
+
+
+def attention_inputs(name: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Query, key and value (B, heads, S, head size), laid out as a model's; positions; the output's gradient."""
+    sequences, length, heads, shared, size, factor = ATTENTIONS[name]
+    torch.manual_seed(0)
+    counts = (heads, shared, shared)
+    inputs = [torch.randn(sequences, length, n, size, dtype=torch.float64).transpose(1, 2) for n in counts]
+    inputs[0] *= factor
+    grad = torch.randn(sequences, length, heads, size, dtype=torch.float64).to(dtype)
+    return [tensor.to(dtype) for tensor in inputs], documents(sequences, length), grad
+
+
+def by_blocks(positions: Tensor) -> Callable[..., Tensor]:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        module: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
+        return blockwise.blockwise_attention(module, query, key, value, None, scaling=0.3, position_ids=positions)[0]
+
+    return attention
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_blockwise_attention_equals_a_softmax_over_what_a_token_sees(name: str, dtype: torch.dtype) -> None:
+    """In float64 it is SDPA with a mask of the documents."""
+    inputs, positions, grad = attention_inputs(name, dtype)
+    assert blockwise.refusal("cpu", 0.0) is None
+    index = torch.arange(positions.shape[1])
+    seen = ((index - positions)[:, :, None] <= index) & (index <= index[:, None])
+
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        scores = (0.3 * query @ key.mT).masked_fill(~seen[:, None], -torch.inf)
+        return (torch.softmax(scores, -1) @ value).transpose(1, 2)
+
+    got = values_and_gradients(by_blocks(positions), inputs, grad)
+    expected = values_and_gradients(plain, [tensor.double() for tensor in inputs], grad.double())
+    bound = 4 * BOUNDS[dtype] if name == "large scores" else BOUNDS[dtype]  # an error of scores of up to 50
+    for what, ours, theirs in zip(("output", "query", "key", "value"), got, expected, strict=True):
+        assert ours.dtype == dtype
+        assert relative(ours, theirs) < bound, what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["whole blocks", "shared keys"])
+def test_blockwise_attention_does_not_depend_on_threads_or_other_documents(name: str, dtype: torch.dtype) -> None:
+    inputs, positions, grad = attention_inputs(name, dtype)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(values_and_gradients(by_blocks(positions), inputs, grad))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    begin = int((positions[0] == 0).nonzero()[-1])  # of the first sequence's last document, which changes
+    changed = [tensor.clone() for tensor in (*inputs, grad.transpose(1, 2))]
+    for tensor in changed:
+        tensor[0, :, begin:] += 1
+    again = values_and_gradients(by_blocks(positions), changed[:3], changed[3].transpose(1, 2))
+    again[0], results[0][0] = again[0].transpose(1, 2), results[0][0].transpose(1, 2)
+    for one, two in zip(results[0], again, strict=True):
+        assert torch.equal(one[0, :, :begin], two[0, :, :begin])
+        assert not torch.equal(one[0, :, begin:], two[0, :, begin:])
+        assert torch.equal(one[1:], two[1:])
+
+
+def test_what_is_no_number_shows() -> None:
+    inputs, positions, _ = attention_inputs("a remainder", torch.bfloat16)
+    inputs[0][1, 2, 100] = torch.nan
+    wrong = by_blocks(positions)(*inputs).isnan()
+    assert wrong[1, 100, 2].all()
+    assert wrong.sum() == wrong[1, 100, 2].numel()
+
+
+def test_blockwise_attention_leaves_padding_and_caches_to_sdpa(
+    small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss]
+) -> None:
+    ids = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
+    padded = torch.ones_like(ids)
+    padded[0, :4] = 0
+    found = []
+    for name in ("sdpa", "blockwise"):
+        model = small_loss(small_config(f"model.attn_implementation={name}")).model.eval()
+        model.generation_config.eos_token_id = None
+        with torch.no_grad():
+            generated = model.generate(ids, attention_mask=padded, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            whole = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            found.append((generated, whole, model(ids, attention_mask=padded).logits))
+    (generated, whole, logits), (ours, our_whole, our_logits) = found
+    assert torch.equal(ours, generated)
+    assert torch.equal(our_whole, whole)
+    torch.testing.assert_close(our_logits[padded.bool()], logits[padded.bool()], rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_compiler_a_run_takes_sdpa_and_says_so(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("run.tokens=1536", "evaluation.every=0")
+    built = run(*small, "run.name=built")
+    assert "not blockwise" not in capsys.readouterr().out
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(blockwise, "_kernel", blockwise._kernel.__wrapped__)
+    without = run(*small, "run.name=without")
+    assert "Attention is SDPA, not blockwise" in " ".join(capsys.readouterr().out.split())
+    names = [json.loads((folder / "run.json").read_text())["starts"][-1]["hardware"] for folder in (built, without)]
+    assert [each["kernels"][0] for each in names] == ["blockwise", "sdpa"]
+    losses = [[line["lm_loss"] for line in read_lines(folder / "metrics.jsonl")] for folder in (built, without)]
+    torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-4, atol=0)

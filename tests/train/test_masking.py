@@ -101,7 +101,7 @@ def check_loss(module: torch.nn.Module, loss: LanguageModelLoss, rows: int, devi
 
 
 @pytest.mark.parametrize("rows", MICRO_BATCHES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blockwise"])
 @pytest.mark.parametrize("kind", ["granitemoe", "granite"])
 def test_no_gradient_crosses_documents(
     small_config: Callable[..., Config],
@@ -125,7 +125,7 @@ def test_no_gradient_crosses_documents_in_bfloat16(
     check_loss(BFloat16Weights(loss), loss, rows)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blockwise"])
 @pytest.mark.parametrize("kind", ["granitemoe", "granite"])
 def test_a_document_is_computed_as_if_alone(
     small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss], kind: str, attention: str
@@ -163,7 +163,7 @@ def hidden_states(loss: LanguageModelLoss, parts: dict[str, Tensor]) -> Tensor:
 @pytest.mark.usefixtures("uncompiled_flex_attention")
 @pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 @pytest.mark.parametrize("rows", MICRO_BATCHES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blockwise", "flex_attention"])
 def test_changing_a_document_changes_no_other(
     small_config: Callable[..., Config],
     small_loss: Callable[..., LanguageModelLoss],

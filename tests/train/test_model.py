@@ -13,7 +13,7 @@ from powertrain.train.compose import composed
 from powertrain.train.config import BalanceConfig, Config
 from powertrain.train.errors import ConfigError
 from powertrain.train.loss import LanguageModelLoss
-from powertrain.train.model import granite, mup
+from powertrain.train.model import blockwise, granite, mup
 
 B, M = 1_000_000_000, 1_000_000
 
@@ -206,7 +206,7 @@ def test_build(small_config: Callable[..., Config], kind: str, tied: bool, devic
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert ("lm_head.weight" in dict(model.named_parameters())) != tied
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {(device, torch.float32)}
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == granite.implementations(config, device)["attn_implementation"]
     if kind == "granitemoe":
         assert model.config._experts_implementation == "sorted"
     if device == "cpu":  # buffers are no parameters: nobody initialises them later
@@ -225,6 +225,9 @@ def test_named_implementations_are_taken(small_config: Callable[..., Config]) ->
     ("device", "precision", "installed", "attention", "experts"),
     [
         ("cpu", "bf16", (2, 3), "sdpa", "sorted"),
+        ("cpu", "bf16", ("blockwise",), "blockwise", "sorted"),
+        ("cpu", "fp32", ("blockwise",), "blockwise", "sorted"),
+        ("meta", "fp32", ("blockwise",), "sdpa", "sorted"),
         ("cuda", "bf16", (), "sdpa", "grouped_mm"),
         ("cuda", "fp32", (2, 3), "sdpa", "sorted"),
         ("cuda", "bf16", (2,), "flash_attention_2", "grouped_mm"),
@@ -236,16 +239,17 @@ def test_auto_goes_by_the_device(
     small_config: Callable[..., Config],
     device: torch.device | str,
     precision: str,
-    installed: tuple[int, ...],
+    installed: tuple[int | str, ...],
     attention: str,
     experts: str,
 ) -> None:
+    monkeypatch.setattr(blockwise, "_kernel", lambda: print if "blockwise" in installed else "there is no compiler")
     monkeypatch.setattr(granite, "is_flash_attn_2_available", lambda: 2 in installed)
     monkeypatch.setattr(granite, "is_flash_attn_3_available", lambda: 3 in installed)
     chosen = granite.implementations(small_config(f"precision={precision}"), device)
     assert chosen == {"attn_implementation": attention, "experts_implementation": experts}
     with_dropout = granite.attention_implementation("auto", device, precision, 0.1)
-    assert with_dropout == attention.replace("3", "2")
+    assert with_dropout == attention.replace("3", "2").replace("blockwise", "sdpa")
 
 
 @pytest.mark.parametrize(
@@ -254,6 +258,7 @@ def test_auto_goes_by_the_device(
         ("model.attn_implementation=flash_attention_2", "needs a GPU and its package: the device is cpu"),
         ("model.attn_implementation=flash_attention_3", "needs a GPU and its package: the device is cpu"),
         ("model.attn_implementation=flex_attention", "no backward pass on a CPU"),
+        ("model.attn_implementation=blockwise", "could not be built or loaded: .*no-such-compiler"),
         ("model.experts_implementation=sonicmoe", "model.experts_implementation is sonicmoe: "),
         ("engine.torch_compile=true", "no-such-compiler is not on the path"),
     ],
@@ -262,6 +267,7 @@ def test_kernels_that_are_not_there_are_refused(
     small_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, override: str, said: str
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(blockwise, "_kernel", blockwise._kernel.__wrapped__)  # without what is built already
     granite.check_kernels(small_config(), "cpu")
     with pytest.raises(ConfigError, match=said):
         granite.check_kernels(small_config(override), "cpu")

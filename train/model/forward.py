@@ -102,6 +102,6 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **kwargs:
         else ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     )
     for layer in model.layers:
-        hidden = layer(hidden, size=size, rotary=rotary, mask=mask, attend=attend, **kwargs)
+        hidden = layer(hidden, size=size, rotary=rotary, mask=mask, attend=attend, position_ids=position_ids, **kwargs)
     states: Tensor = model.norm(hidden)
     return states

@@ -23,7 +23,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from powertrain.train.config import ModelConfig
 from powertrain.train.errors import ConfigError
-from powertrain.train.model import experts, mup
+from powertrain.train.model import blockwise, experts, mup
 
 if TYPE_CHECKING:
     from powertrain.train.config import Config
@@ -164,6 +164,11 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
             "model.attn_implementation is flex_attention, which has no backward pass on a CPU. Leave the choice to "
             "`auto`, or name sdpa."
         )
+    if attention == blockwise.NAME and (why := blockwise.refusal(device, config.model.attention_dropout)):
+        raise ConfigError(
+            f"model.attn_implementation is {attention}, which cannot be used here: {why}. Change that, or leave the "
+            "choice to `auto`."
+        )
     if chosen.get("experts_implementation") == "sonicmoe":
         try:
             is_sonicmoe_loadable(raise_error=True)
@@ -182,7 +187,8 @@ def check_kernels(config: Config, device: torch.device | str) -> None:
 
 
 def attention_implementation(name: str, device: torch.device | str, precision: str, dropout: float = 0.0) -> str:
-    """`auto`: FlashAttention in bf16 where there is a GPU and the package, else PyTorch's fused attention."""
+    """`auto`: FlashAttention in bf16 where there is a GPU and the package, ours on a CPU where it can be built, else
+    PyTorch's fused attention."""
     if name != "auto":
         return name
     if precision == "bf16" and _on_gpu(device):  # it has no float32 kernels
@@ -190,7 +196,7 @@ def attention_implementation(name: str, device: torch.device | str, precision: s
             return "flash_attention_3"
         if is_flash_attn_2_available():
             return "flash_attention_2"
-    return "sdpa"
+    return "sdpa" if blockwise.refusal(device, dropout) else blockwise.NAME
 
 
 def experts_implementation(
