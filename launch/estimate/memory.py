@@ -192,7 +192,9 @@ def needed(config: Config, engine: str, ranks: int, passes: Passes, bucket: int 
             reducing = Counter(gradients=4 * part * (later > 0) + 4 * count)
         else:
             first, second = forward.rest, backward.rest
-            reducing = Counter(buffers=(6 if bf16 else 4) * reduced) + _times(backward.rest, later)
+            # The loss is through with its own before a bucket is full.
+            left = _times(_without(backward.rest, "loss"), later)
+            reducing = Counter(buffers=(6 if bf16 else 4) * reduced) + left
             # In bf16 each micro-batch's are added to the sum as they come.
             reducing += Counter(gradients=4 * part * (not accumulating if bf16 else later > 0))
             state += Counter(gradients=4 * part * accumulating)
