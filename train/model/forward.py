@@ -16,6 +16,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.granite.modeling_granite import eager_attention_forward
 
+from powertrain.train.model import blockwise
+
 
 class _Layer(nn.Module):
     """The forward pass of a decoder layer of any family; its class in a model is this one and Transformers'."""
@@ -88,7 +90,7 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **kwargs:
     known = position_ids.device.type == "cpu" and not isinstance(position_ids, FakeTensor)
     whole = known and not (position_ids[:, 1:] == 0).any()
     mask = None
-    if not (whole and name == "sdpa"):  # which is then causal by itself
+    if name != blockwise.NAME and not (whole and name == "sdpa"):  # these know by themselves what a token sees
         mask = create_causal_mask(
             config=model.config, inputs_embeds=embedded, attention_mask=None, cache=None, position_ids=position_ids
         )
