@@ -128,7 +128,7 @@ class Tally(TorchDispatchMode):
 
         module.register_forward_pre_hook(begins("copies"))
         loss.register_forward_pre_hook(begins("activations"))
-        loss.model.model.register_forward_hook(begins("loss"))
+        loss.model.model.norm.register_forward_hook(begins("loss"))
         module.register_forward_hook(begins("backward"))
         for parameter in loss.parameters():
             parameter.register_post_accumulate_grad_hook(self._accumulated)
