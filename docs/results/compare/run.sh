@@ -7,14 +7,19 @@ train() { # ledger, batches, seeds, schedules of the sweep, more settings
         data.corpora.prose.path="$corpus" sweep.name="$1" "sweep.batch=$2" "sweep.seeds=$3" \
         sweep.ledger="docs/results/compare/ledgers/$1.jsonl" "sweep.schedules=$4" "${@:5}"
 }
-large='[2]' both='[0.125,2]'
+large='[2]' small='[0.125]' both='[0.125,2]'
 # The law of ../law, fitted to horizons up to 3,932,160 tokens: nothing is tuned here.
 hard='{power: {a: [95.3], b: [-0.516], max_lr: [0.0239]}}'
 smooth='{power: {a: [183.4], b: [-0.5346], max_lr: [0.031]}}'
-train power-hard "$large" '[0]' "$hard"
-train wsd "$large" '[0]' '{wsd: {lr: [0.004, 0.008, 0.016, 0.032, 0.064]}}'
-train power-hard "$both" '[0]' "$hard"
-train wsd "$both" '[0]' '{wsd: {lr: [0.002, 0.004, 0.008, 0.016, 0.032, 0.064]}}'
-train cosine "$large" '[0]' '{cosine: {lr: [0.008, 0.016, 0.032, 0.064]}}'
+train power-hard "$both" '[0,1,2]' "$hard"
+train power-hard-linear "$both" '[0]' "$hard" schedule.decay.shape=linear
 train power-smooth "$both" '[0]' "$smooth" schedule.cap=smooth
-train cosine "$both" '[0]' '{cosine: {lr: [0.004, 0.008, 0.016, 0.032, 0.064]}}'
+train power-smooth "$large" '[1,2]' "$smooth" schedule.cap=smooth
+train wsd "$large" '[0]' '{wsd: {lr: [0.004, 0.008, 0.016, 0.032, 0.064]}}'
+train wsd "$small" '[0]' '{wsd: {lr: [0.002, 0.004, 0.008, 0.016, 0.032]}}'
+train wsd "$large" '[1,2]' '{wsd: {lr: [0.008, 0.016, 0.032]}}'
+train wsd-linear "$large" '[0]' '{wsd: {lr: [0.016, 0.032]}}' schedule.decay.shape=linear
+train cosine "$large" '[0]' '{cosine: {lr: [0.008, 0.016, 0.032, 0.064]}}'
+train cosine "$small" '[0]' '{cosine: {lr: [0.004, 0.008, 0.016, 0.032]}}' 'sweep.tokens=[573_440,3_276_800]'
+train cosine "$small" '[0]' '{cosine: {lr: [0.004, 0.008]}}'
+train cosine "$large" '[1,2]' '{cosine: {lr: [0.016, 0.032, 0.064]}}'
