@@ -40,7 +40,7 @@ def _kernel() -> Any:
     if has not in _ARCHITECTURES:
         return "this CPU has no AVX2"
     flags = ["-std=c++17", "-O3", f"-march={_ARCHITECTURES[has]}", "-fPIC", "-fopenmp"]
-    key = hashlib.sha256("\n".join([compiler, *flags, torch.__version__, _SOURCE.read_text("utf-8")]).encode())
+    key = hashlib.sha256("\n".join([compiler, *flags, torch.__version__, _SOURCE.read_text(encoding="utf-8")]).encode())
     built = Path("~/.cache/powertrain").expanduser() / f"blockwise-{key.hexdigest()[:16]}.so"
     try:
         if not built.exists():
@@ -52,7 +52,7 @@ def _kernel() -> Any:
                     [compiler, *flags, "-c", str(_SOURCE), "-o", part],
                     [compiler, "-shared", part, f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu", "-o", whole],
                 ):
-                    subprocess.run(command, check=True, capture_output=True, text=True)
+                    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
                 os.replace(whole, built)  # other ranks build it, too
         function = ctypes.CDLL(str(built)).attention
     except subprocess.CalledProcessError as error:
