@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ from powertrain.train.cli import guard, run_training
 from powertrain.train.compose import composed, composed_sweep, load
 from powertrain.train.config import Config, RunConfig, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
+from powertrain.train.model import blockwise
 from powertrain.train.redact import settings_text
 from powertrain.train.run import Outcome, train
 
@@ -225,6 +227,8 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         raise KeyError(user)
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+    # As in a new process: the kernel cannot be kept without a home, which has to leave SDPA and no traceback.
+    monkeypatch.setattr(blockwise, "_kernel", functools.cache(blockwise._kernel.__wrapped__))
     for path in ("~/x", "~", "~nobody_of_that_name/x"):
         with pytest.raises(DataError, match="Set HOME, or give an absolute path"):
             expand(path)

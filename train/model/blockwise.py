@@ -41,8 +41,8 @@ def _kernel() -> Any:
         return "this CPU has no AVX2"
     flags = ["-std=c++17", "-O3", f"-march={_ARCHITECTURES[has]}", "-fPIC", "-fopenmp"]
     key = hashlib.sha256("\n".join([compiler, *flags, torch.__version__, _SOURCE.read_text(encoding="utf-8")]).encode())
-    built = Path("~/.cache/powertrain").expanduser() / f"blockwise-{key.hexdigest()[:16]}.so"
     try:
+        built = Path("~/.cache/powertrain").expanduser() / f"blockwise-{key.hexdigest()[:16]}.so"
         if not built.exists():
             built.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # of the same disk, for replace
