@@ -79,3 +79,27 @@ def test_activation_checkpointing_computes_each_layer_again(
         found.append(gradients(model, hidden_states(model.model, ids, positions)))
     assert calls[1] == 2 * calls[0] == 2 * config.model.num_hidden_layers
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_layers_share_what_is_compiled(
+    small_config: Callable[..., Config], small_loss: Callable[..., LanguageModelLoss], family: tuple[str, ...]
+) -> None:
+    """PyTorch stops after eight compilations of a function and runs further layers without."""
+    config = small_config(*family, "model.num_hidden_layers=2", "model.attn_implementation=sdpa")
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs[-1] += 1
+        return graph.forward
+
+    for layers in (1, 2):
+        torch.compiler.reset()
+        graphs.append(0)
+        model = small_loss(config).model
+        del model.model.layers[layers:]
+        for layer in model.model.layers:
+            layer.compile(backend=backend)
+        ids = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
+        hidden_states(model.model, ids, torch.arange(16).expand_as(ids))
+    assert graphs[0] == graphs[1] > 0

@@ -6,6 +6,7 @@ take as long as the products. This one has the same values, bit for bit; an expo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -70,9 +71,13 @@ def adopt(model: Any) -> None:
     A subclass, since Transformers' layers take care of activation checkpointing in theirs.
     """
     for layer in model.model.layers:
-        kind = type(layer)
-        if not issubclass(kind, _Layer):
-            layer.__class__ = type(kind.__name__, (_Layer, kind), {})
+        if not isinstance(layer, _Layer):
+            layer.__class__ = _ours(layer.__class__)
+
+
+@functools.cache  # one class for all layers, or torch.compile would compile each anew, and none after the eighth
+def _ours(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Layer, kind), {})
 
 
 def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Tensor:
