@@ -155,8 +155,9 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
         )
     elif lr.value > law.highest:
         lines.append(
-            f"That is above {law.highest:.4g}, the highest best learning rate of the sweep, where a cap may lie that "
-            "the sweep did not reach: a schedule stops there."
+            f"That is above {law.highest:.4g}, the highest best learning rate of the sweep"
+            + ("" if law.caps_seen else ", where a cap may lie that the sweep did not reach")
+            + ": a schedule stops there."
         )
     if law.worth is not None:
         lines.append(_expected(law.worth, law.chosen.name, distance([c for c in law.cells if c.usable], batch, tokens)))

@@ -407,6 +407,11 @@ def _notes(law: Law, points: _Points) -> list[str]:
             f"falls as tokens^{chosen.b.value:.3f}. The critical batch, at which it reaches the cap, is "
             f"{chosen.critical_batch(longest)} at {longest:,} tokens: a larger one needs more tokens for the same loss."
         )
+    elif law.caps_seen:
+        notes.append(
+            f"A cap is seen (by {' and '.join(law.caps_seen)}), which the form '{chosen.name}' does not have. The "
+            f"schedule uses {law.highest:.4g}, the highest best learning rate of the sweep, as its cap."
+        )
     else:
         notes.append(
             f"No cap is seen up to a learning rate of {law.highest:.4g}, the highest best one of the sweep: larger "
@@ -417,10 +422,11 @@ def _notes(law: Law, points: _Points) -> list[str]:
     else:
         notes += _in_nats(law, law.worth)
     if chosen.name == "plane":
-        c = chosen.c
+        c, named = chosen.c, law.named is not None  # not because the other forms were worse
         notes.append(
-            f"The best learning rate is not proportional to the batch here, with or without a cap: it grows as "
-            f"batch^{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}."
+            "The best learning rate is "
+            + ("modelled" if named else "not proportional to the batch here, with or without a cap: it grows")
+            + f" as batch^{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}."
         )
     notes += _sizes(law, points)
     return notes

@@ -87,6 +87,12 @@ def test_a_named_form_goes_into_the_schedule_and_the_prediction(
     call(fit.main, str(path), "--form", "power", code=2)
     assert "a cap is seen (by hard and smooth), so the forms are hard, smooth, plane" in capsys.readouterr().err
 
+    # The plane is named: that it has no cap and another exponent says nothing of the ledger.
+    call(fit.main, str(path), "--form", "plane", "--predict", "batch=64", "tokens=1e5")
+    said = capsys.readouterr().out
+    assert "A cap is seen (by hard and smooth), which the form 'plane' does not have" in said
+    assert "sweep did not reach" not in said and "No cap is seen" not in said and "not proportional" not in said
+
 
 def test_a_run_of_another_parametrisation_is_told_so(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     own = composed(tiny())
