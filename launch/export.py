@@ -55,7 +55,10 @@ def _export(options: argparse.Namespace) -> int:
     checkpoints = run / "checkpoints"
     chosen = checkpoint.newest_valid(checkpoints) if step is None else checkpoint.at_step(checkpoints, step)
     if chosen is None:
-        raise ConfigError(f"{checkpoints} holds no checkpoint yet.")
+        raise ConfigError(
+            f"{checkpoints} holds no checkpoint. A run writes them, and a sweep keeps those of the "
+            "longest horizon of each trunk."
+        )
     loss = LanguageModelLoss(granite.build(config))
     window = checkpoint.average_window(chosen) if options.average else None
     if options.average and window is None:

@@ -12,7 +12,8 @@ examples:
 
 After a stop or a kill the same command resumes: a trial in the ledger is not run again, one that had begun resumes from
 its checkpoint. RUN.FOLDER/NAME/ holds the ledger and a folder for each trial, which is an ordinary run
-without a model and report (`powertrain export` and `powertrain report` write them).
+without a model and report. `powertrain report` writes the report, and `powertrain export` the model of the longest
+horizon of each trunk, which alone keeps its checkpoints.
 """
 
 from __future__ import annotations
