@@ -1,7 +1,9 @@
 """Our kernels against the plain reference in float64: values and gradients, on inputs and routing that are shared."""
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,6 +334,26 @@ def test_blockwise_attention_leaves_padding_and_caches_to_sdpa(
     assert torch.equal(ours, generated)
     assert torch.equal(our_whole, whole)
     torch.testing.assert_close(our_logits[padded.bool()], logits[padded.bool()], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_library_that_is_not_whole_is_not_kept(full: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A disk may say that it is full only when what was written has to be on it."""
+    compiler = tmp_path / "compiler"  # writes -o
+    writing = 'for last; do :; done; echo "no library" > "$last"'
+    compiler.write_text(f"#!/bin/sh\n{writing if full else 'exit 1'}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(blockwise, "_kernel", blockwise._kernel.__wrapped__)
+    why = blockwise.refusal("cpu", 0.0)
+    assert why is not None and ("No space left" if full else "exit status 1") in why
+    assert not list((tmp_path / ".cache/powertrain").iterdir())
 
 
 def test_without_a_compiler_a_run_takes_sdpa_and_says_so(

@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from powertrain.data.files import sync
+
 NAME = "blockwise"
 
 _BLOCK = 64  # N of blockwise.cpp
@@ -53,10 +55,11 @@ def _kernel() -> Any:
                     [compiler, "-shared", part, f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu", "-o", whole],
                 ):
                     subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
+                sync(Path(whole))  # a library cut short, as on a full disk, would end every later start by a signal
                 os.replace(whole, built)  # other ranks build it, too
         function = ctypes.CDLL(str(built)).attention
     except subprocess.CalledProcessError as error:
-        return f"{compiler} could not build it: {error.stderr.strip()[-200:]}"
+        return f"{compiler} could not build it: {error.stderr.strip()[-200:] or error}"
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         return f"it could not be built or loaded: {error}"
     function.argtypes = [ctypes.c_bool, ctypes.c_bool, ctypes.POINTER(ctypes.c_void_p), _Sizes, ctypes.c_float]
