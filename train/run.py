@@ -185,6 +185,7 @@ def _train(
         log(
             "run.export is false, so the run ends without its model and report. `powertrain export` and `powertrain "
             f"report` write them from {folder}."
+            + (" The model/ in it is an earlier export." if (folder / "model").exists() else "")
         )
         return Outcome("finished", state.step)
     engine.first_rank_decides(check_claim)

@@ -36,12 +36,15 @@ def test_a_run_without_export_ends_with_its_checkpoint(
 ) -> None:
     """As a sweep's trials do. The same command with it writes what is missing, and trains nothing again."""
     folder = run("run.export=false")
-    assert "ends without its model and report" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ends without its model and report" in said and "earlier export" not in said
     assert not (folder / "model").exists() and not (folder / "report.html").exists()
     assert (folder / "checkpoints" / "step-00000012" / "manifest.json").is_file()
     records = [(folder / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")]
     assert run() == folder and (folder / "model" / "config.json").is_file() and (folder / "report.html").is_file()
     assert records == [(folder / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")]
+    run("run.export=false")
+    assert "model/ in it is an earlier export" in " ".join(capsys.readouterr().out.split())
 
 
 def test_fault_14_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(run: Callable[..., Path]) -> None:
