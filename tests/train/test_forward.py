@@ -87,7 +87,7 @@ def test_layers_share_what_is_compiled(
 ) -> None:
     """PyTorch stops after eight compilations of a function and runs further layers without."""
     config = small_config(*family, "model.num_hidden_layers=2", "model.attn_implementation=sdpa")
-    graphs = []
+    graphs: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs[-1] += 1
