@@ -87,8 +87,8 @@ def _train(
     engine.first_rank_decides(lambda: check_no_secrets(config))
     if config.run.export:
         engine.first_rank_decides(lambda: check_target(folder / "model"))
-    if config.run.export and config.average.window is not None:
-        engine.first_rank_decides(lambda: check_target(folder / "model-average"))
+        if config.average.window is not None:
+            engine.first_rank_decides(lambda: check_target(folder / "model-average"))
     begin: Beginning = engine.first_rank_decides(lambda: where_to_begin(config, engine.world_size))
     engine.first_rank_decides(lambda: check_batch(config, engine.world_size, begin.tokens))
     engine.first_rank_decides(lambda: checkpoint.tidy(checkpoints, begin.checkpoint))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.granite.modeling_granite import eager_attention_forward
@@ -103,11 +102,7 @@ def hidden_states(model: Any, input_ids: Tensor, position_ids: Tensor, **kwargs:
     cos, sin = model.rotary_emb(hidden, position_ids[:1] if whole else position_ids)
     half = sin.shape[-1] // 2
     rotary = cos.unsqueeze(1), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(1)
-    attend = (
-        sdpa_attention_forward
-        if name == "sdpa"
-        else ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-    )
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
     for layer in model.layers:
         hidden = layer(hidden, size=size, rotary=rotary, mask=mask, attend=attend, position_ids=position_ids, **kwargs)
     states: Tensor = model.norm(hidden)
