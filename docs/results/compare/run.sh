@@ -12,14 +12,16 @@ large='[2]' small='[0.125]' both='[0.125,2]'
 hard='{power: {a: [95.3], b: [-0.516], max_lr: [0.0239]}}'
 smooth='{power: {a: [183.4], b: [-0.5346], max_lr: [0.031]}}'
 train power-hard "$both" '[0,1,2]' "$hard"
-train power-hard-linear "$both" '[0]' "$hard" schedule.decay.shape=linear
-train power-smooth "$both" '[0]' "$smooth" schedule.cap=smooth
-train power-smooth "$large" '[1,2]' "$smooth" schedule.cap=smooth
 train wsd "$large" '[0]' '{wsd: {lr: [0.004, 0.008, 0.016, 0.032, 0.064]}}'
-train wsd "$small" '[0]' '{wsd: {lr: [0.002, 0.004, 0.008, 0.016, 0.032]}}'
+train wsd "$small" '[0]' '{wsd: {lr: [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]}}'
 train wsd "$large" '[1,2]' '{wsd: {lr: [0.008, 0.016, 0.032]}}'
-train wsd-linear "$large" '[0]' '{wsd: {lr: [0.016, 0.032]}}' schedule.decay.shape=linear
-train cosine "$large" '[0]' '{cosine: {lr: [0.008, 0.016, 0.032, 0.064]}}'
+train wsd "$small" '[1,2]' '{wsd: {lr: [0.002, 0.004, 0.008, 0.016]}}'
+train power-smooth "$both" '[0,1,2]' "$smooth" schedule.cap=smooth
+train cosine "$large" '[0]' '{cosine: {lr: [0.008, 0.016, 0.032, 0.064, 0.128]}}'
 train cosine "$small" '[0]' '{cosine: {lr: [0.004, 0.008, 0.016, 0.032]}}' 'sweep.tokens=[573_440,3_276_800]'
-train cosine "$small" '[0]' '{cosine: {lr: [0.004, 0.008]}}'
+train cosine "$small" '[0]' '{cosine: {lr: [0.002, 0.004, 0.008, 0.016]}}'
 train cosine "$large" '[1,2]' '{cosine: {lr: [0.016, 0.032, 0.064]}}'
+train cosine "$small" '[1,2]' '{cosine: {lr: [0.004, 0.008, 0.016]}}'
+train power-hard-linear "$both" '[0,1,2]' "$hard" schedule.decay.shape=linear
+train wsd-linear "$large" '[0]' '{wsd: {lr: [0.016, 0.032]}}' schedule.decay.shape=linear
+train wsd-linear "$small" '[0]' '{wsd: {lr: [0.002, 0.004, 0.008, 0.016]}}' schedule.decay.shape=linear

