@@ -88,8 +88,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             )
 
     with heavy_imports():
-        from powertrain.train.export import load
+        from powertrain.train.export import load, warn_if_outdated
 
+    warn_if_outdated(folder)
     tokenizer, model = load(folder)
     report: dict[str, Any] = {
         "model": str(options.model),

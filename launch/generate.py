@@ -37,8 +37,9 @@ def _generate(options: argparse.Namespace) -> int:
         raise ConfigError("The prompt is empty; give at least one character to continue.")
 
     with heavy_imports():
-        from powertrain.train.export import generate
+        from powertrain.train.export import generate, warn_if_outdated
 
+    warn_if_outdated(folder)
     print(generate(folder, options.prompt, options.max_new_tokens, options.seed))
     return 0
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from powertrain.data.files import replace_folder
 from powertrain.data.tokenizer import SAMPLE, load_tokenizer, save_tokenizer
+from powertrain.train.checkpoint import available, step_of
 from powertrain.train.config import Config, setting_values
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.metrics import parameters_of
@@ -25,7 +27,7 @@ from powertrain.train.model import granite
 from powertrain.train.state import RAW, State
 from powertrain.train.track import is_of_corpus, weights_of
 
-_MARK = ".powertrain"  # in a folder that an export wrote, and so may replace
+MARK = ".powertrain"  # in a folder that an export wrote, and so may replace: the steps its weights were trained
 TOLERANCE = 1e-5  # largest difference of a logit, float32
 
 
@@ -92,7 +94,7 @@ def export(
         (partial / "README.md").write_text(_model_card(config, facts, tokenizer), encoding="utf-8")
         if merge is not None:
             (partial / "merge.json").write_text(json.dumps(merge, indent=1) + "\n", encoding="utf-8")
-        (partial / _MARK).touch()
+        (partial / MARK).write_text(facts.get("steps", ""), encoding="utf-8")
         texts = [SAMPLE, *tokenizer.batch_decode(probe)]
         loaded = AutoTokenizer.from_pretrained(partial)(texts, verbose=False)["input_ids"]
         if loaded != tokenizer(texts)["input_ids"]:
@@ -120,7 +122,7 @@ def check_target(folder: Path) -> None:
     """
     if folder.is_symlink():
         raise ConfigError(f"{folder} is a link; give the plain path of the model folder.")
-    if folder.exists() and not (folder / _MARK).is_file():
+    if folder.exists() and not (folder / MARK).is_file():
         raise ConfigError(f"{folder} exists and was not written by an export; it is not replaced. Choose another.")
 
 
@@ -169,6 +171,18 @@ def load(folder: str | Path) -> tuple[Any, Any]:
         raise ConfigError(
             f"{folder} cannot be loaded: {message}. If a file of it is missing or damaged, export it again."
         ) from error
+
+
+def warn_if_outdated(folder: Path) -> None:
+    """Say so where `folder` is a run's model/ or model-average/ and the run has a checkpoint of a later step."""
+    mark, saved = folder / MARK, available(folder.parent / "checkpoints")
+    of = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if folder.name in ("model", "model-average") and of and saved and f"{step_of(saved[-1]):,}" != of:
+        print(
+            f"Warning: {folder} is of step {of}, and the run's newest checkpoint is of step {step_of(saved[-1]):,}. "
+            f"`powertrain export {folder.parent}` replaces it.",
+            file=sys.stderr,
+        )
 
 
 def generate(folder: str | Path, prompt: str, max_new_tokens: int, seed: int | None = None) -> str:

@@ -109,21 +109,39 @@ def record_start(
     record: dict[str, Any] = {"id": secrets.token_hex(4), "starts": [], **(there if whole else {})}
     record["parent"] = None if begin.parent is None else str(begin.parent)
     record["parameters"] = parameters
-    record["starts"].append(
-        {
-            "from": None if begin.checkpoint is None else str(begin.checkpoint),
-            "changed_settings": begin.changes,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
-            "commit": commit(),
-            "python": platform.python_version(),
-            "versions": versions(),
-            "engine": engine.kind,
-            "hardware": engine.hardware(),
-            "data": data,
-        }
-    )
+    start = {
+        "from": None if begin.checkpoint is None else str(begin.checkpoint),
+        "changed_settings": begin.changes,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "engine": engine.kind,
+        "hardware": engine.hardware(),
+        "data": data,
+    }
+    if begin.own and record["starts"] and (changed := _rounding_changes(record["starts"][-1], start)):
+        log(
+            f"{'; '.join(changed)}: sums may be rounded differently, and losses not bit-equal to those of an "
+            "uninterrupted run."
+        )
+    record["starts"].append(start)
     replace_text(path, json.dumps(without_secrets(record), indent=1) + "\n")
+
+
+def _rounding_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changes the rounding of sums from one start to the next, beside engine and ranks, which `assemble` logs."""
+    changed = []
+    for part, names in (("hardware", ("kernels", "device", "threads", "machine")), ("versions", ("torch",))):
+        then = before.get(part)
+        if not isinstance(then, dict):  # edited
+            continue
+        for name in names:
+            pair = [", ".join(v) if isinstance(v, list) else v for v in (then.get(name), now[part][name])]
+            if pair[0] is not None and pair[0] != pair[1]:
+                changed.append(f"{name} {pair[0]} → {pair[1]}")
+    return changed
 
 
 def add_to_start(path: Path, name: str, values: dict[str, Any]) -> None:

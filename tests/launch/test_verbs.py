@@ -220,7 +220,12 @@ def test_export_of_an_earlier_step_and_generation(
     assert verb("export", str(folder), "--out", str(tmp_path)) == 2  # somebody's folder, not a model
     for model in (tmp_path / "four", folder):
         assert verb("generate", str(model), "abc", "--max-new-tokens", "3") == 0
-        assert capsys.readouterr().out.splitlines()[-1].startswith("abc")
+        said = capsys.readouterr()
+        assert said.out.splitlines()[-1].startswith("abc") and "Warning" not in said.err
+    assert verb("export", str(folder), "--step", "8", "--out", str(folder / "model")) == 0
+    capsys.readouterr()
+    assert verb("generate", str(folder), "abc") == 0
+    assert "model is of step 8, and the run's newest checkpoint is of step 12" in capsys.readouterr().err
     assert verb("generate", str(tmp_path), "abc") == 2
 
 

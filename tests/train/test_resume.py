@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -277,6 +278,21 @@ def test_records_of_another_shape_stop_nothing(whole: Path, go_on: Callable[...,
     assert "2 line(s) of metrics.jsonl cannot be read" in (folder / "report.html").read_text()
     assert (folder / "run.json.unreadable").exists()
     assert len(json.loads((folder / "run.json").read_text())["starts"]) == 1
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_changes_the_rounding_between_starts_is_logged(
+    whole: Path, go_on: Callable[..., Path], capsys: pytest.CaptureFixture[str], changed: bool
+) -> None:
+    record = json.loads((whole / "run.json").read_text())
+    if changed:
+        record["starts"][-1]["hardware"] |= {"kernels": ["flash_attention_2", "grouped_mm"], "machine": "z80"}
+
+    go_on(6, prepare=lambda folder: (folder / "run.json").write_text(json.dumps(record)) and None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("kernels flash_attention_2, grouped_mm → " in said) is changed
+    assert (f"; machine z80 → {platform.machine()}: sums may be rounded differently" in said) is changed
+    assert ("sums may be rounded" in said) is changed
 
 
 def test_fault_23_only_own_checkpoints_are_pruned_and_enough_are_kept(run: Callable[..., Path], tmp_path: Path) -> None:
