@@ -344,7 +344,7 @@ def test_a_library_that_is_not_whole_is_not_kept(full: bool, monkeypatch: pytest
     compiler.write_text(f"#!/bin/sh\n{writing if full else 'exit 1'}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", f"nice {compiler}")  # a command, as `ccache g++`
 
     def no_space(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

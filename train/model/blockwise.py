@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -38,7 +39,7 @@ class _Sizes(ctypes.Structure):
 @functools.cache
 def _kernel() -> Any:
     """The function of blockwise.cpp, built once and kept; or, as text, why there is none."""
-    compiler, has = os.environ.get("CXX", "g++"), torch.backends.cpu.get_cpu_capability()
+    compiler, has = os.environ.get("CXX") or "g++", torch.backends.cpu.get_cpu_capability()
     if has not in _ARCHITECTURES:
         return "this CPU has no AVX2"
     flags = ["-std=c++17", "-O3", f"-march={_ARCHITECTURES[has]}", "-fPIC", "-fopenmp"]
@@ -51,8 +52,8 @@ def _kernel() -> Any:
                 # Linked in a step of its own, without -fopenmp, so that it takes PyTorch's threads, not another pool.
                 part, whole = f"{folder}/blockwise.o", f"{folder}/blockwise.so"
                 for command in (
-                    [compiler, *flags, "-c", str(_SOURCE), "-o", part],
-                    [compiler, "-shared", part, f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu", "-o", whole],
+                    [*shlex.split(compiler), *flags, "-c", str(_SOURCE), "-o", part],
+                    [*shlex.split(compiler), "-shared", part, f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu", "-o", whole],
                 ):
                     subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
                 sync(Path(whole))  # a library cut short, as on a full disk, would end every later start by a signal
@@ -60,7 +61,7 @@ def _kernel() -> Any:
         function = ctypes.CDLL(str(built)).attention
     except subprocess.CalledProcessError as error:
         return f"{compiler} could not build it: {error.stderr.strip()[-200:] or error}"
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no home folder; ValueError: a quote in CXX
         return f"it could not be built or loaded: {error}"
     function.argtypes = [ctypes.c_bool, ctypes.c_bool, ctypes.POINTER(ctypes.c_void_p), _Sizes, ctypes.c_float]
     return function
