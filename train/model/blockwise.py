@@ -51,10 +51,12 @@ def _kernel() -> Any:
             with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # of the same disk, for replace
                 # Linked in a step of its own, without -fopenmp, so that it takes PyTorch's threads, not another pool.
                 part, whole = f"{folder}/blockwise.o", f"{folder}/blockwise.so"
-                for command in (
-                    [*shlex.split(compiler), *flags, "-c", str(_SOURCE), "-o", part],
-                    [*shlex.split(compiler), "-shared", part, f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu", "-o", whole],
+                library = [f"-L{Path(torch.__file__).parent}/lib", "-ltorch_cpu"]
+                for arguments in (
+                    [*flags, "-c", str(_SOURCE), "-o", part],
+                    ["-shared", part, *library, "-o", whole],
                 ):
+                    command = [*shlex.split(compiler), *arguments]
                     subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
                 sync(Path(whole))  # a library cut short, as on a full disk, would end every later start by a signal
                 os.replace(whole, built)  # other ranks build it, too
