@@ -72,6 +72,8 @@ def _fit(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(f"{options.ledger}: {error}") from error
     parameters = _parameters(law, options.parameters)
+    if options.parameters is not None and parameters is None:
+        print("--parameters has no effect: this law is one for all sizes.")
     text = schedule(law, ledger, options.ledger, parameters) if options.name else ""
     if asked is not None:
         print(prediction(law, *asked, parameters))
@@ -143,19 +145,23 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
     """The best learning rate for a batch and a horizon with its interval, the critical batch, the expected regret,
     the Power schedule that follows from it, and warnings."""
     lr = law.chosen.lr(batch, tokens, parameters)
+    flat = law.chosen.name in law.flat
+    high = law.chosen.max_lr(parameters).high if flat else lr.high  # below the cap nothing limits the interval
     lines = [
-        f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {lr.high:.4g}, at batch {batch:g} (× 4096 tokens) and "
+        f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {high:.4g}, at batch {batch:g} (× 4096 tokens) and "
         f"{tokens:g} tokens" + (f", for {parameters:,.0f} parameters" if parameters else ""),
     ]
-    if law.chosen.name in forms.CAPPED:
+    if flat:
+        lines.append(f"cap {law.chosen.max_lr(parameters)}; the critical batch is not seen")
+    elif law.chosen.name in forms.CAPPED:
         critical = law.chosen.critical_batch(tokens)
         lines.append(
             f"cap {law.chosen.max_lr(parameters)}; critical batch {critical} there"
             + (": this one is above it, and needs more tokens for the same loss" if batch > critical.value else "")
         )
-    elif lr.value > law.highest:
+    elif lr.value > law.highest(parameters):
         lines.append(
-            f"That is above {law.highest:.4g}, the highest best learning rate of the sweep"
+            f"That is above {law.highest(parameters):.4g}, the highest best learning rate of the sweep"
             + ("" if law.caps_seen else ", where a cap may lie that the sweep did not reach")
             + ": a schedule stops there."
         )
@@ -193,10 +199,11 @@ def _expected(worth: Worth, form: str, away: float) -> str:
 def report(law: Law) -> str:
     """The whole fit as text."""
     usable = sum(cell.usable for cell in law.cells)
-    at = f"γ at {law.chosen.central_tokens:,.0f} tokens"
+    size = law.chosen.central_parameters
+    at = f"γ at {law.chosen.central_tokens:,.0f} tokens" + (f" and {size:,.0f} parameters" if size is not None else "")
     lines = [f"{usable} of {len(law.cells)} (size, horizon, batch) have a best learning rate inside the grid", ""]
     for name, form in law.forms.items():
-        numbers = [f"b {form.b}", f"{at} {form.gamma}"]
+        numbers = ["b and γ not seen"] if name in law.flat else [f"b {form.b}", f"{at} {form.gamma}"]
         if name in forms.CAPPED:
             numbers.append(f"η_max {form.max_lr()}" if name in law.caps_seen else "η_max not seen")
         if name == "plane":
@@ -271,10 +278,13 @@ def schedule(law: Law, ledger: list[dict[str, Any]], source: Path, parameters: f
     chosen = law.chosen
     batches, tokens = ([getattr(c, n) for c in law.cells if c.usable] for n in ("batch", "tokens"))
     cap = str(chosen.max_lr(parameters)) if chosen.name in law.caps_seen else "the highest best one of the sweep"
+    own = f"b {chosen.b}, a {chosen.a(parameters)}; 95% intervals."
+    if chosen.name in law.flat:
+        own = "a and b are guesses."
     text = f"""\
 # {FORMULAS[chosen.name].replace("T", "n")}, fitted to {source.name}: {len(batches)} best learning rates
 # at batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
-# b {chosen.b}, a {chosen.a(parameters)}; 95% intervals.{f" For {parameters:,.0f} parameters." if parameters else ""}
+# {own}{f" For {parameters:,.0f} parameters." if parameters else ""}
 {"".join(f"# {line}{chr(10)}" for note in law.notes for line in textwrap.wrap(note, 116))}\
 name: power
 a: {found.a:.6g}
@@ -399,13 +409,14 @@ def over_batch(law: Law, axis: Any) -> None:
             axis.plot(*_columns(points), "osD^v"[number % 5], color=shades[tokens], ms=4, alpha=0.8)
         rates = [chosen.lr(batch, tokens).value for batch in batches]
         axis.plot(batches, rates, color=shades[tokens], linewidth=1.2, label=f"{tokens:,}")
-        if chosen.name in forms.CAPPED:
+        if chosen.name in forms.CAPPED and chosen.name not in law.flat:
             critical = chosen.critical_batch(tokens).value
             if batches[0] <= critical <= batches[-1]:
                 axis.plot(critical, chosen.lr(critical, tokens).value, "|", color=shades[tokens], ms=22, mew=1.5)
     if chosen.name in forms.CAPPED:
         cap = chosen.max_lr()
-        axis.axhline(cap.value, color="grey", linestyle=":", label="η_max; bars: critical batch")
+        label = "η_max" if chosen.name in law.flat else "η_max; bars: critical batch"
+        axis.axhline(cap.value, color="grey", linestyle=":", label=label)
         axis.axhspan(cap.low, cap.high, color="grey", alpha=0.12)
     axis.set(xscale="log", yscale="log", xlabel="batch (× 4096 tokens)", ylabel="best learning rate", title=chosen.name)
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())

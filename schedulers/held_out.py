@@ -89,7 +89,7 @@ def regret_of(cell: Cell) -> Callable[[Array | float], Array]:
     def regret(log_lr: Array | float) -> Array:
         at = np.asarray(log_lr, float)
         beyond = np.minimum(at - x[0], 0) * min(below, 0.0) + np.maximum(at - x[-1], 0) * max(above, 0.0)
-        return np.asarray(curve(np.clip(at, x[0], x[-1])) + beyond - least)
+        return np.maximum(curve(np.clip(at, x[0], x[-1])) + beyond - least, 0.0)  # the least one is of a fine grid
 
     return regret
 
@@ -129,7 +129,8 @@ def worth(
             at = log_parameters[held] if log_parameters is not None else 0.0
             predicted = forms.log_lr(form, numbers, log_tokens[held], log_batch[held], at)
             # As in a schedule, whose cap is the highest best rate if the form has none.
-            predicted = np.minimum(predicted, best[fitted].max())
+            scaled = best[fitted] - (numbers[3] * sizes if sizes is not None else 0.0)
+            predicted = np.minimum(predicted, scaled.max() + numbers[3] * at)
             regrets[form] = np.array([curves[index](value) for index, value in zip(chosen, predicted, strict=True)])
         regrets["nearest"] = np.array([curves[i](math.log(_nearest(train, cells[i]))) for i in chosen])
         rates = np.linspace(best[fitted].min(), best[fitted].max(), 50)

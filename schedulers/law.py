@@ -31,13 +31,15 @@ import numpy.typing as npt
 
 from . import forms
 from .cells import Array, Cell, Size, Trials, cell_of, noise_of, parabolas
-from .held_out import Worth, worth
+from .held_out import MATERIAL, Worth, worth
 
 MIN_HORIZONS = 3
 REPLICATES = 200
 PERCENTILES = (2.5, 97.5)
 DISAGREE = math.log(1.15)  # a size whose best rates lie closer to the law than this agrees with it
-CAP_BINDS = math.log(1.5)  # a cap is seen if it lowers some cell's learning rate by more than this
+# A cap is seen if it lowers some cell's learning rate by more than this, and the law below the cap if some cell's
+# learning rate is lower than the cap by more than this.
+CAP_BINDS = math.log(1.5)
 
 
 @dataclass(frozen=True)
@@ -135,15 +137,17 @@ class Form:
 class Law:
     """The result of a fit.
 
-    forms: by name. caps_seen: those of `forms.CAPPED` whose cap the ledger determines. worth: held-out regret; None if
-    there are too few cells to hold any out. noise: standard deviation of a loss, by (size, horizon). shared: the
-    fraction of its variance that the horizons of a trunk share. notes: what a user must know of the law, in sentences.
-    flags: the same of the best rates that it was fitted to. named: the form that the caller of `fit` named, if any.
+    forms: by name. caps_seen: those of `forms.CAPPED` whose cap the ledger determines. flat: those of caps_seen of
+    which it determines nothing else, since no cell is seen below the cap. worth: held-out regret; None if there are too
+    few cells to hold any out. noise: standard deviation of a loss, by (size, horizon). shared: the fraction of its
+    variance that the horizons of a trunk share. notes: what a user must know of the law, in sentences. flags: the same
+    of the best rates that it was fitted to. named: the form that the caller of `fit` named, if any.
     """
 
     cells: tuple[Cell, ...]
     forms: Mapping[str, Form]
     caps_seen: tuple[str, ...]
+    flat: tuple[str, ...]
     worth: Worth | None
     noise: Mapping[tuple[Size, int], float]
     shared: float
@@ -160,15 +164,19 @@ class Law:
             return self.forms[self.worth.chosen]
         return self.forms[next(iter(self.caps_seen), "power")]
 
-    @property
-    def highest(self) -> float:
-        """The highest best learning rate of the sweep's cells."""
-        return max(cell.lr for cell in self.cells if cell.usable)
+    def highest(self, parameters: float | None = None) -> float:
+        """The highest best learning rate of the sweep's cells; if the law has an exponent of the parameters, with all
+        of them scaled to this size (default: the central one)."""
+        usable = [cell for cell in self.cells if cell.usable]
+        if self.chosen.central_parameters is None:
+            return max(cell.lr for cell in usable)
+        size = parameters or self.chosen.central_parameters
+        return max(cell.lr * (size / (cell.parameters or size)) ** self.chosen.d.value for cell in usable)
 
     def max_lr(self, parameters: float | None = None) -> float:
         """The cap for a schedule: the law's, or the highest best learning rate of the sweep if the form has none."""
         cap = self.chosen.max_lr(parameters).value
-        return cap if math.isfinite(cap) else self.highest
+        return cap if math.isfinite(cap) else self.highest(parameters)
 
     def outside(self, batch: float, tokens: float) -> list[str]:
         """Sentences on which of these lie outside the swept range, and by how much."""
@@ -229,20 +237,27 @@ def fit(
         found = {name: points.form(name, with_parameters) for name in forms.NUMBERS}
         seen = tuple(name for name in forms.CAPPED if points.sees(found[name]))
         sizes = points.log_parameters[kept] if with_parameters and points.log_parameters is not None else None
-        return found, seen, worth([cells[index] for index in kept], candidates(seen), sizes, _typical(sigma))
+        value = worth([cells[index] for index in kept], candidates(seen), sizes, _typical(sigma))
+        if value is not None and value.chosen == "plane" and not seen and found["plane"].c.contains(1.0):
+            # With c = 1 the plane is `power`, which has fewer numbers.
+            value = dataclasses.replace(value, within=("power", "plane"), chosen="power")
+        return found, seen, value
 
     found, caps_seen, value = fitted_forms(with_parameters=False)
     if points.log_parameters is not None and not points.form("smooth", with_parameters=True).d.contains(0.0):
         other = fitted_forms(with_parameters=True)
-        # Unless the exponent of the parameters predicts the largest size better, it is noise.
-        if other[2] is not None and value is not None and other[2].of_largest_size < value.of_largest_size:
-            found, caps_seen, value = other
+        # Unless the exponent of the parameters predicts the largest size better, and materially so, it is noise.
+        if other[2] is not None and value is not None:
+            gained = value.of_largest_size - other[2].of_largest_size
+            if gained > MATERIAL * _typical(sigma):
+                found, caps_seen, value = other
     if form is not None and form not in candidates(caps_seen):
         cap = f"a cap is seen (by {' and '.join(caps_seen)})" if caps_seen else "no cap is seen"
         raise ValueError(
             f"The form '{form}' is not one for this ledger: {cap}, so the forms are {', '.join(candidates(caps_seen))}."
         )
-    law = Law(cells, found, caps_seen, value, sigma, shared, (), tuple(_flags(cells)), form)
+    flat = tuple(name for name in caps_seen if not points.sees_below(found[name]))
+    law = Law(cells, found, caps_seen, flat, value, sigma, shared, (), tuple(_flags(cells)), form)
     return dataclasses.replace(law, notes=tuple(_notes(law, points)))
 
 
@@ -321,6 +336,14 @@ class _Points:
         lowered = forms.log_lr("power", drawn, *points) - forms.log_lr(form.name, drawn, *points)
         return bool(np.percentile(lowered.max(axis=1), PERCENTILES[0]) > CAP_BINDS)
 
+    def sees_below(self, form: Form) -> bool:
+        """Whether it reaches batches so far below the critical one that the cap does not determine the learning rate,
+        in 97.5% of the replicates."""
+        drawn = form.replicates[1 : len(self.log_lr)]
+        points = self._log_tokens[self.usable[0]], self._log_batch[self.usable[0]]
+        below = drawn[:, 2:3] - forms.log_lr(form.name, drawn, *points)
+        return bool(np.percentile(below.max(axis=1), PERCENTILES[0]) > CAP_BINDS)
+
     def _law(self, name: str, numbers: Array) -> Array:
         sizes = self.log_parameters if self.log_parameters is not None else 0.0
         return forms.log_lr(name, numbers, self._log_tokens, self._log_batch, sizes)
@@ -384,7 +407,7 @@ def _missing(cells: tuple[Cell, ...]) -> str:
         ("edge low", "add lower learning rates"),
         ("diverges above", "add learning rates between the best one and the one that diverges"),
         ("no minimum", "add learning rates, or seeds: the losses have no curvature"),
-        ("too few rates", "add learning rates: a parabola takes three, and four to be reliable"),
+        ("too few rates", "add learning rates that do not diverge: a parabola takes three, and four to be reliable"),
     ):
         if flagged := [cell for cell in cells if cell.flag == flag]:
             example = flagged[0]
@@ -401,31 +424,39 @@ def _notes(law: Law, points: _Points) -> list[str]:
     """What a user must know: which form, whether there is a cap, whether sizes agree, whether a law is worth having."""
     chosen, notes = law.chosen, []
     longest = max(cell.tokens for cell in law.cells if cell.usable)
-    if chosen.name in forms.CAPPED:
+    size = f" (for {chosen.central_parameters:,.0f} parameters)" if chosen.central_parameters is not None else ""
+    if chosen.name in law.flat:
         notes.append(
-            f"Below a cap of {chosen.max_lr()} the best learning rate is modelled as proportional to the batch, and "
-            f"falls as tokens^{chosen.b.value:.3f}. The critical batch, at which it reaches the cap, is "
+            f"The best learning rate is the cap of {chosen.max_lr()}{size}, or near it, in all cells: no batch is seen "
+            "below the critical one, so a and b are guesses, and below the swept batches or beyond the swept horizons "
+            "the learning rate is not known. Smaller batches or longer horizons would show it."
+        )
+    elif chosen.name in forms.CAPPED:
+        notes.append(
+            f"Below a cap of {chosen.max_lr()}{size} the best learning rate is modelled as proportional to the batch, "
+            f"and falls as tokens^{chosen.b.value:.3f}. The critical batch, at which it reaches the cap, is "
             f"{chosen.critical_batch(longest)} at {longest:,} tokens: a larger one needs more tokens for the same loss."
         )
     elif law.caps_seen:
         notes.append(
             f"A cap is seen (by {' and '.join(law.caps_seen)}), which the form '{chosen.name}' does not have. The "
-            f"schedule uses {law.highest:.4g}, the highest best learning rate of the sweep, as its cap."
+            f"schedule uses {law.highest():.4g}{size}, the highest best learning rate of the sweep, as its cap."
         )
     else:
         notes.append(
-            f"No cap is seen up to a learning rate of {law.highest:.4g}, the highest best one of the sweep: larger "
-            "batches or shorter horizons would show it. The schedule uses that learning rate as its cap."
+            f"No cap is seen up to a learning rate of {law.highest():.4g}{size}, the highest best one of the sweep: "
+            "larger batches or shorter horizons would show it. The schedule uses that learning rate as its cap."
         )
     if law.worth is None:
         notes.append("There are too few cells to hold any out, so what this law is worth is not known.")
     else:
         notes += _in_nats(law, law.worth)
     if chosen.name == "plane":
-        c, named = chosen.c, law.named is not None  # not because the other forms were worse
+        c = chosen.c
+        modelled = law.named is not None or c.contains(1.0)  # not because the other forms were worse
         notes.append(
             "The best learning rate is "
-            + ("modelled" if named else "not proportional to the batch here, with or without a cap: it grows")
+            + ("modelled" if modelled else "not proportional to the batch here, with or without a cap: it grows")
             + f" as batch^{c.value:.2f}, interval {c.low:.2f} to {c.high:.2f}."
         )
     notes += _sizes(law, points)
@@ -472,14 +503,27 @@ def _sizes(law: Law, points: _Points) -> list[str]:
             f"{law.chosen.d}. The law has that exponent, and a prediction needs the number of parameters."
         ]
     residuals = points.residuals(law.chosen)
-    apart = []
+    apart, few = [], []
     for size in sizes:
         own = residuals[[cell.size == size for cell in usable]]
-        if len(own) > 2 and abs(own.mean()) > max(2.6 * own.std(ddof=1) / math.sqrt(len(own)), DISAGREE):
+        if len(own) < 3:
+            few.append(name_of(size))
+        elif abs(own.mean()) > max(2.6 * own.std(ddof=1) / math.sqrt(len(own)), DISAGREE):
             apart.append(f"{name_of(size)} by a factor of {math.exp(own.mean()):.2f}")
     if apart:
-        return [f"The sizes disagree with one law for all of them: {', '.join(apart)}."]
-    return ["The sizes agree with one law for all of them."]
+        said = f"The sizes disagree with one law for all of them: {', '.join(apart)}."
+        if lacking := dict.fromkeys(name_of(cell.size) for cell in usable if not cell.parameters):
+            said += (
+                f" The ledger has no `parameters` of {', '.join(lacking)}; with those of all sizes the law can have an "
+                "exponent of them."
+            )
+    elif len(few) < len(sizes):
+        said = "The sizes agree with one law for all of them."
+    else:
+        said = ""
+    if few:
+        said = f"{said} Fewer than three cells of a size cannot tell whether it agrees: {', '.join(few)}.".strip()
+    return [said]
 
 
 def _flags(cells: tuple[Cell, ...]) -> list[str]:
@@ -490,7 +534,7 @@ def _flags(cells: tuple[Cell, ...]) -> list[str]:
         ("edge low", "the best learning rate is the lowest of the grid"),
         ("diverges above", "the best learning rate is next to one that diverges"),
         ("no minimum", "the losses near the best learning rate have no minimum"),
-        ("too few rates", "there are fewer than three learning rates"),
+        ("too few rates", "fewer than three learning rates did not diverge"),
         ("three rates", "the parabola has only three learning rates (used)"),
     ):
         if flagged := [cell for cell in cells if cell.flag == flag]:

@@ -94,6 +94,29 @@ def test_a_named_form_goes_into_the_schedule_and_the_prediction(
     assert "sweep did not reach" not in said and "No cap is seen" not in said and "not proportional" not in said
 
 
+def test_a_law_that_is_the_cap_alone_tells_no_critical_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Far above the critical batch: at a smaller batch and a longer horizon anything up to the cap may be best."""
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
+    a = 300 * around(-0.5, 1)
+    path = write(tmp_path / "ledger.jsonl", planted(a, -0.5, 1, cap=0.012, noise=0.004, **grid))
+    call(fit.main, str(path), "--name", "mine")
+    assert re.search(r"hard .*b and γ not seen   η_max 0.01\d* ", capsys.readouterr().out)
+    text = (tmp_path / "schedule" / "mine.yaml").read_text()
+    assert "a and b are guesses" in text and "intervals" not in text
+    call(fit.main, str(path), "--predict", "batch=0.1", "tokens=1e9")
+    said = capsys.readouterr().out
+    low, high = map(float, re.findall(r"interval ([\d.e-]+) to ([\d.e-]+)", said)[0])
+    assert low <= min(0.012, a * 0.1 * 1e9**-0.5) <= high
+    assert "the critical batch is not seen" in said
+
+
+def test_a_size_without_effect_is_told(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(fit.main, str(ledger), "--predict", "batch=1", "tokens=1e6", "--parameters", "1e9")
+    assert "--parameters has no effect" in capsys.readouterr().out
+
+
 def test_a_run_of_another_parametrisation_is_told_so(tmp_path: Path, tiny: Callable[..., list[str]]) -> None:
     own = composed(tiny())
     facts = {

@@ -314,7 +314,75 @@ def test_a_grid_that_ends_below_the_cap_or_near_it_cannot_tell() -> None:
         assert found.chosen.name == "power"
         assert math.isinf(found.chosen.max_lr().value)
         assert found.max_lr() == max(cell.lr for cell in found.cells if cell.usable)
-        assert any(f"No cap is seen up to a learning rate of {found.highest:.4g}" in note for note in found.notes)
+        assert any(f"No cap is seen up to a learning rate of {found.highest():.4g}" in note for note in found.notes)
+
+
+def test_a_sweep_above_the_critical_batch_sees_the_cap_alone() -> None:
+    """Its best learning rates are the cap, whatever a and b are: 30 or 300 times as large an a gives the same ones."""
+    for factor, smooth in ((30, False), (300, False), (300, True)):
+        grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES, "noise": 0.004}
+        found = law.fit(planted(factor * around(-0.5, 1), -0.5, 1, cap=0.012, smooth=smooth, **grid), replicates=60)
+        assert found.flat == found.caps_seen == ("hard", "smooth")
+        assert found.forms["hard"].max_lr().contains(0.012)
+        assert "no batch is seen below the critical one" in found.notes[0]
+        assert "critical batch, at which" not in " ".join(found.notes)
+    # A few cells below it are enough.
+    both = law.fit(planted(2 * around(-0.5, 1), -0.5, 1, cap=0.012, **{**grid, "noise": 0.001}), replicates=60)
+    assert both.flat == () and both.forms["hard"].critical_batch(TOKENS[-1]).contains(1.2)
+
+
+def test_an_exponent_of_the_batch_that_may_be_one_is_no_reason_for_the_plane() -> None:
+    """Proportional best rates, without a cap. With the noise of these seeds the plane has the smaller regret."""
+    planes = 0
+    for seed in range(12):
+        ledger = planted(
+            around(-0.5, 1), -0.5, 1, batches=[2.0**k for k in range(-4, 0)], tokens=TOKENS[1:4],
+            rates=[0.0001 * 2**k for k in range(13)], noise=0.003, lopsided=0.3, seed=seed,
+        )  # fmt: skip
+        found = law.fit(ledger, replicates=60)
+        assert found.worth is not None
+        planes += found.worth.mean["plane"] < found.worth.mean["power"]
+        if found.forms["plane"].c.contains(1.0):
+            assert found.chosen.name == "power" and not any("not proportional" in note for note in found.notes)
+    assert planes > 2
+
+
+def test_the_cap_of_a_schedule_is_scaled_to_its_size() -> None:
+    """No cap is seen, so the highest best rate is one: of the size that the schedule is for, not of the smallest."""
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": [*RATES, 0.512, 1.024], "sizes": (32, 64, 128)}
+    ledger = planted(around(-0.5, 1), -0.5, 1, size_exponent=-0.7, noise=0.0005, **grid)
+    found = law.fit(ledger, replicates=40)
+    assert found.chosen.name == "power" and found.chosen.d.value == pytest.approx(-0.7, abs=0.02)
+    highest = around(-0.5, 1) * BATCHES[-1] * TOKENS[0] ** -0.5
+    for parameters in (32_000, 128_000, 1_000_000):
+        assert found.max_lr(parameters) == pytest.approx(highest * (parameters / 32_000) ** -0.7, rel=0.1)
+    assert "(for 64,000 parameters)" in found.notes[0] or "(for 63," in found.notes[0]
+    # Held out, the largest size is above the highest best rate of the others at no cell.
+    assert found.worth is not None
+    (split,) = (split for split in found.worth.splits if split.name.startswith("the largest size"))
+    assert split.regrets["power"].mean() < 0.002
+    growing = law.fit(planted(around(-0.5, 1), -0.5, 1, size_exponent=0.7, noise=0.0005, **grid), replicates=40)
+    assert growing.worth is not None
+    (split,) = (split for split in growing.worth.splits if split.name.startswith("the largest size"))
+    assert split.regrets["power"].max() < 0.01  # a cap of the smaller sizes would cost 0.03 · (0.7 · log 2)² or more
+
+
+def test_no_regret_is_negative() -> None:
+    found = law.fit(planted(around(-0.5, 1), -0.5, 1, batches=BATCHES, tokens=TOKENS, rates=RATES), replicates=2)
+    assert found.worth is not None
+    assert all((regret >= 0).all() for split in found.worth.splits for regret in split.regrets.values())
+
+
+def test_sizes_that_cannot_be_compared_are_named() -> None:
+    """64 has two cells, whose best rates are three times too high; parameters are missing where 64 disagrees."""
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
+    other = planted(3 * around(-0.5, 1), -0.5, 1, sizes=(64,), **grid)
+    two = [line for line in other if line["tokens"] == TOKENS[3] and line["batch"] in BATCHES[1:3]]
+    two, other = ([{**line, "parameters": None} for line in lines] for lines in (two, other))
+    notes = law.fit([*planted(around(-0.5, 1), -0.5, 1, **grid), *two], replicates=2).notes
+    assert "cannot tell whether it agrees: 64" in notes[-1]
+    notes = law.fit([*planted(around(-0.5, 1), -0.5, 1, **grid), *other], replicates=2).notes
+    assert "sizes disagree" in notes[-1] and "no `parameters` of 64" in notes[-1]
 
 
 def test_sizes_that_disagree_get_an_exponent_of_the_parameters_and_others_do_not() -> None:
@@ -430,7 +498,7 @@ def without(condition: Callable[[Line], bool]) -> list[Line]:
         (without(lambda line: line["lr"] > 0.002), "add higher learning rates"),
         (without(lambda line: line["lr"] < 0.05), "add lower learning rates"),
         (without(lambda line: line["lr"] not in RATES[4:6]), "parabola takes three"),
-        ([{**line, "loss": None} for line in without(lambda line: False)], "too few rates"),
+        ([{**line, "loss": None} for line in without(lambda line: False)], "add learning rates that do not diverge"),
         ([{"lr": 0.1, "batch": 1, "tokens": 5}], "lacks hidden_size, loss"),
         ([{**without(lambda line: False)[0], "batch": -1}], "above 0"),
         ([{**without(lambda line: False)[0], "tokens": 1.5}], "tokens 1.5; it must be a whole number"),
