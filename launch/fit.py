@@ -278,13 +278,13 @@ def schedule(law: Law, ledger: list[dict[str, Any]], source: Path, parameters: f
     chosen = law.chosen
     batches, tokens = ([getattr(c, n) for c in law.cells if c.usable] for n in ("batch", "tokens"))
     cap = str(chosen.max_lr(parameters)) if chosen.name in law.caps_seen else "the highest best one of the sweep"
-    own = f"b {chosen.b}, a {chosen.a(parameters)}; 95% intervals."
+    numbers = f"b {chosen.b}, a {chosen.a(parameters)}; 95% intervals."
     if chosen.name in law.flat:
-        own = "a and b are guesses."
+        numbers = "a and b are guesses."
     text = f"""\
 # {FORMULAS[chosen.name].replace("T", "n")}, fitted to {source.name}: {len(batches)} best learning rates
 # at batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
-# {own}{f" For {parameters:,.0f} parameters." if parameters else ""}
+# {numbers}{f" For {parameters:,.0f} parameters." if parameters else ""}
 {"".join(f"# {line}{chr(10)}" for note in law.notes for line in textwrap.wrap(note, 116))}\
 name: power
 a: {found.a:.6g}

@@ -36,10 +36,8 @@ from .held_out import MATERIAL, Worth, worth
 MIN_HORIZONS = 3
 REPLICATES = 200
 PERCENTILES = (2.5, 97.5)
-DISAGREE = math.log(1.15)  # a size whose best rates lie closer to the law than this agrees with it
-# A cap is seen if it lowers some cell's learning rate by more than this, and the law below the cap if some cell's
-# learning rate is lower than the cap by more than this.
-CAP_BINDS = math.log(1.5)
+DISAGREE = math.log(1.15)  # learning rates closer than this agree: of a size with the law, of a cell with the cap
+CAP_BINDS = math.log(1.5)  # a cap is seen if it lowers some cell's learning rate by more than this
 
 
 @dataclass(frozen=True)
@@ -337,12 +335,11 @@ class _Points:
         return bool(np.percentile(lowered.max(axis=1), PERCENTILES[0]) > CAP_BINDS)
 
     def sees_below(self, form: Form) -> bool:
-        """Whether it reaches batches so far below the critical one that the cap does not determine the learning rate,
-        in 97.5% of the replicates."""
+        """Whether some cell's learning rate is lower than the cap by more than DISAGREE, in 97.5% of the replicates."""
         drawn = form.replicates[1 : len(self.log_lr)]
         points = self._log_tokens[self.usable[0]], self._log_batch[self.usable[0]]
         below = drawn[:, 2:3] - forms.log_lr(form.name, drawn, *points)
-        return bool(np.percentile(below.max(axis=1), PERCENTILES[0]) > CAP_BINDS)
+        return bool(np.percentile(below.max(axis=1), PERCENTILES[0]) > DISAGREE)
 
     def _law(self, name: str, numbers: Array) -> Array:
         sizes = self.log_parameters if self.log_parameters is not None else 0.0
