@@ -102,13 +102,18 @@ class Design:
             place = best[1]
             rates = bracket(self.grid[place], {}, belief.predicted(place))
             return self._affordable(place, rates, "is the most informative for its tokens")
-        reason = "All cells are bracketed."
+        reason = "All cells are trained."
         if affordable:
             reason = f"No cell would lower the expected regret, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
         elif left < math.inf:
             reason = f"No cell is left that could be bracketed with {left:,.0f} tokens."
         if any(lacks(belief.points, place) for place in self.grid):
             reason += f" That is too little for a law, which takes two batches and {MIN_HORIZONS} horizons."
+        if missing := sum(place not in belief.points for place in belief.closed):
+            reason += (
+                f" {missing} of the {len(belief.closed)} trained cells have no best learning rate inside the grid: "
+                "powertrain fit tells which learning rates to add."
+            )
         return Step((), reason)
 
     def of_a_law(self, known: Iterable[Place] = (), closed: Collection[Place] = ()) -> float:

@@ -180,6 +180,8 @@ def test_a_sweep_that_ends_without_a_law_says_so() -> None:
         {(place, rate): rate for place, rates in design.grid.items() for rate in rates}
     )  # the lowest is best
     assert not design.step.trials and "too little for a law" in design.step.reason
+    assert "bracketed" not in design.step.reason  # none is
+    assert "9 of the 9 trained cells have no best learning rate inside the grid" in design.step.reason
 
 
 def test_a_target_draws_the_trials_towards_it() -> None:
