@@ -93,6 +93,7 @@ def _complete(place: int, line: Line) -> Line:
     """
     if lacking := [name for name in ("batch", "tokens", "loss") if name not in line]:
         raise ConfigError(f"Line {place} of the ledger has no {', '.join(lacking)}: {str(line)[:100]}")
+    line = {name: value for name, value in line.items() if value is not None or name == "loss"}
     name = f"{line.get('family', '')} {line.get('hidden_size', '')}".strip()
     line = {"model_name": name, "schedule": "wsd", "seed": 0, "trial": "", **line}
     if line["loss"] == math.inf or line["loss"] != line["loss"]:  # as some ledgers record one that diverged
@@ -100,7 +101,9 @@ def _complete(place: int, line: Line) -> Line:
     for name in ("batch", "tokens", "lr", "a", "b", "seed", "loss", "parameters", "decay_fraction"):
         optional = name not in ("batch", "tokens")
         if not (is_number(line.get(name), -MOST if optional else 0) or (optional and line.get(name) is None)):
-            raise ConfigError(f"Line {place} of the ledger has {name} {str(line[name])[:40]}, which is no such number.")
+            raise ConfigError(
+                f"Line {place} of the ledger has {name} {str(line.get(name))[:40]}, which is no such number."
+            )
     for name in ("model_name", "schedule", "trial"):
         line[name] = str(line[name])
     line["seed"], line["tokens"] = int(line["seed"] or 0), int(line["tokens"])

@@ -56,8 +56,9 @@ def is_number(value: Any, above: float = -MOST) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value < MOST
 
 
-def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float, str, float]:
-    """(size, tokens, batch, learning rate, seed, loss) of a line of the ledger; the loss is inf if it diverged.
+def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float, str, float, float | None]:
+    """(size, tokens, batch, learning rate, seed, loss, parameters) of a line of the ledger; the loss is inf if it
+    diverged.
 
     Raises:
         ValueError: a field is missing or out of its range.
@@ -77,15 +78,25 @@ def _read(number: int, line: Mapping[str, Any]) -> tuple[Size, int, float, float
                 f"Line {number} of the ledger has {name} {line[name]!r}; it must be a whole number (tokens, not "
                 "millions of them)."
             )
-    loss = line["loss"]
+    loss, count = line["loss"], line.get("parameters")
+    if count is not None and not is_number(count, 0):
+        raise ValueError(
+            f"Line {number} of the ledger has parameters {str(count)[:40]}; it must be a number above 0 and below "
+            f"{MOST:g}, or absent."
+        )
     return (
-        (str(line.get("family", "")), int(line["hidden_size"])),
+        (str(line.get("family") or ""), int(line["hidden_size"])),
         int(line["tokens"]),
         float(line["batch"]),
         float(line["lr"]),
-        str(line.get("seed", 0)),
+        str(line.get("seed") or 0),
         float(loss) if loss is not None and math.isfinite(loss) else math.inf,
+        None if count is None else float(count),
     )
+
+
+def _schedule(line: Mapping[str, Any]) -> str:
+    return str(line.get("schedule") or "wsd")
 
 
 def _horizons(tokens: set[int]) -> dict[int, int]:
@@ -104,15 +115,19 @@ class Trials:
         self.losses: dict[tuple[Size, int, float], dict[float, list[tuple[int, float]]]] = {}
         trunks: dict[tuple[Any, ...], int] = {}
         lines = [(number, line) for number, line in enumerate(ledger, 1) if line.get("lr") is not None]
-        self.others = sorted({str(line["schedule"]) for _, line in lines if line.get("schedule", "wsd") != "wsd"})
-        read = [_read(number, line) for number, line in lines if line.get("schedule", "wsd") == "wsd"]
-        horizon = _horizons({tokens for _, tokens, _, _, _, _ in read})
+        self.others = sorted({_schedule(line) for _, line in lines} - {"wsd"})
+        read = [_read(number, line) for number, line in lines if _schedule(line) == "wsd"]
+        horizon = _horizons({tokens for _, tokens, *_ in read})
+        counts: dict[Size, set[float]] = {}
+        for size, *_, count in read:
+            counts.setdefault(size, set()).update([] if count is None else [count])
         self.parameters: dict[Size, float] = {}
-        for (_, line), (size, *_) in zip((e for e in lines if e[1].get("schedule", "wsd") == "wsd"), read, strict=True):
-            count = line.get("parameters")
-            if is_number(count, 0):
-                self.parameters[size] = float(count)
-        for size, own_tokens, batch, rate, seed, loss in read:
+        for (family, width), own_tokens, batch, rate, seed, loss, count in read:
+            size = family, width
+            if count is not None:
+                if len(counts[size]) > 1:  # models of one width, such as of two depths
+                    size = f"{family} ({count:,.0f} parameters)".strip(), width
+                self.parameters[size] = count
             trunk = trunks.setdefault((size, batch, rate, seed), len(trunks))
             cell = self.losses.setdefault((size, horizon[own_tokens], batch), {})
             cell[rate] = [*{**dict(cell.get(rate, [])), trunk: loss}.items()]  # the last line of a repeated trial

@@ -283,6 +283,11 @@ def test_the_page_of_one_schedule_has_its_law(ledger: Path, monkeypatch: pytest.
     text = (ledger.parent / "report.html").read_text()
     assert text.count("<svg") == len(list(fit.pictures(law.fit(lines, replicates=20)))) == 3
     assert "held-out regret in nats" in text.lower()
+    null = dict.fromkeys(("schedule", "seed", "family", "model_name", "trial"))
+    write(ledger, [{**line, **null} for line in lines])
+    call(report.main, str(ledger.parent))
+    assert (ledger.parent / "report.html").read_text().count("<svg") == 3
+    assert "None" not in re.sub(r"<svg.*?</svg>", "", (ledger.parent / "report.html").read_text(), flags=re.S)
     write(ledger, lines[:3])
     call(report.main, str(ledger.parent))
     text = (ledger.parent / "report.html").read_text()
@@ -297,6 +302,8 @@ def test_the_page_of_one_schedule_has_its_law(ledger: Path, monkeypatch: pytest.
         '{"hidden_size": 32, "batch": true, "lr": 0.1, "loss": 3, "tokens": 10}',
         '{"hidden_size": 32, "batch": 1, "lr": [0.1], "loss": "low", "tokens": 10}',
         '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 3, "tokens": -5}',
+        '{"hidden_size": 32, "batch": null, "lr": 0.1, "loss": 3, "tokens": 10}',
+        '{"hidden_size": 32, "batch": 1, "lr": 0.1, "loss": 3, "tokens": 10, "parameters": "10M"}',
         "[" * 100_000,
         '{"batch": ' * 100_000,
     ],

@@ -502,6 +502,7 @@ def without(condition: Callable[[Line], bool]) -> list[Line]:
         ([{"lr": 0.1, "batch": 1, "tokens": 5}], "lacks hidden_size, loss"),
         ([{**without(lambda line: False)[0], "batch": -1}], "above 0"),
         ([{**without(lambda line: False)[0], "tokens": 1.5}], "tokens 1.5; it must be a whole number"),
+        ([{**without(lambda line: False)[0], "parameters": "10M"}], "parameters 10M; it must be a number"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_with_what_is_missing(ledger: list[Line], said: str) -> None:
@@ -515,6 +516,25 @@ def test_trials_of_other_schedules_are_excluded_and_a_line_given_twice_counts_on
     power = [{"schedule": "power", "a": 1, "b": -0.5, "tokens": 10, "loss": 9.0}]
     expected = law.fit(ledger, replicates=5).chosen.b.value
     assert law.fit([*ledger, *cosine, *power, *ledger], replicates=5).chosen.b.value == expected
+
+
+def test_two_models_of_one_width_are_two_sizes() -> None:
+    """Of one family, such as of two depths. By the width alone the second one's losses would replace the first's."""
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
+    shallow, deep = (planted(factor * around(-0.5, 1), -0.5, 1, **grid) for factor in (1, 0.5))
+    deep = [{**line, "parameters": 64_000} for line in deep]
+    found = law.fit([*shallow, *deep], replicates=20)
+    assert {cell.size for cell in found.cells} == {("(32,000 parameters)", 32), ("(64,000 parameters)", 32)}
+    assert len(found.cells) == 2 * len(BATCHES) * len(TOKENS)
+    assert found.chosen.d.value == pytest.approx(-1, abs=1e-3)  # half the learning rate at twice the parameters
+
+
+def test_what_is_null_is_absent() -> None:
+    ledger = planted(around(-0.5, 1.0), -0.5, 1.0, batches=BATCHES, tokens=TOKENS, rates=RATES)
+    null = [{**line, **dict.fromkeys(("schedule", "seed", "family", "parameters"))} for line in ledger]
+    found = law.fit(null, replicates=5)
+    assert found.chosen.b.value == law.fit(ledger, replicates=5).chosen.b.value
+    assert {cell.size for cell in found.cells} == {("", 32)}
 
 
 def test_outside_the_swept_range_is_reported() -> None:
