@@ -181,7 +181,7 @@ class Parabola:
     flag: str
 
 
-def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
+def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float, float]:
     """One for each cell, with noise (R, groups, trunks) added to the losses.
 
     Losses rise faster above the best rate than below it, which shifts the minimum of a plain parabola. The asymmetry,
@@ -189,7 +189,8 @@ def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
     noise.
 
     Returns:
-        The parabolas, and by how much the asymmetry moved the log of the best rates, on average.
+        The parabolas, by how much the asymmetry moved the log of the best rates, on average, and the asymmetry itself,
+        of which no more than MOST_LOPSIDED is corrected for.
     """
     losses = [trials.cell_losses(cell) + trials.in_cell(noise, cell) for cell in range(len(trials.cells))]
     plain = [_parabola(trials.log_rates(cell), y, np.zeros(len(y))) for cell, y in enumerate(losses)]
@@ -198,10 +199,11 @@ def parabolas(trials: Trials, noise: Array) -> tuple[list[Parabola], float]:
         there = p.usable & (p.cubic != 0)
         product = product + np.where(there, p.cubic * p.curvature, 0.0)
         square = square + np.where(there, p.curvature**2, 0.0)
-    lopsided = np.clip(product / np.where(square > 0, square, 1.0), -MOST_LOPSIDED, MOST_LOPSIDED)
+    asymmetry = product / np.where(square > 0, square, 1.0)
+    lopsided = np.clip(asymmetry, -MOST_LOPSIDED, MOST_LOPSIDED)
     bent = [_parabola(trials.log_rates(cell), y, lopsided) for cell, y in enumerate(losses)]
     moves = [b.log_lr[0] - p.log_lr[0] for b, p in zip(bent, plain, strict=True) if b.usable[0] and p.usable[0]]
-    return bent, float(np.mean(moves)) if moves else 0.0
+    return bent, float(np.mean(moves)) if moves else 0.0, float(asymmetry[0])
 
 
 @functools.lru_cache(1024)  # most cells have the same windows, and each is fitted several times

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import forms
-from .cells import Array, Cell, Size, Trials, cell_of, noise_of, parabolas
+from .cells import MOST_LOPSIDED, Array, Cell, Size, Trials, cell_of, noise_of, parabolas
 from .held_out import MATERIAL, Worth, worth
 
 MIN_HORIZONS = 3
@@ -214,13 +214,13 @@ def fit(
         raise ValueError(
             f"There is no trial of the schedule 'wsd' with a learning rate `lr`{others}, so there is nothing to fit."
         )
-    fitted, moved = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    fitted, moved, asymmetry = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
     cells = tuple(cell_of(trials, index, parabola) for index, parabola in enumerate(fitted))
     _refuse(cells)
     sigma, shared = noise_of(trials, fitted)
 
     # ---- replicates: the whole fit again with new noise for each trunk; row 0 has no noise added
-    repeated, _ = parabolas(trials, trials.noise(sigma, shared, replicates, draws))
+    repeated, *_ = parabolas(trials, trials.noise(sigma, shared, replicates, draws))
     points = _Points(
         cells,
         np.stack([p.log_lr for p in repeated], axis=1),
@@ -255,7 +255,7 @@ def fit(
             f"The form '{form}' is not one for this ledger: {cap}, so the forms are {', '.join(candidates(caps_seen))}."
         )
     flat = tuple(name for name in caps_seen if not points.sees_below(found[name]))
-    law = Law(cells, found, caps_seen, flat, value, sigma, shared, (), tuple(_flags(cells)), form)
+    law = Law(cells, found, caps_seen, flat, value, sigma, shared, (), tuple(_flags(cells, asymmetry)), form)
     return dataclasses.replace(law, notes=tuple(_notes(law, points)))
 
 
@@ -361,7 +361,7 @@ def expected_error(
         ValueError: no batch has its best rate inside the grid yet.
     """
     trials = Trials(ledger)
-    fitted, _ = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    fitted, *_ = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
     usable = [(p, trials.log_rates(index)) for index, p in enumerate(fitted) if p.usable[0] and len(p.residuals) > 3]
     if not usable:
         raise ValueError("no batch has its best rate inside the grid, with two rates on one side and one on the other.")
@@ -523,7 +523,7 @@ def _sizes(law: Law, points: _Points) -> list[str]:
     return [said]
 
 
-def _flags(cells: tuple[Cell, ...]) -> list[str]:
+def _flags(cells: tuple[Cell, ...], asymmetry: float) -> list[str]:
     """Which best rates are not used or less reliable, and where the best batch may lie outside the sweep."""
     notes = []
     for flag, meaning in (
@@ -539,6 +539,13 @@ def _flags(cells: tuple[Cell, ...]) -> list[str]:
             notes.append(
                 f"{len(flagged)} of {len(cells)} cells: {meaning} ({where}{', …' if len(flagged) > 4 else ''})."
             )
+    if abs(asymmetry) > MOST_LOPSIDED:
+        faster, low = ("above", "low") if asymmetry > 0 else ("below", "high")
+        notes.append(
+            f"Losses rise so much faster {faster} the best learning rates than on the other side (asymmetry "
+            f"{asymmetry:.2f}) that only {MOST_LOPSIDED:g} of it is corrected for: the best learning rates may be too "
+            f"{low}, by more than the intervals show. Learning rates closer to each other would show them."
+        )
     edges = []
     for size, tokens in dict.fromkeys((cell.size, cell.tokens) for cell in cells):
         here = sorted((c for c in cells if (c.size, c.tokens) == (size, tokens)), key=lambda c: c.batch)

@@ -223,6 +223,16 @@ def test_lopsided_losses_do_not_move_the_best_rate() -> None:
     assert found.forms["power"].lr(1.0, TOKENS[3]).value == pytest.approx(0.01, rel=0.04)
 
 
+def test_losses_too_lopsided_to_correct_for_are_told() -> None:
+    """The best rates are then too low by more than the interval is wide: 0.01 is outside it."""
+    grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES, "noise": 0.001}
+    found = law.fit(planted(around(-0.5, 1.0), -0.5, 1.0, lopsided=0.9, **grid), replicates=40)
+    assert found.forms["power"].lr(1.0, TOKENS[3]).value < 0.009
+    assert any("best learning rates may be too low" in flag for flag in found.flags)
+    found = law.fit(planted(around(-0.5, 1.0), -0.5, 1.0, lopsided=0.3, **grid), replicates=2)
+    assert not any("may be too" in flag for flag in found.flags)
+
+
 def test_a_seed_more_at_a_point_counts_as_a_mean_and_tells_the_noise() -> None:
     grid = {"batches": BATCHES, "tokens": TOKENS, "rates": RATES}
     ledger = planted(around(-0.5, 1.0), -0.5, 1.0, **grid)

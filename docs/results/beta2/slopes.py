@@ -36,7 +36,7 @@ def ledger() -> list[dict]:
 def fitted(lines: list[dict], replicates: int = 0) -> dict[tuple[str, int, int], np.ndarray]:
     """(rule, tokens, sequences) → (log best rate, loss there) by replicate: (2, 1 + R), nan where it is not inside."""
     trials = Trials(lines)
-    plain, _ = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
+    plain, *_ = parabolas(trials, np.zeros((1, len(trials.groups), trials.trunks)))
     sigma, shared = noise_of(trials, plain)
     noise = trials.noise(sigma, shared, replicates, np.random.default_rng(0))
     for (size, tokens, batch), by_rate in trials.losses.items():
