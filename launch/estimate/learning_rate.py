@@ -125,10 +125,12 @@ def check_followed(config: Config) -> Power:
     """
     power = config.make_schedule().power
     if power is None or power.batch_exponent <= 0:
-        name, exponent = config.schedule.get("name"), "" if power is None else " with batch_exponent 0 or below"
+        name, exponent, remedy = config.schedule.get("name"), "", "Take schedule=power"
+        if power is not None:
+            exponent, remedy = f" with batch_exponent {power.batch_exponent:g}", "Set schedule.batch_exponent above 0"
         raise ConfigError(
-            f"--ramp follows the critical batch of a Power schedule, and schedule {name}{exponent} has none. Take "
-            "schedule=power, or drop --ramp."
+            f"--ramp follows the critical batch of a Power schedule, and schedule {name}{exponent} has none. {remedy}, "
+            "or drop --ramp."
         )
     return power
 

@@ -37,12 +37,13 @@ def time_section(
     steps, _ = steps_of(config)
     every = config.checkpoint.every or steps
     saves = -(-steps // every)
-    most = min(config.checkpoint.keep + 1, saves)  # one of them is being written
+    keep = config.checkpoint.keep
+    most = min(keep + 1, saves)  # one of them is being written
+    kept = f"of which checkpoint.keep={keep} stay" if keep < saves else "which all stay"
     console.print(
         f"checkpoints       {decimal(size)} each ({each} bytes a parameter), {saves:,} of them, every "
         f"{every:,} steps: {decimal(size * saves)} written\n"
-        f"on disk           {decimal(size * most)}: at most {most:,}, "
-        f"of which checkpoint.keep={config.checkpoint.keep} stay\n"
+        f"on disk           {decimal(size * most)}: at most {most:,}, {kept}\n"
         f"writing one       {size / cluster.write:,.0f} s at {cluster.write / 1e9:g} GB/s (cluster.write)"
     )
     if cluster.peak is None:

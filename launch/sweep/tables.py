@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from powertrain.launch.sweep.lean import trained_tokens
 from powertrain.launch.sweep.progress import Progress, Sweep, place_of
 from powertrain.launch.sweep.trials import Trial
 from powertrain.schedulers.cells import is_number
@@ -91,10 +92,12 @@ def summary(sweep: Sweep, progress: Progress) -> str:
     done = [t for t in sweep.trials if progress.done(t)]
     if sweep.design is not None:
         budget = f" of {sweep.sweep.budget_tokens:,}" if sweep.sweep.budget_tokens else ""
-        others = sum(place_of(trial) not in sweep.design.asked for trial in done)
+        asked = [place_of(trial) for trial in done if place_of(trial) in sweep.design.asked]
+        others = len(done) - len(asked)
+        trained = trained_tokens(asked, sweep.sweep.decay_fraction)
         known = f" ({others} more that these settings do not ask for are not counted)" if others else ""
         return (
-            f"{len(done) - others} trials done, {sweep.design.trained:,.0f}{budget} tokens trained{known}. "
+            f"{len(asked)} trial{'s' * (len(asked) != 1)} done, {trained:,.0f}{budget} tokens trained{known}. "
             f"{sweep.design.step.reason}"
         )
     out = [t for t in sweep.trials if progress.skip_reason(t) and not progress.done(t)]

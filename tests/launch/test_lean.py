@@ -169,7 +169,8 @@ def test_trials_that_other_settings_asked_for_are_not_counted() -> None:
     progress = Progress(trials, {trial.name: {"loss": 3.0 + dict(trial.fields)["lr"]} for trial in [*asked, other]})
     held: Any = SimpleNamespace(sweep=sweep, trials=trials, design=design)
     assert summary(held, progress).startswith(
-        "3 trials done, 0 of 1,000,000 tokens trained (1 more that these settings"
+        f"3 trials done, {sum(trial.tokens for trial in asked):,} of 1,000,000 tokens trained "
+        "(1 more that these settings"
     )
 
 
