@@ -42,6 +42,8 @@ from powertrain.train.config import LAW_SEQUENCE_LENGTH, Config, ModelConfig, Mu
 from powertrain.train.errors import ConfigError
 from powertrain.train.report import plain
 
+USELESS = 100  # a factor between the ends of an interval, from which on the estimate in it is not printed
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Fit, print, plot; with --predict print a prediction, with --name write a schedule."""
@@ -147,10 +149,14 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
     lr = law.chosen.lr(batch, tokens, parameters)
     flat = law.chosen.name in law.flat
     high = law.chosen.max_lr(parameters).high if flat else lr.high  # below the cap nothing limits the interval
-    lines = [
-        f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {high:.4g}, at batch {batch:g} (× 4096 tokens) and "
-        f"{tokens:g} tokens" + (f", for {parameters:,.0f} parameters" if parameters else ""),
-    ]
+    at = f"at batch {batch:g} (× 4096 tokens) and {tokens:,.0f} tokens"
+    at += f", for {parameters:,.0f} parameters" if parameters else ""
+    lines = [f"lr {lr.value:.4g}, 95% interval {lr.low:.4g} to {high:.4g}, {at}"]
+    if high > USELESS * lr.low:
+        lines = [
+            f"lr not known {at}, its 95% interval spans a factor of {high / lr.low:.2g}. Sweep nearer to it, or with "
+            "more batches and horizons."
+        ]
     if flat:
         lines.append(f"cap {law.chosen.max_lr(parameters)}; the critical batch is not seen")
     elif law.chosen.name in forms.CAPPED:
@@ -173,7 +179,7 @@ def prediction(law: Law, batch: float, tokens: float, parameters: float | None =
         lines.append(
             f"Power: a {schedule.a:.4g}, b {schedule.b:.4g}, batch_exponent {schedule.batch_exponent:.4g}, cap "
             f"{schedule.cap}; the cap max_lr {schedule.max_lr:.4g} releases after {release:.3g} tokens"
-            + (": this run would be above the critical batch to its end" if release >= tokens else "")
+            + (": this run would be at the cap to its end" if release >= tokens else "")
         )
     if outside := law.outside(batch, tokens):
         lines.append(

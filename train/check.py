@@ -287,9 +287,10 @@ def batch_doubts(config: Config) -> Iterator[str]:
         gains = "hardly raises the learning rate" if power.cap == "smooth" else "raises the learning rate no further"
         yield (
             f"The batch is above the schedule's critical batch in {tokens_above / config.run.tokens:.0%} of the run: "
-            f"{', '.join(above)}. There a larger batch {gains}, and needs more tokens for the same loss. Take a "
-            "smaller one, or begin with one: `powertrain estimate … --ramp` prints a batch.ramp that follows "
-            "the critical batch (docs/schedule.md)."
+            f"{', '.join(above)}. There a larger batch {gains}. If a sweep has seen that schedule.max_lr is a cap, it "
+            "also needs more tokens for the same loss: take a smaller one, or begin with one (`powertrain estimate … "
+            "--ramp` prints a batch.ramp that follows the critical batch). If `powertrain fit` reported that it saw no "
+            "cap, sweep larger batches first (docs/schedule.md)."
         )
     if grown:
         yield (

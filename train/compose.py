@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import omegaconf._utils
 from hydra import compose, initialize_config_module
@@ -321,7 +321,11 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
                 f"These settings have no value yet: {names}. Give them as KEY=VALUE; +experiment=NAME brings most."
             )
         # As plain values first: a key added with + becomes part of the typed configuration.
-        plain = OmegaConf.to_container(composed, resolve=True)
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+        for name, hint in get_type_hints(kind).items():
+            if dataclasses.is_dataclass(hint) and not isinstance(plain.get(name, {}), dict):
+                example = dataclasses.fields(hint)[0].name
+                raise ConfigError(f"{name} is {plain[name]!r}, but it has settings of its own, as {name}.{example}=….")
         for name, value in setting_values(plain):
             hint, each = type_of(name, kind), value if isinstance(value, list) else [value]
             if hint in (str, str | None, list[str]) and not all(isinstance(text, str | None) for text in each):
@@ -334,9 +338,26 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
         raise ConfigError(f"{error.full_key} has no value.") from error
     except OmegaConfBaseException as error:
         hint = " Whole numbers are written 1_000_000." if "Integer" in str(error) else ""
-        raise ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0]}.{hint}") from error
+        name = str(error.full_key).partition("[")[0]
+        if form := _form(type_of(name, kind)):
+            given = OmegaConf.to_object(composed)
+            raise ConfigError(
+                f"{name} is written '{name}={form}', not {_at(given, tuple(name.split('.')))!r}."
+            ) from error
+        raise ConfigError(f"{error.full_key}: {str(error).partition(chr(10))[0].rstrip('.')}.{hint}") from error
     assert isinstance(typed, kind)
     return typed
+
+
+def _form(hint: Any) -> str:
+    """How a list or a mapping of this type is written on the command line; empty for another type."""
+    if dataclasses.is_dataclass(hint):
+        return f"{{{', '.join(f'{entry.name}: …' for entry in dataclasses.fields(hint))}}}"
+    if get_origin(hint) is list:
+        return f"[{_form(get_args(hint)[0]) or '…'}, …]"
+    if get_origin(hint) is tuple:
+        return f"[{', '.join('…' for _ in get_args(hint))}]"
+    return f"{{NAME: {_form(get_args(hint)[1]) or '…'}, …}}" if get_origin(hint) is dict else ""
 
 
 def check_interpolations(composed: DictConfig) -> None:

@@ -68,8 +68,8 @@ class Progressing:
             self.live.stop()
         if kind is None and 10 * self.collapsed_steps > self.steps:
             self.log(
-                f"Warning: in {self.collapsed_steps:,} of {self.steps:,} steps a layer did not route its tokens: see "
-                "expert_load in metrics.jsonl, and docs/balance.md."
+                f"Warning: in {self.collapsed_steps:,} of {self.steps:,} steps the routing of a layer was collapsed: "
+                "see expert_load in metrics.jsonl, and docs/balance.md."
             )
 
     def step(self, record: dict[str, Any], state: State) -> None:
@@ -126,7 +126,7 @@ class Progressing:
             )
 
     def _watch_routing(self, load: dict[str, Any], state: State) -> None:
-        """Warn when layers have not routed for COLLAPSE_STEPS steps, and log when all have again for as many."""
+        """Warn when routing has been collapsed for COLLAPSE_STEPS steps, and log when it has not been for as many."""
         collapsed = bool(load.get("collapsed"))
         self.steps, self.collapsed_steps = self.steps + 1, self.collapsed_steps + collapsed
         self.in_a_row = self.in_a_row + 1 if collapsed == self.collapsed else 1
@@ -142,7 +142,7 @@ class Progressing:
                 "balance.router_aux_loss_coef or lower the learning rate (docs/balance.md)."
             )
         else:
-            self.log(f"Every layer routes its tokens again, at step {state.step:,}.")
+            self.log(f"Routing is no longer collapsed in any layer, at step {state.step:,}.")
 
     def _learning_rate(self, record: dict[str, Any]) -> str:
         """The learning rate, the schedule's phase, and its share of a Power schedule's cap."""

@@ -121,6 +121,10 @@ def record_start(
         "hardware": engine.hardware(),
         "data": data,
     }
+    moved = ("run.name", "run.folder", "run.resume")
+    changes = [f"{n} {then} → {now}" for n, (then, now) in without_secrets(begin.changes).items() if n not in moved]
+    if changes:
+        log(f"Settings that differ from the checkpoint's, from here on: {', '.join(changes)}.")
     if begin.own and record["starts"] and (changed := _rounding_changes(record["starts"][-1], start)):
         log(
             f"{'; '.join(changed)}: sums may be rounded differently, and losses not bit-equal to those of an "

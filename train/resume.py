@@ -46,7 +46,15 @@ _FREE = (
 )
 COMPARED = 16  # steps between two edges, where the batch is constant and the learning rate is one formula
 TOKENIZER = "(tokenizer)"  # among the fingerprints of corpora, whose names have no brackets
-_BY_EFFECT = ("run.tokens", "batch", "schedule", "data.mixture", "data.stages", "data.corpora")
+_BY_EFFECT = (
+    "run.tokens",
+    "batch.sequences",
+    "batch.ramp",
+    "schedule",
+    "data.mixture",
+    "data.stages",
+    "data.corpora",
+)
 
 
 def where_to_begin(config: Config, ranks: int) -> Beginning:

@@ -167,6 +167,17 @@ def test_a_prediction_has_an_interval_the_release_of_the_cap_and_a_warning(
     assert 1024 * a * release**b == pytest.approx(cap, rel=0.02)
 
 
+def test_a_learning_rate_that_the_sweep_does_not_determine_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = {"batches": BATCHES[1:4], "tokens": TOKENS[:3], "rates": RATES}
+    path = write(tmp_path / "ledger.jsonl", planted(around(-0.5, 1), -0.5, 1, noise=0.02, **grid))
+    call(fit.main, str(path), "--predict", "batch=1e9", "tokens=1e20")
+    said = capsys.readouterr().out
+    assert re.search(r"lr not known at batch 1e\+09 .*, its 95% interval spans a factor of [\d.e+]+\.", said), said
+    assert "lr 0" not in said and "Warning" in said
+
+
 def test_a_prediction_takes_the_batch_in_sequences(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """64 sequences of 256 are 4 × 4096 tokens."""
     tokens = f"tokens={TOKENS[3]}"

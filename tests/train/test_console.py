@@ -81,11 +81,11 @@ def test_collapsed_routing_is_said_once_and_when_it_is_over(monkeypatch: pytest.
     monkeypatch.setattr(Progressing, "step", load)
     monkeypatch.setattr(console, "LINE_SHARE", 1.0)
     said = watched(False, 100, monkeypatch).splitlines()
-    warnings = [line for line in said if "Warning" in line or "again" in line]
+    warnings = [line for line in said if "Warning" in line or "no longer" in line]
     assert warnings[0].startswith("Warning: routing has collapsed, at step 39 in 3 of 4 layers")
     assert "(the busiest 4.00 × mean)" in warnings[0]
-    assert warnings[1] == "Every layer routes its tokens again, at step 79."
-    assert warnings[2].startswith("Warning: in 48 of 100 steps a layer did not route its tokens")
+    assert warnings[1] == "Routing is no longer collapsed in any layer, at step 79."
+    assert warnings[2].startswith("Warning: in 48 of 100 steps the routing of a layer was collapsed")
     assert len(warnings) == 3
 
 

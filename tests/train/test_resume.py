@@ -351,6 +351,7 @@ def test_fault_17_a_change_ahead_passes_and_is_recorded(
     start = json.loads((folder / "run.json").read_text())["starts"][-1]
     assert start["from"].endswith("step-00000006")
     name = change.partition("=")[0]
+    assert f"differ from the checkpoint's, from here on: {name}" in said
     assert any(setting.startswith(name) for setting in start["changed_settings"])
     before = without_timing(read_lines(whole / "metrics.jsonl"))[:6]
     assert without_timing(read_lines(folder / "metrics.jsonl"))[:6] == before
