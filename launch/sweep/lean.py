@@ -24,6 +24,8 @@ SCATTER = 0.2  # standard deviation of the log best learning rate of a cell
 DISCREPANCY = 0.2  # standard deviation of the law's own error, …
 DISTANCE = 1.0  # … and its correlation length in log batch and log tokens
 OFFSET = 0.1  # of a model's log learning rate from the others': small under muP
+EDGE = 0.35  # the best of a cell whose lowest loss is at an end of its rates is taken to lie so far beyond it, in log …
+EDGE_SCATTER = 0.5  # … with this standard deviation
 CURVATURE = 0.03  # nats: a loss is this times log(η / best)² above the lowest one, until it is estimated from cells
 PRIOR_SCALE = np.array([1.5, PRIOR_B_SCALE, 1.0])  # of log γ, b and log η_max
 WORTH = 0.02  # a cell has to lower the expected regret by this share of it
@@ -87,12 +89,14 @@ class Design:
         affordable = False
         left = self.budget - self.trained
         # While a fit lacks cells, no token is spent on one that would leave too few for them.
-        reserved = 0 < self.of_a_law(belief.points, belief.closed) <= left
+        outside = {place for place in self.grid if not belief.within(place)} - belief.closed
+        closed = belief.closed | outside
+        reserved = 0 < self.of_a_law(belief.points, closed) <= left
         for place in self.grid:
             cost = self._cost(place)
-            if place in belief.closed or cost > left:
+            if place in closed or cost > left:
                 continue
-            if reserved and cost + self.of_a_law([*belief.points, place], belief.closed) > left:
+            if reserved and cost + self.of_a_law([*belief.points, place], closed) > left:
                 continue
             affordable = True
             helps = belief.regret > ENOUGH and belief.gain(place) >= WORTH * belief.regret
@@ -105,6 +109,8 @@ class Design:
         reason = "All cells are trained."
         if affordable:
             reason = f"No cell would lower the expected regret, {belief.regret:.4f} nats, by {WORTH:.0%} of it."
+        elif outside:
+            reason = "All other cells are trained."
         elif left < math.inf:
             reason = f"No cell is left that could be bracketed with {left:,.0f} tokens."
         if any(lacks(belief.points, place) for place in self.grid):
@@ -113,6 +119,13 @@ class Design:
             reason += (
                 f" {missing} of the {len(belief.closed)} trained cells have no best learning rate inside the grid: "
                 "powertrain fit tells which learning rates to add."
+            )
+        if outside:
+            above = sum(belief.predicted(place) > max(self.grid[place]) for place in outside)
+            ends = [*["higher"] * (above > 0), *["lower"] * (above < len(outside))]
+            reason += (
+                f" {len(outside)} of the {len(self.grid)} cells are not trained, since their best learning rate is "
+                f"expected outside the grid: add {' and '.join(ends)} learning rates."
             )
         return Step((), reason)
 
@@ -204,10 +217,11 @@ class _Belief:
         self.closed = set(own) - set(self.begun)
         found = {place: minimum for place, rates in own.items() if (minimum := _minimum(rates)) is not None}
         self.points = {place: log_lr for place, (log_lr, _) in found.items()}
+        ends = {place: end for place in self.closed - set(self.points) if (end := _beyond(own[place])) is not None}
         curvatures = [curvature for _, curvature in found.values()]
         self._curvature = float(np.median(curvatures)) if curvatures else CURVATURE
 
-        self._places = list(grid)
+        self._grid, self._places = grid, list(grid)
         models = list(dict.fromkeys(model for model, _, _ in self._places))
         targets = [(model, *target) for model in models] if target else list(grid)
         everything = [*self._places, *targets]
@@ -216,8 +230,9 @@ class _Belief:
         x[:, 1] -= x[: len(grid), 1].mean()
         rates = np.log([rate for values in grid.values() for rate in values])
         prior = np.array([np.median(rates) + 0.7 - np.median(x[: len(grid), 0]), PRIOR_B, rates.max() - 0.7])
-        known = [self._places.index(place) for place in self.points]
-        values = np.array(list(self.points.values()))
+        known = [self._places.index(place) for place in (*self.points, *ends)]
+        values = np.array([*self.points.values(), *ends.values()])
+        scatter = np.repeat([SCATTER, EDGE_SCATTER], [len(self.points), len(ends)])
 
         def law(numbers: Array) -> tuple[Array, Array]:
             line = numbers[0] + numbers[1] * x[:, 1] + x[:, 0]
@@ -225,7 +240,7 @@ class _Belief:
             return -np.logaddexp(-line, -numbers[2]), np.stack([share, share * x[:, 1], 1 - share], axis=1)
 
         def residuals(numbers: Array) -> Array:
-            return np.concatenate([(numbers - prior) / PRIOR_SCALE, (values - law(numbers)[0][known]) / SCATTER])
+            return np.concatenate([(numbers - prior) / PRIOR_SCALE, (values - law(numbers)[0][known]) / scatter])
 
         numbers = least_squares(residuals, prior).x
         mean, slopes = law(numbers)
@@ -237,9 +252,7 @@ class _Belief:
             + DISCREPANCY**2 * np.exp(-apart / 2)
         )
         if known:
-            gain = covariance[:, known] @ np.linalg.inv(
-                covariance[np.ix_(known, known)] + SCATTER**2 * np.eye(len(known))
-            )
+            gain = covariance[:, known] @ np.linalg.inv(covariance[np.ix_(known, known)] + np.diag(scatter**2))
             mean = mean + gain @ (values - mean[known])
             covariance = covariance - gain @ covariance[known]
         self._mean = mean
@@ -252,9 +265,22 @@ class _Belief:
         """The expected best learning rate of a cell."""
         return math.exp(float(self._mean[self._places.index(place)]))
 
+    def within(self, place: Place) -> bool:
+        """Whether that is expected within the learning rates of the cell's grid, as it is until a cell is trained."""
+        return not self.closed or min(self._grid[place]) <= self.predicted(place) <= max(self._grid[place])
+
     def gain(self, place: Place) -> float:
         """By how many nats the expected regret at the targets falls when a cell's best learning rate is known, too."""
         return float(self._gains[self._places.index(place)])
+
+
+def _beyond(losses: Mapping[float, float]) -> float | None:
+    """Log of the best learning rate of a cell whose lowest loss is at an end of its rates; None where it is at none."""
+    finite = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
+    best = min(losses, key=lambda rate: losses[rate])
+    if not finite or best not in (finite[0], finite[-1]):
+        return None
+    return math.log(best) + (EDGE if best == finite[-1] else -EDGE)
 
 
 def _minimum(losses: Mapping[float, float]) -> tuple[float, float] | None:

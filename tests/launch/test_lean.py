@@ -182,7 +182,20 @@ def test_a_sweep_that_ends_without_a_law_says_so() -> None:
     )  # the lowest is best
     assert not design.step.trials and "too little for a law" in design.step.reason
     assert "bracketed" not in design.step.reason  # none is
-    assert "9 of the 9 trained cells have no best learning rate inside the grid" in design.step.reason
+    assert "4 of the 4 trained cells have no best learning rate inside the grid" in design.step.reason
+    assert "5 of the 9 cells are not trained" in design.step.reason  # since their best one is expected to be lower yet
+    assert "outside the grid: add lower learning rates" in design.step.reason
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_tokens_are_spent_where_the_best_rate_is_expected_outside_the_grid(seed: int) -> None:
+    """Of these learning rates, half the cells have their best one below the lowest: long horizons, small batches."""
+    lines = [line for line in planted(seed) if line["lr"] >= 0.004]
+    losses = as_losses(lines)
+    design = design_of(losses, budget=0.1 * trained_tokens(losses, 0.1))
+    design.advance(losses)
+    cells = fit([line for line in lines if as_losses([line]).keys() <= design.losses.keys()], replicates=2).cells
+    assert sum(cell.usable for cell in cells) > 0.5 * len(cells)
 
 
 def test_a_target_draws_the_trials_towards_it() -> None:
