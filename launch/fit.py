@@ -287,6 +287,9 @@ def schedule(law: Law, ledger: list[dict[str, Any]], source: Path, parameters: f
     numbers = f"b {chosen.b}, a {chosen.a(parameters)}; 95% intervals."
     if chosen.name in law.flat:
         numbers = "a and b are guesses."
+    shares = {line.get("decay_fraction") for line in ledger}
+    share = shares.pop() if len(shares) == 1 else None
+    decayed = f"  # the sweep's runs: the last {share:.0%}" if isinstance(share, float) and 0 < share < 1 else ""
     text = f"""\
 # {FORMULAS[chosen.name].replace("T", "n")}, fitted to {source.name}: {len(batches)} best learning rates
 # at batches {min(batches):g} to {max(batches):g} (× 4096 tokens) and {min(tokens):,} to {max(tokens):,} tokens.
@@ -299,7 +302,7 @@ max_lr: {found.max_lr:.4g}  # {cap}
 cap: {found.cap}
 batch_exponent: {found.batch_exponent:.6g}
 warmup_tokens: ???
-decay: {{start: null, tokens: 0, shape: exponential, floor: 0.0}}
+decay: {{start: null, tokens: 0, shape: exponential, floor: 0.0}}{decayed}
 rewarmup: {{start: null, tokens: 0}}
 """
     configs = [line["config"] for line in ledger if isinstance(line.get("config"), dict)]

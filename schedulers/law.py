@@ -445,7 +445,10 @@ def _notes(law: Law, points: _Points) -> list[str]:
             "larger batches or shorter horizons would show it. The schedule uses that learning rate as its cap."
         )
     if law.worth is None:
-        notes.append("There are too few cells to hold any out, so what this law is worth is not known.")
+        notes.append(
+            "There are too few cells to hold any out, so what this law is worth is not known: train more batches and "
+            "horizons (a lean sweep: a larger sweep.budget_tokens)."
+        )
     else:
         notes += _in_nats(law, law.worth)
     if chosen.name == "plane":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,11 +111,18 @@ def assemble(config: Config, engine: Engine, state: State, start_from: Path | No
     if why and config.model.attn_implementation == "auto" and engine.device.type == "cpu":
         log(f"Attention is SDPA, not {blockwise.NAME}: {why}.")
     counts = count_parameters(engine.shapes, config)
+    count = torch.get_num_threads()
+    threads = f" with {count} thread{'s' * (count > 1)}" if engine.device.type == "cpu" else ""
     log(
         f"{type(model).__name__}: {counts['total']:,} parameters, {counts['active']:,} active besides the embedding, "
         f"m_width {mup.width_multiplier(config):g}, {config.precision}, {engine.kind} on {engine.world_size} × "
-        f"{engine.device.type}, {', '.join(granite.kernels(config, engine.device))}"
+        f"{engine.device.type}{threads}, {', '.join(granite.kernels(config, engine.device))}"
     )
+    if threads and config.threads is None and (load := os.getloadavg()[0]) > 1.5 * available_cores():
+        log(
+            f"This machine is busy (load {load:.1f} on {available_cores()} cores). With threads=1 a small model trains "
+            "many times faster beside other work."
+        )
 
     # ---- progress
     if start_from is not None:

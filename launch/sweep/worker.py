@@ -35,6 +35,7 @@ from powertrain.train import cli
 from powertrain.train.compose import load
 from powertrain.train.errors import ConfigError, RunFailed
 from powertrain.train.folder import lock
+from powertrain.train.hardware import available_cores
 from powertrain.train.imports import heavy_imports
 from powertrain.train.state import RAW
 from powertrain.train.track import read_back, weights_of
@@ -97,10 +98,15 @@ def claim(folder: Path) -> Iterator[IO[str] | None]:
         yield file
 
 
-def start(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str]) -> multiprocessing.process.BaseProcess:
+def start(
+    sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], controller: int
+) -> multiprocessing.process.BaseProcess:
     """Start the ordinary training command of a trial in a process of its own."""
     arguments = [*sweep.arguments, *overrides(sweep.sweep, trial, sweep.settings), *begin_from(sweep, progress, trial)]
     launcher = shlex.split(sweep.sweep.launcher or "")
+    if controller and not launcher and sweep.settings.threads is None:
+        # Several trials with a thread a core each would wait for each other: many times slower for a small model.
+        arguments.append(f"threads={max(1, available_cores() // sweep.sweep.jobs)}")
     process = multiprocessing.get_context("fork").Process(
         target=_train, args=(launcher, arguments, sweep.folder / trial.name / "output.txt", claimed)
     )
@@ -148,7 +154,7 @@ def run_trial(sweep: Sweep, progress: Progress, trial: Trial, claimed: IO[str], 
     folder = sweep.folder / trial.name
     began = time.perf_counter()
     (folder / "exit.json").unlink(missing_ok=True)
-    process = start(sweep, progress, trial, claimed)
+    process = start(sweep, progress, trial, claimed, controller)
     try:
         while process.is_alive() and not orphaned(controller):
             process.join(POLL_SECONDS / 5)

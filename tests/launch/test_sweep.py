@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import torch
 from conftest import CONFIGS, ROOT, without_timing
 from safetensors.torch import load_file
 
-from powertrain.launch.sweep import check_ledger, main
+from powertrain.launch.sweep import check_ledger, main, worker
 from powertrain.launch.sweep.progress import Progress, Sweep, write_ledger
 from powertrain.launch.sweep.tables import summary
 from powertrain.launch.sweep.trials import SweepConfig, Trial, in_common, overrides, plan, sweep_config
@@ -212,6 +213,33 @@ def words_sweep(words: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ]
 
     return arguments
+
+
+@pytest.mark.parametrize(
+    ("more", "controller", "threads"),
+    [
+        (["threads=null", "sweep.jobs=3"], 1, "threads=2"),
+        (["threads=null", "sweep.jobs=12"], 1, "threads=1"),
+        (["threads=4", "sweep.jobs=3"], 1, None),  # as named
+        (["threads=null", "sweep.jobs=3"], 0, None),  # a job of an array has a machine of its own
+        (["threads=null", "sweep.jobs=3", "sweep.launcher=python"], 1, None),
+    ],
+)
+def test_trials_at_once_share_the_cores(
+    words_sweep: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    controller: int,
+    threads: str | None,
+) -> None:
+    started: list[tuple[Any, ...]] = []
+    context = SimpleNamespace(Process=lambda target, args: started.append(args) or SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(worker.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(worker, "available_cores", lambda: 8)
+    sweep = Sweep(words_sweep(*more))
+    worker.start(sweep, sweep.progress(), sweep.trials[0], io.StringIO(), controller)
+    added = [argument for argument in started[0][1] if argument.startswith("threads=") and argument not in more]
+    assert added == ([threads] if threads else [])
 
 
 @pytest.mark.parametrize("schedule", ["wsd", pytest.param("power", marks=pytest.mark.slow)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,24 @@ def test_a_run_without_export_ends_with_its_checkpoint(
     assert records == [(folder / name).read_bytes() for name in ("metrics.jsonl", "evals.jsonl")]
     run("run.export=false")
     assert "model/ in it is an earlier export" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("threads", "load", "told"), [("null", 9.0, True), ("null", 1.0, False), ("1", 9.0, False)])
+def test_a_busy_machine_is_told_of_threads(
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    threads: str,
+    load: float,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("powertrain.train.engine.available_cores", lambda: 1)
+    monkeypatch.setattr("powertrain.train.assemble.available_cores", lambda: 4)
+    run("run.tokens=1536", "evaluation.every=0", "run.export=false", f"threads={threads}")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "× cpu with 1 thread, " in said
+    assert ("This machine is busy (load 9.0 on 4 cores)" in said) is told
 
 
 def test_fault_14_the_rate_is_the_schedule_at_the_tokens_and_batch_of_each_line(run: Callable[..., Path]) -> None:
