@@ -261,7 +261,9 @@ def _parabola(log_rates: Array, losses: Array, lopsided: Array) -> Parabola:
 
     inside = (curvature > 0) & (log_lr >= x[first]) & (log_lr <= x[last])
     flag = ""
-    if best[0] == count - 1:
+    if not np.ptp(y[0]):
+        flag = "no minimum"
+    elif best[0] == count - 1:
         flag = "diverges above" if diverges_above else "edge high"
     elif best[0] == 0:
         flag = "edge low"

@@ -173,8 +173,8 @@ def test_a_third_decay_shows_the_error(runs: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("arguments", "settings", "said"),
     [
-        (("--shape", "linear"), {}, "has 1 finished decays of the shape linear"),
-        (("--shape", "sqrt"), {}, "has 0 finished decays of the shape sqrt"),
+        (("--shape", "linear"), {}, "Finished decays of the shape linear"),
+        (("--shape", "sqrt"), {}, "Finished decays of the shape sqrt"),
         (("--floor", "0.1"), {}, "with floor 0.1 beside it"),
         ((), {"at": 1}, "lies in its warmup"),
         ((), {"at": 14}, "the trunk was last evaluated at 3,072"),

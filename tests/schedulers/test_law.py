@@ -509,6 +509,7 @@ def without(condition: Callable[[Line], bool]) -> list[Line]:
         (without(lambda line: line["lr"] < 0.05), "add lower learning rates"),
         (without(lambda line: line["lr"] not in RATES[4:6]), "parabola takes three"),
         ([{**line, "loss": None} for line in without(lambda line: False)], "add learning rates that do not diverge"),
+        ([{**line, "loss": 2.5} for line in without(lambda line: False)], "× no minimum"),
         ([{"lr": 0.1, "batch": 1, "tokens": 5}], "lacks hidden_size, loss"),
         ([{**without(lambda line: False)[0], "batch": -1}], "above 0"),
         ([{**without(lambda line: False)[0], "tokens": 1.5}], "tokens 1.5; it must be a whole number"),
