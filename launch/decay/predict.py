@@ -216,8 +216,8 @@ def prediction(run: Path, step: int, tokens: int, shape: str, floor: float, cons
     left_out = f" Left out: {'; '.join(others)}." if others else ""
     if len(decays) < LEAST:
         raise ConfigError(
-            f"Finished decays of the shape {shape} with floor {floor:g} beside {run}: {len(decays)}; a prediction takes "
-            f"{LEAST} or more.{left_out} Train another one first, such as one that is short and early."
+            f"Finished decays of the shape {shape} with floor {floor:g} beside {run}: {len(decays)}; a prediction "
+            f"takes {LEAST} or more.{left_out} Train another one first, such as one that is short and early."
         )
     wanted, reached = Decayed(start, tokens), points[-1][0]
     if wanted.end > BEYOND * reached:
