@@ -175,7 +175,7 @@ def test_a_third_decay_shows_the_error(runs: Path, tmp_path: Path, capsys: pytes
     [
         (("--shape", "linear"), {}, "Finished decays of the shape linear"),
         (("--shape", "sqrt"), {}, "Finished decays of the shape sqrt"),
-        (("--floor", "0.1"), {}, "with floor 0.1 beside it"),
+        (("--floor", "0.1"), {}, "with floor 0.1 beside"),
         ((), {"at": 1}, "lies in its warmup"),
         ((), {"at": 14}, "the trunk was last evaluated at 3,072"),
         ((), {"tokens": 0}, "--tokens is 0"),
@@ -249,7 +249,7 @@ def test_runs_that_were_moved_together_are_known(
     assert "The run had finished: nothing is trained or evaluated again." in told
     # What has the parent's name and is still somewhere else is another run.
     assert predict(copied(runs, tmp_path / "there", recorded=runs)) == 2
-    assert "has 0 finished decays" in capsys.readouterr().err
+    assert "trunk: 0; a prediction takes 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

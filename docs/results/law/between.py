@@ -24,7 +24,9 @@ from powertrain.schedulers.law import fit
 
 def main() -> None:
     """Print the table."""
-    law = fit([json.loads(line) for path in sys.argv[1:] for line in Path(path).read_text().splitlines()])
+    law = fit(
+        [json.loads(line) for path in sys.argv[1:] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    )
     cells = [cell for cell in law.cells if cell.usable]
     tokens, batch, best = (np.log([getattr(cell, name) for cell in cells]) for name in ("tokens", "batch", "lr"))
     with_size = law.chosen.central_parameters is not None
