@@ -20,7 +20,7 @@ from .cells import Array, Cell
 LEAST_CELLS = 6  # to fit a form to
 DRAWS = 1000  # of the bootstrap
 LOW = 2.5  # percentile of a difference that must lie above 0
-MATERIAL = 0.1  # of the noise of a loss: a smaller gain is not worth a sweep
+MATERIAL = 0.1  # of the noise of a loss: a smaller gain is not worth a sweep, and decides between no forms
 WITHOUT_LAW = ("nearest", "constant")
 LARGEST_SIZE = "the largest size"
 
@@ -40,7 +40,7 @@ class Worth:
     """Held-out regret of all splits, and the form chosen by it.
 
     mean: nats by form, the mean over splits. within: the forms that are not significantly worse than the best one (95%,
-    bootstrap over (size, batch), whose horizons share trunks). chosen: of these, the form with the fewest numbers, then
+    bootstrap over (size, batch), whose horizons share trunks) by more than a tenth of the noise of a loss. chosen: of these, the form with the fewest numbers, then
     the paper's. worth_having: whether the best form beats both baselines significantly, and by more than a tenth of the
     noise of a loss.
     """
@@ -198,7 +198,9 @@ def _judged(
         means[name] = np.mean(by_split, axis=0)
     best = min(candidates, key=lambda form: means[form][0])
     within = tuple(
-        form for form in candidates if form == best or np.percentile((means[form] - means[best])[1:], LOW) <= 1e-12
+        form
+        for form in candidates
+        if form == best or np.percentile((means[form] - means[best])[1:], LOW) <= MATERIAL * noise
     )
     chosen_form = min(within, key=lambda form: (forms.NUMBERS[form], list(forms.NUMBERS).index(form)))
     gained = [np.percentile((means[name] - means[best])[1:], LOW) for name in WITHOUT_LAW]
