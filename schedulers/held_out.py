@@ -40,9 +40,9 @@ class Worth:
     """Held-out regret of all splits, and the form chosen by it.
 
     mean: nats by form, the mean over splits. within: the forms that are not significantly worse than the best one (95%,
-    bootstrap over (size, batch), whose horizons share trunks) by more than a tenth of the noise of a loss. chosen: of these, the form with the fewest numbers, then
-    the paper's. worth_having: whether the best form beats both baselines significantly, and by more than a tenth of the
-    noise of a loss.
+    bootstrap over (size, batch), whose horizons share trunks) by more than a tenth of the noise of a loss. chosen: of
+    these, the form with the fewest numbers, then the paper's. worth_having: whether the best form beats both baselines
+    significantly, and by more than a tenth of the noise of a loss.
     """
 
     splits: tuple[Split, ...]
