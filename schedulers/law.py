@@ -534,7 +534,7 @@ def _flags(cells: tuple[Cell, ...], asymmetry: float) -> list[str]:
         ("edge low", "the best learning rate is the lowest of the grid"),
         ("diverges above", "the best learning rate is next to one that diverges"),
         ("no minimum", "the losses near the best learning rate have no minimum"),
-        ("too few rates", "fewer than three learning rates did not diverge"),
+        ("too few rates", "fewer than three learning rates have a finite loss"),
         ("three rates", "the parabola has only three learning rates (used)"),
     ):
         if flagged := [cell for cell in cells if cell.flag == flag]:
