@@ -11,7 +11,14 @@ large='[2]' small='[0.125]' both='[0.125,2]'
 # The law of ../law, fitted to horizons up to 3,932,160 tokens: nothing is tuned here.
 hard='{power: {a: [95.3], b: [-0.516], max_lr: [0.0239]}}'
 smooth='{power: {a: [183.4], b: [-0.5346], max_lr: [0.031]}}'
+half='{power: {a: [47.7], b: [-0.516], max_lr: [0.0239]}}' # of its a, see ../power
+# Both forms of the lean sweep ../law/lean.jsonl.
+lean_hard='{power: {a: [24.1581], b: [-0.389781], max_lr: [0.02827]}}'
+lean_smooth='{power: {a: [156.239], b: [-0.515147], max_lr: [0.04003]}}'
 train power-hard "$both" '[0,1,2]' "$hard"
+train power-half "$both" '[0,1,2]' "$half"
+train lean-hard "$both" '[0]' "$lean_hard"
+train lean-smooth "$both" '[0]' "$lean_smooth" schedule.cap=smooth
 train wsd "$large" '[0]' '{wsd: {lr: [0.004, 0.008, 0.016, 0.032, 0.064]}}'
 train wsd "$small" '[0]' '{wsd: {lr: [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]}}'
 train wsd "$large" '[1,2]' '{wsd: {lr: [0.008, 0.016, 0.032]}}'

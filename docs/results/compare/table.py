@@ -62,7 +62,7 @@ def table(seeds: tuple[int, ...]) -> None:
         best = {cell: min(by[cell] for by in settings.values() if cell in by) for cell in cells}
         everywhere = dict.fromkeys(cells, True)
         if len(settings) == 1:
-            row(f"{name}, by the law", best, everywhere)
+            row(name, best, everywhere)
             continue
         row(f"{name}, tuned in every cell", best, everywhere)
         chosen = {min(settings, key=lambda s: settings[s].get(cell, np.inf)) for cell in cells}
