@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import CollectionNode, MappingNode, Node, YAMLError
 
 from powertrain import configs
@@ -339,8 +339,9 @@ def typed(composed: DictConfig, kind: type[T]) -> T:
     except OmegaConfBaseException as error:
         hint = " Whole numbers are written 1_000_000." if "Integer" in str(error) else ""
         name = str(error.full_key).partition("[")[0]
-        if form := _form(type_of(name, kind)):
-            given = OmegaConf.to_object(composed)
+        form = _form(type_of(name, kind))
+        if form and isinstance(error, ValidationError):
+            given = OmegaConf.to_container(composed, resolve=False)
             raise ConfigError(
                 f"{name} is written '{name}={form}', not {_at(given, tuple(name.split('.')))!r}."
             ) from error

@@ -27,7 +27,7 @@ from powertrain.train.model import granite
 from powertrain.train.state import RAW, State
 from powertrain.train.track import is_of_corpus, weights_of
 
-MARK = ".powertrain"  # in a folder that an export wrote, and so may replace: the steps its weights were trained
+_MARK = ".powertrain"  # in a folder that an export wrote, and so may replace: the steps its weights were trained
 TOLERANCE = 1e-5  # largest difference of a logit, float32
 
 
@@ -94,7 +94,7 @@ def export(
         (partial / "README.md").write_text(_model_card(config, facts, tokenizer), encoding="utf-8")
         if merge is not None:
             (partial / "merge.json").write_text(json.dumps(merge, indent=1) + "\n", encoding="utf-8")
-        (partial / MARK).write_text(facts.get("steps", ""), encoding="utf-8")
+        (partial / _MARK).write_text(facts.get("steps", ""), encoding="utf-8")
         texts = [SAMPLE, *tokenizer.batch_decode(probe)]
         loaded = AutoTokenizer.from_pretrained(partial)(texts, verbose=False)["input_ids"]
         if loaded != tokenizer(texts)["input_ids"]:
@@ -122,7 +122,7 @@ def check_target(folder: Path) -> None:
     """
     if folder.is_symlink():
         raise ConfigError(f"{folder} is a link; give the plain path of the model folder.")
-    if folder.exists() and not (folder / MARK).is_file():
+    if folder.exists() and not (folder / _MARK).is_file():
         raise ConfigError(f"{folder} exists and was not written by an export; it is not replaced. Choose another.")
 
 
@@ -175,7 +175,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
 
 def warn_if_outdated(folder: Path) -> None:
     """Say so where `folder` is a run's model/ or model-average/ and the run has a checkpoint of a later step."""
-    mark, saved = folder / MARK, available(folder.parent / "checkpoints")
+    mark, saved = folder / _MARK, available(folder.parent / "checkpoints")
     of = mark.read_text(encoding="utf-8") if mark.is_file() else ""
     if folder.name in ("model", "model-average") and of and saved and f"{step_of(saved[-1]):,}" != of:
         print(

@@ -142,7 +142,7 @@ def _rounding_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if not isinstance(then, dict):  # edited
             continue
         for name in names:
-            pair = [", ".join(v) if isinstance(v, list) else v for v in (then.get(name), now[part][name])]
+            pair = [", ".join(map(str, v)) if isinstance(v, list) else v for v in (then.get(name), now[part][name])]
             if pair[0] is not None and pair[0] != pair[1]:
                 changed.append(f"{name} {pair[0]} → {pair[1]}")
     return changed

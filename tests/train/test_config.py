@@ -449,6 +449,23 @@ def test_what_a_run_writes_down_it_can_read(small_config: Callable[..., Config],
     assert load(path) == config
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("batch.ramp=30000:16", "'batch.ramp=[{from_tokens: …, sequences: …}, …]', not '30000:16'"),
+        ("batch.ramp=[3]", "'batch.ramp=[{from_tokens: …, sequences: …}, …]', not [3]"),
+        ("optimizer.betas=0.9", "'optimizer.betas=[…, …]', not 0.9"),
+        ("data.mixture=3", "'data.mixture={NAME: …, …}', not 3"),
+        ("batch.ramp=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("optimizer=3", "optimizer is 3, but it has settings of its own, as optimizer.betas=…"),
+    ],
+)
+def test_a_value_of_another_shape_is_refused_with_the_right_one(given: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        composed([QUICK, given])
+    assert said in str(refused.value)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
         load(tmp_path / "config.yaml")
