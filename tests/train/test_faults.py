@@ -113,9 +113,15 @@ def test_fault_03_killed_in_a_save(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["tear@write:rank=1:step=6", "kill@step:rank=1:step=5"])
+@pytest.mark.parametrize(
+    ("fault", "last"),
+    [
+        ("tear@write:rank=1:step=6", 9),  # it is written beside the next steps, until the next checkpoint waits for it
+        ("kill@step:rank=1:step=5", 5),
+    ],
+)
 def test_fault_03_and_16_a_rank_dies(
-    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, fault: str
+    tiny: Overrides, undisturbed: Callable[..., Path], tmp_path: Path, fault: str, last: int
 ) -> None:
     done = launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2", POWERTRAIN_FAULT=fault)
     assert done.returncode != 0
@@ -123,7 +129,7 @@ def test_fault_03_and_16_a_rank_dies(
     assert newest is not None and checkpoint.step_of(newest) == 3
     assert not processes_of(tmp_path)
     ended = json.loads((tmp_path / "killed/exit.json").read_text())
-    assert ended["code"] == 1 and "Another rank is gone" in ended["reason"] and 3 <= ended["step"] <= 6
+    assert ended["code"] == 1 and "Another rank is gone" in ended["reason"] and 3 <= ended["step"] <= last
     assert "Another rank is gone" in done.stderr
     succeed(launch(tiny("run.name=killed", *SETTINGS), ranks=2, engine="zero2"))
     assert_same_run(undisturbed(*SETTINGS, engine="zero2"), tmp_path / "killed")
