@@ -28,7 +28,9 @@ train cosine "$large" '[0]' '{cosine: {lr: [0.008, 0.016, 0.032, 0.064, 0.128]}}
 train cosine "$small" '[0]' '{cosine: {lr: [0.004, 0.008, 0.016, 0.032]}}' 'sweep.tokens=[573_440,3_276_800]'
 train cosine "$small" '[0]' '{cosine: {lr: [0.002, 0.004, 0.008, 0.016]}}'
 train cosine "$large" '[1,2]' '{cosine: {lr: [0.016, 0.032, 0.064]}}'
-train cosine "$small" '[1,2]' '{cosine: {lr: [0.004, 0.008, 0.016]}}'
+train cosine "$small" '[1,2]' '{cosine: {lr: [0.008, 0.016]}}' 'sweep.tokens=[573_440]'
+train cosine "$small" '[1,2]' '{cosine: {lr: [0.004, 0.008]}}' 'sweep.tokens=[573_440,3_276_800]'
+train cosine "$small" '[1,2]' '{cosine: {lr: [0.004]}}'
 train power-hard-linear "$both" '[0,1,2]' "$hard" schedule.decay.shape=linear
 train wsd-linear "$large" '[0]' '{wsd: {lr: [0.016, 0.032]}}' schedule.decay.shape=linear
 train wsd-linear "$small" '[0]' '{wsd: {lr: [0.002, 0.004, 0.008, 0.016]}}' schedule.decay.shape=linear
