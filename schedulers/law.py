@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -328,18 +328,19 @@ class _Points:
         return (self.log_lr[0] - self._law(form.name, form.replicates[0]))[self.usable[0]]
 
     def sees(self, form: Form) -> bool:
-        """Whether the sweep reaches batches at which the cap binds, in 97.5% of the replicates."""
-        drawn = form.replicates[1 : len(self.log_lr)]
-        points = self._log_tokens[self.usable[0]], self._log_batch[self.usable[0]]
-        lowered = forms.log_lr("power", drawn, *points) - forms.log_lr(form.name, drawn, *points)
-        return bool(np.percentile(lowered.max(axis=1), PERCENTILES[0]) > CAP_BINDS)
+        """Whether the sweep reaches batches at which the cap binds."""
+        return self._surely_below(form, lambda drawn, points: forms.log_lr("power", drawn, *points)) > CAP_BINDS
 
     def sees_below(self, form: Form) -> bool:
-        """Whether some cell's learning rate is lower than the cap by more than DISAGREE, in 97.5% of the replicates."""
+        """Whether it reaches batches at which the learning rate is below the cap."""
+        return self._surely_below(form, lambda drawn, points: drawn[:, 2:3]) > DISAGREE
+
+    def _surely_below(self, form: Form, upper: Callable[[Array, tuple[Array, Array]], Array]) -> float:
+        """By how much at least the form lies below `upper`, both in log, at some cell, in 97.5% of the replicates."""
         drawn = form.replicates[1 : len(self.log_lr)]
         points = self._log_tokens[self.usable[0]], self._log_batch[self.usable[0]]
-        below = drawn[:, 2:3] - forms.log_lr(form.name, drawn, *points)
-        return bool(np.percentile(below.max(axis=1), PERCENTILES[0]) > DISAGREE)
+        below = upper(drawn, points) - forms.log_lr(form.name, drawn, *points)
+        return float(np.percentile(below.max(axis=1), PERCENTILES[0]))
 
     def _law(self, name: str, numbers: Array) -> Array:
         sizes = self.log_parameters if self.log_parameters is not None else 0.0
@@ -510,20 +511,19 @@ def _sizes(law: Law, points: _Points) -> list[str]:
             few.append(name_of(size))
         elif abs(own.mean()) > max(2.6 * own.std(ddof=1) / math.sqrt(len(own)), DISAGREE):
             apart.append(f"{name_of(size)} by a factor of {math.exp(own.mean()):.2f}")
+    said = []
     if apart:
-        said = f"The sizes disagree with one law for all of them: {', '.join(apart)}."
+        said.append(f"The sizes disagree with one law for all of them: {', '.join(apart)}.")
         if lacking := dict.fromkeys(name_of(cell.size) for cell in usable if not cell.parameters):
-            said += (
-                f" The ledger has no `parameters` of {', '.join(lacking)}; with those of all sizes the law can have an "
+            said.append(
+                f"The ledger has no `parameters` of {', '.join(lacking)}; with those of all sizes the law can have an "
                 "exponent of them."
             )
     elif len(few) < len(sizes):
-        said = "The sizes agree with one law for all of them."
-    else:
-        said = ""
+        said.append("The sizes agree with one law for all of them.")
     if few:
-        said = f"{said} Fewer than three cells of a size cannot tell whether it agrees: {', '.join(few)}.".strip()
-    return [said]
+        said.append(f"Fewer than three cells of a size cannot tell whether it agrees: {', '.join(few)}.")
+    return [" ".join(said)]
 
 
 def _flags(cells: tuple[Cell, ...], asymmetry: float) -> list[str]:
